@@ -1,0 +1,182 @@
+"""The folder of a training run: settings and history to read, and a checkpoint to go on from after a kill."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from recontrol.files import read_json, write_aside, write_json
+from recontrol.shards import remove_leftovers
+from recontrol.value import CONFIG_NAME, WEIGHTS_NAME
+
+FORMAT = "recontrol.training"
+HISTORY_NAME = "history.json"
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run is. The order of responses follows from the seed and the epoch, so no generator's state is part of it.
+
+    Attributes:
+        epoch: the epoch that is running, from 0.
+        position: mini-batches of that epoch that are done.
+        td_sum: sum over the tokens of those mini-batches of the squared TD error.
+        best_epoch: the epoch whose weights are the best so far, or -1.
+        history: one dict for each epoch that is done.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    td_sum: float = 0.0
+    best_epoch: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RunFolder:
+    """The files of one training run; with no path, none.
+
+    A run that is under way has `history.json` and `checkpoint.safetensors`; a finished one has the value function and a
+    `history.json` that says so, and no checkpoint.
+
+    Args:
+        path: the folder, made if absent, or None.
+        settings: what decides the result, JSON-able; compared with that of the run already in the folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: the folder holds something else, or a run with other settings; the setting is named, with what was
+            found and wanted.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any]):
+        self.path = None if path is None else Path(path)
+        # As it will read back: tuples become lists.
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.finished = False
+        self.history: list[dict[str, Any]] = []
+        if self.path is None:
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; training writes into a folder")
+        if (self.path / HISTORY_NAME).exists():
+            self._read_history(self.path / HISTORY_NAME)
+        else:
+            foreign = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CHECKPOINT_NAME) if (self.path / name).exists()]
+            if foreign:
+                raise ValueError(f"{self.path} holds {', '.join(foreign)} but no {HISTORY_NAME}: it is not the folder of a training run; use another folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_history([], -1)
+        remove_leftovers(self.path)
+
+    def save(self, progress: Progress, weights: dict[str, Tensor], best: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint, whole or not at all.
+
+        Args:
+            progress: how far the run is.
+            weights: the current state dict of the value function.
+            best: the state dict of the best epoch so far; empty before the first epoch is done.
+            optimizer: its moments are written, its settings are not.
+
+        Raises:
+            OSError: the disk is full; the message names the file, and the checkpoint before it stays.
+        """
+        if self.path is None:
+            return
+        tensors = {f"weights.{name}": tensor for name, tensor in weights.items()} | {f"best.{name}": tensor for name, tensor in best.items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with write_aside(self.path / CHECKPOINT_NAME) as aside:
+            aside.write_bytes(save(content, metadata={"format": FORMAT, "progress": json.dumps(asdict(progress)), "settings": json.dumps(self.settings)}))
+        # The history in the checkpoint is the one that counts; this one is for reading while the run goes on.
+        if progress.position == 0:
+            self._write_history(progress.history, progress.best_epoch)
+
+    def load(self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Tensor]]:
+        """Go on from the checkpoint, if there is one.
+
+        Args:
+            weights: the state dict of the value function; filled in place.
+            optimizer: its moments are filled in.
+
+        Returns:
+            How far the run was, and the weights of its best epoch.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another run.
+        """
+        if self.path is None or not (self.path / CHECKPOINT_NAME).exists():
+            return Progress(), {}
+        path = self.path / CHECKPOINT_NAME
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "best": {}, "optimizer": {}}
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                # Each tensor gets memory of its own: those of a file may be unaligned, and are unmapped with it.
+                for name in file.keys():  # noqa: SIM118
+                    group, rest = name.split(".", 1)
+                    groups[group][rest] = file.get_tensor(name).clone()
+            progress, settings = Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no whole checkpoint ({error}); delete it to train from the beginning") from error
+        self._compare(settings, path)
+        wanted = {name: tensor.shape for name, tensor in weights.items()}
+        for group in ("weights", "best"):
+            found = {name: tensor.shape for name, tensor in groups[group].items()}
+            if found != wanted and not (group == "best" and progress.best_epoch < 0):
+                raise ValueError(f"{path} is of another value function: found {found}, wanted {wanted}; delete it to train from the beginning")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(groups["weights"][name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in groups["optimizer"].items():
+            index, kind = name.split(".", 1)
+            state.setdefault(int(index), {})[kind] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return progress, groups["best"]
+
+    def finish(self, progress: Progress) -> None:
+        """Say that the value function beside it is the result, and remove the checkpoint.
+
+        Args:
+            progress: how far the run is: at its end.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self.path is not None:
+            self._write_history(progress.history, progress.best_epoch, finished=True)
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove the checkpoint of a finished run."""
+        if self.path is not None:
+            (self.path / CHECKPOINT_NAME).unlink(missing_ok=True)
+
+    def _read_history(self, path: Path) -> None:
+        content = read_json(path)
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT or not isinstance(content.get("settings"), dict) or not isinstance(content.get("epochs"), list):
+            raise ValueError(f"{path} is not the history of a training run: found format {found!r}, wanted {FORMAT!r}; use another folder")
+        self._compare(content["settings"], path)
+        self.finished, self.history = bool(content.get("finished")), content["epochs"]
+
+    def _compare(self, found: dict[str, Any], path: Path) -> None:
+        for name in sorted(self.settings.keys() | found.keys()):
+            if found.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"{path} is of a run with another {name}: found {found.get(name)!r}, wanted {self.settings.get(name)!r}; "
+                    "use the same settings to go on with it, or another folder"
+                )
+
+    def _write_history(self, epochs: list[dict[str, Any]], best_epoch: int, *, finished: bool = False) -> None:
+        assert self.path is not None
+        content = {"format": FORMAT, "settings": self.settings, "finished": finished, "best_epoch": best_epoch, "epochs": epochs}
+        write_json(self.path / HISTORY_NAME, content)
