@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).resolve().parent
@@ -56,7 +56,7 @@ def extension() -> CppExtension:
 
 
 setup(
-    packages=["recontrol", "recontrol.backends", "recontrol.kernels"],
+    packages=["recontrol.kernels", *find_packages(include=["recontrol", "recontrol.*"])],
     package_dir={"recontrol": "recontrol", "recontrol.kernels": "kernels"},
     ext_modules=[extension()] if wants_extension() else [],
     cmdclass={"build_ext": BuildExtension},

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,24 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that no longer run (see `write_aside`); those of a live process stay."""
+    for part in folder.glob(".*.part"):
+        match = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
+        if match and not _alive(int(match[1])):
+            part.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return process != os.getpid()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

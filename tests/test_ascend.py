@@ -250,9 +250,9 @@ def test_heads_are_weighted(dims):
     value = rc.ValueFunction(16, dims, num_heads=3)
     weights = torch.tensor([0.7, -0.2, 0.3])
     folded = rc.ValueFunction(16, dims)
-    folded.load_state_dict(
-        {**value.state_dict(), f"layers.{len(dims)}.weight": (weights @ value.layers[-1].weight)[None], f"layers.{len(dims)}.bias": (weights @ value.layers[-1].bias)[None]}
-    )
+    last = value.layers[-1]
+    out = {f"layers.{len(dims)}.weight": (weights @ last.weight)[None], f"layers.{len(dims)}.bias": (weights @ last.bias)[None]}
+    folded.load_state_dict({**value.state_dict(), **out})
     hidden = torch.randn(4, 16)
     torch.testing.assert_close(rc.ascend(hidden, value, head_weights=weights), rc.ascend(hidden, folded))
     with pytest.raises(ValueError, match="3 heads: give head_weights"):

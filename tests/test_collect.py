@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recontrol.collect import collect
-from recontrol.prompts import load_prompts
-from recontrol.responses import make_response
-from recontrol.rollouts import Rollouts
+from recontrol.data.collect import collect
+from recontrol.data.prompts import load_prompts
+from recontrol.data.rollouts import Rollouts
+from recontrol.decoding.responses import make_response
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
@@ -226,7 +226,7 @@ import json, os, resource, signal, sys, time
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from recontrol.collect import collect
+from recontrol.data.collect import collect
 
 folder, how, lm, threads, prompts, sampling = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5]), json.loads(sys.argv[6])
 torch.set_num_threads(threads)

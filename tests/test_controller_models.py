@@ -12,7 +12,7 @@ import transformers
 from transformers import DynamicCache
 
 import recontrol as rc
-from recontrol.controller import CACHE_NAMES, Controller
+from recontrol.decoding.controller import CACHE_NAMES, Controller
 
 VOCABULARY = 101
 EOS = 2

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import recontrol.evaluate
+import recontrol.evaluation.evaluate
 from recontrol.ascend import ascend
-from recontrol.controller import Controller
-from recontrol.evaluate import Result, choose, evaluate
-from recontrol.generation import Batch, check_lengths, finishing_tokens, generate_batch
-from recontrol.metrics import bootstrap_interval, coherence, diversity, response_nll
-from recontrol.prompts import load_prompts
-from recontrol.responses import Response
+from recontrol.data.prompts import load_prompts
+from recontrol.decoding.controller import Controller
+from recontrol.decoding.generation import Batch, check_lengths, finishing_tokens, generate_batch
+from recontrol.decoding.responses import Response
+from recontrol.evaluation.evaluate import Result, choose, evaluate
+from recontrol.evaluation.metrics import bootstrap_interval, coherence, diversity, response_nll
 from recontrol.value import ValueFunction
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
@@ -153,7 +153,7 @@ def test_the_cost_is_the_median_of_interleaved_batches(model, tokenizer, prompts
         return Batch([Response([5, 6], "me", "length")] * len(prompts), 2, seconds)
 
     monkeypatch.setattr(Controller, "attach", attach)
-    monkeypatch.setattr(recontrol.evaluate, "generate_batch", fake)
+    monkeypatch.setattr(recontrol.evaluation.evaluate, "generate_batch", fake)
     rows = evaluate(
         model, tokenizer, prompts, value=value, settings=[(0.5, 3), (1.0, 3)], reward=letters, max_new_tokens=2, batch_size=1, num_traces=0, progress=False
     )
@@ -235,13 +235,13 @@ def test_bad_input_is_refused(model, tokenizer, prompts, value, keywords, messag
 
 def test_a_reward_that_cannot_be_used_says_so_before_the_work(model, tokenizer, prompts, monkeypatch):
     lengths = []
-    real = recontrol.evaluate.generate_batch
+    real = recontrol.evaluation.evaluate.generate_batch
 
     def counting(*arguments, max_new_tokens, **keywords):
         lengths.append(max_new_tokens)
         return real(*arguments, max_new_tokens=max_new_tokens, **keywords)
 
-    monkeypatch.setattr(recontrol.evaluate, "generate_batch", counting)
+    monkeypatch.setattr(recontrol.evaluation.evaluate, "generate_batch", counting)
     with pytest.raises(ValueError, match="NaN"):
         evaluate(model, tokenizer, prompts, reward=lambda prompts, responses: [math.nan] * len(responses), max_new_tokens=50, progress=False)
     assert lengths == [2]

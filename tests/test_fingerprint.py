@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from recontrol.fingerprint import MATRICES, OUTPUT_EMBEDDING, difference, fingerprint_hash, model_fingerprint
+from recontrol.decoding.fingerprint import MATRICES, OUTPUT_EMBEDDING, difference, fingerprint_hash, model_fingerprint
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 

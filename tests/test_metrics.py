@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recontrol.metrics import bootstrap_difference, bootstrap_interval, coherence, diversity, load_encoder, rep_n, response_nll, similarities, words
+from recontrol.evaluation.metrics import bootstrap_difference, bootstrap_interval, coherence, diversity, load_encoder, rep_n, response_nll, similarities, words
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
 
@@ -174,11 +174,11 @@ def test_the_interval_depends_on_the_seed_alone():
 
 
 def test_the_interval_does_not_depend_on_the_blocks(monkeypatch):
-    import recontrol.metrics
+    import recontrol.evaluation.metrics
 
     values = list(range(11))
     whole = bootstrap_interval(values)
-    monkeypatch.setattr(recontrol.metrics, "BLOCK", 100)
+    monkeypatch.setattr(recontrol.evaluation.metrics, "BLOCK", 100)
     assert bootstrap_interval(values) == whole
 
 

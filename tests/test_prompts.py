@@ -8,7 +8,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from recontrol.prompts import load_prompts
+from recontrol.data.prompts import load_prompts
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

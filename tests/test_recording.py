@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from recontrol.recording import record_hidden_states
+from recontrol.decoding.recording import record_hidden_states
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 PADDED = torch.tensor([[0, 0, 11], [8, 9, 10]])

@@ -5,9 +5,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from recontrol.evaluate import Result
-from recontrol.metrics import bootstrap_difference
-from recontrol.report import draw, plot, save_report, table
+from recontrol.evaluation.evaluate import Result
+from recontrol.evaluation.metrics import bootstrap_difference
+from recontrol.evaluation.report import draw, plot, save_report, table
 
 PROMPTS = ["one", "two", "three"]
 

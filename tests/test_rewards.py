@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from recontrol.rewards import RewardModel, as_reward, checked_rewards, reward_name
+from recontrol.data.rewards import RewardModel, as_reward, checked_rewards, reward_name
 
 REWARD = Path(__file__).parent.parent / "examples" / "movie_reviews" / "reward"
 PROMPTS = ["I saw this movie with my", "The", "Wow, I can't believe people consider"]

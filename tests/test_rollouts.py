@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recontrol.rollouts import Rollouts
-from recontrol.shards import RolloutWriter
+from recontrol.data.rollouts import Rollouts
+from recontrol.data.shards import RolloutWriter
 
 LENGTHS = [3, 1, 5, 2, 7]
 

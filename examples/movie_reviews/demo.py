@@ -18,13 +18,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recontrol.collect import collect
-from recontrol.evaluate import choose, evaluate
-from recontrol.metrics import load_encoder
-from recontrol.prompts import load_prompts
-from recontrol.report import save_report, table
-from recontrol.rewards import RewardModel
-from recontrol.train import train
+from recontrol.data.collect import collect
+from recontrol.data.prompts import load_prompts
+from recontrol.data.rewards import RewardModel
+from recontrol.evaluation.evaluate import choose, evaluate
+from recontrol.evaluation.metrics import load_encoder
+from recontrol.evaluation.report import save_report, table
+from recontrol.training.train import train
 
 HERE = Path(__file__).resolve().parent
 # What over-optimisation looks like: V is climbed far beyond where it was learned.

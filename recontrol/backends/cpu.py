@@ -36,7 +36,14 @@ def status() -> dict[str, Any]:
     """Whether the extension is loaded, and the instruction set it chose on this processor."""
     if _load_error is not None:
         return {"available": False, "reason": _load_error}
-    return {"available": True, "device": "cpu", "depth": "2 or 3 linear layers", "instruction_set": _C.cpu_capability(), "compiler": _C.compiler, "threads": torch.get_num_threads()}
+    return {
+        "available": True,
+        "device": "cpu",
+        "depth": "2 or 3 linear layers",
+        "instruction_set": _C.cpu_capability(),
+        "compiler": _C.compiler,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:

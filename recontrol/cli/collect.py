@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Collect rollouts."""
-    from recontrol.collect import collect
+    from recontrol.data.collect import collect
 
     model, tokenizer = shared.load_model(options)
     rollouts = collect(

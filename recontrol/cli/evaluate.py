@@ -44,9 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and write the report."""
-    from recontrol.evaluate import choose, evaluate
-    from recontrol.metrics import load_encoder
-    from recontrol.report import save_report, table
+    from recontrol.evaluation.evaluate import choose, evaluate
+    from recontrol.evaluation.metrics import load_encoder
+    from recontrol.evaluation.report import save_report, table
 
     stops = shared.stop_strings(options)
     # A folder that cannot be written is better found before the work than after it.

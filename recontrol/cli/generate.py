@@ -34,9 +34,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("give either --prompt or --dataset")
     from tqdm.auto import tqdm
 
-    from recontrol.controller import Controller
+    from recontrol.decoding.controller import Controller
+    from recontrol.decoding.generation import check_lengths, finishing_tokens, generate_batch
     from recontrol.files import write_aside
-    from recontrol.generation import check_lengths, finishing_tokens, generate_batch
 
     stops = shared.stop_strings(options)
     model, tokenizer = shared.load_model(options)

@@ -171,7 +171,7 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split: str, limit: int | None) -> list[str]:
     """Prompts of one source, written as the options say."""
-    from recontrol.prompts import load_prompts
+    from recontrol.data.prompts import load_prompts
 
     return load_prompts(
         source,
@@ -199,7 +199,7 @@ def controller_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def load_reward(options: argparse.Namespace) -> Any:
     """The reward model."""
-    from recontrol.rewards import RewardModel
+    from recontrol.data.rewards import RewardModel
 
     place = device(options)
     keywords: dict[str, Any] = {"device_map": place} if place == "auto" else {"device": place}

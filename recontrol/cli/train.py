@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and save the value function."""
-    from recontrol.train import train
+    from recontrol.training.train import train
 
     names = ("hidden_dims", "seed", "out", "learning_rate", "batch_size", "epochs", "patience", "validation_fraction")
     train(options.rollouts, device=shared.device(options), **{name: getattr(options, name) for name in names})

@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from recontrol.ascend import ascend
-from recontrol.controller import Controller
-from recontrol.generation import Batch, check_lengths, check_options, evaluation_mode, finishing_tokens, generate_batch
-from recontrol.hooks import attachments, output_embedding
-from recontrol.metrics import bootstrap_interval, diversity, load_encoder, response_nll, similarities
-from recontrol.recording import record_hidden_states
-from recontrol.responses import Response
-from recontrol.rewards import as_reward, checked_rewards
+from recontrol.data.rewards import as_reward, checked_rewards
+from recontrol.decoding.controller import Controller
+from recontrol.decoding.generation import Batch, check_lengths, check_options, evaluation_mode, finishing_tokens, generate_batch
+from recontrol.decoding.hooks import attachments, output_embedding
+from recontrol.decoding.recording import record_hidden_states
+from recontrol.decoding.responses import Response
+from recontrol.evaluation.metrics import bootstrap_interval, diversity, load_encoder, response_nll, similarities
 from recontrol.value import ValueFunction
 
 logger = logging.getLogger(__name__)

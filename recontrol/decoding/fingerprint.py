@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recontrol.hooks import embedding_owner, output_embedding
+from recontrol.decoding.hooks import embedding_owner, output_embedding
 
 MATRICES = 64
 OUTPUT_ELEMENTS = 32

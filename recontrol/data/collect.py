@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from recontrol.fingerprint import difference, model_fingerprint
-from recontrol.recording import HiddenStateRecorder, record_hidden_states
-from recontrol.responses import Response, StopStrings, make_response
-from recontrol.rewards import Reward, as_reward, checked_rewards, reward_name
-from recontrol.rollouts import Rollouts
-from recontrol.shards import MANIFEST_NAME, RolloutWriter, read_manifest
+from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
+from recontrol.data.rollouts import Rollouts
+from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_manifest
+from recontrol.decoding.fingerprint import difference, model_fingerprint
+from recontrol.decoding.recording import HiddenStateRecorder, record_hidden_states
+from recontrol.decoding.responses import Response, StopStrings, make_response
 
 logger = logging.getLogger(__name__)
 

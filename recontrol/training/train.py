@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recontrol.checkpoint import Progress, RunFolder
-from recontrol.objectives import HeldOutError, td_loss
-from recontrol.rollouts import Rollouts
+from recontrol.data.rollouts import Rollouts
+from recontrol.training.checkpoint import Progress, RunFolder
+from recontrol.training.objectives import HeldOutError, td_loss
 from recontrol.value import ValueFunction
 from recontrol.version import __version__
 
@@ -141,7 +141,7 @@ def train(
                         folder.save(state, value.state_dict(), best, optimizer)
                     bar.update()
                     bar.set_postfix(epoch=state.epoch, td_loss=f"{state.td_sum / int(lengths[order[: len(order) * state.position // batches]].sum()):.4g}")
-                entry = {"epoch": state.epoch, "train_td_loss": state.td_sum / int(lengths[held_in].sum())}
+                entry: dict[str, Any] = {"epoch": state.epoch, "train_td_loss": state.td_sum / int(lengths[held_in].sum())}
                 if len(held_out):
                     entry |= _validate(value, rollouts, held_out, mean, scale, td_lambda)
                 logger.info("%s", ", ".join(f"{name} {number:.4g}" for name, number in entry.items() if number is not None))

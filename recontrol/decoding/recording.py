@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.hooks import Attachment, forget_compiled
+from recontrol.decoding.hooks import Attachment, forget_compiled
 
 _next_key = itertools.count(1)
 _recorders: "weakref.WeakValueDictionary[int, HiddenStateRecorder]" = weakref.WeakValueDictionary()

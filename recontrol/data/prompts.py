@@ -4,9 +4,10 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,10 @@ def load_prompts(
     return prompts
 
 
-def _load(source: str, split: str) -> datasets.Dataset:
+def _load(source: str, split: str) -> "datasets.Dataset":
+    # A second of imports that decoding does not need.
+    import datasets
+
     path = Path(source)
     try:
         if path.is_file():

@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from recontrol.files import read_json, write_aside, write_json
-from recontrol.shards import remove_leftovers
+from recontrol.files import read_json, remove_leftovers, write_aside, write_json
 from recontrol.value import CONFIG_NAME, WEIGHTS_NAME
 
 FORMAT = "recontrol.training"

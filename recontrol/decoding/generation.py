@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from recontrol.responses import Response, StopStrings, make_response
+from recontrol.decoding.responses import Response, StopStrings, make_response
 
 # The result must be one row of new tokens for each prompt.
 REFUSED = {

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from recontrol import backends
 from recontrol.ascend import ascend
-from recontrol.fingerprint import difference
-from recontrol.hooks import Attachment, attachments, forget_compiled, input_width
+from recontrol.decoding.fingerprint import difference
+from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
 from recontrol.value import ValueFunction
 
 # What the key/value cache is called: the first name in newer releases of transformers, the others in older ones.

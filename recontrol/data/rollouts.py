@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from recontrol.shards import MANIFEST_NAME, RolloutWriter, read_lines, read_manifest, read_offsets, read_scores, shard_path
+from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_lines, read_manifest, read_offsets, read_scores, shard_path
 
 
 class Rollouts:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.evaluate import Result
+from recontrol.evaluation.evaluate import Result
+from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.files import write_aside, write_json
-from recontrol.metrics import bootstrap_difference
 from recontrol.version import __version__
 
 FORMAT = "recontrol.report"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from recontrol.files import read_json, write_aside, write_json
+from recontrol.files import read_json, remove_leftovers, write_aside, write_json
 
 FORMAT = "recontrol.rollouts"
 FORMAT_VERSION = 1
@@ -27,24 +27,6 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 def shard_path(folder: Path, number: int) -> Path:
     """The tensors of shard `number`; its lines are beside it, with the suffix `.jsonl`."""
     return folder / f"shard-{number:05d}.safetensors"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that no longer run (see `write_aside`); those of a live process stay."""
-    for part in folder.glob(".*.part"):
-        match = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
-        if match and not _alive(int(match[1])):
-            part.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return process != os.getpid()
 
 
 class RolloutWriter:

@@ -1,0 +1,1 @@
+"""Data: prompts, rewards, and rollouts of the uncontrolled model on disk."""

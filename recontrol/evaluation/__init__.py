@@ -1,0 +1,1 @@
+"""Evaluation: settings of control compared, metrics, and reports."""
