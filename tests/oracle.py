@@ -44,6 +44,11 @@ def rounding_error(exact: Tensor, hidden: Tensor) -> Tensor:
     return ROUNDOFF[hidden.dtype] * exact.norm(dim=1) / (exact - hidden.double()).norm(dim=1)
 
 
+def product_error(value: rc.ValueFunction) -> float:
+    """What the one product W1^T S at the end costs in float32, relative to the edit, with random signs: sqrt(terms) roundings."""
+    return ROUNDOFF[torch.float32] * value.hidden_dims[0] ** 0.5
+
+
 def integers(*shape: int, low: int = -2, high: int = 2) -> Tensor:
     """Small whole numbers; sums of their products are exact in float32, so that results can be compared to the bit."""
     return torch.randint(low, high + 1, shape).float()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ROUNDOFF, edit_error, integers, oracle, released_loop, rounding_error, whole_value_function
+from oracle import ROUNDOFF, edit_error, integers, oracle, product_error, released_loop, rounding_error, whole_value_function
 
 import recontrol as rc
 from recontrol import _C
@@ -129,15 +129,25 @@ def test_dead_units(backend, depth):
     assert torch.equal(rc.ascend(hidden, value, backend=backend), hidden)
 
 
-@pytest.mark.parametrize("step_size,steps", [(1e4, 20), (1e-12, 30), (50.0, 7)])
-def test_huge_and_tiny_steps(backend, step_size, steps):
-    """Where most units flip at every step, and where nothing can be seen to move."""
+@pytest.mark.parametrize("step_size,steps", [(1e4, 20), (50.0, 7)])
+def test_huge_steps(backend, step_size, steps):
+    """Where most units flip at every step and the edit dwarfs the state. The loop sums one product a step, whose errors average out."""
+    value = rc.ValueFunction(24, (65,))
+    hidden = torch.randn(128, 24)
+    exact, _ = oracle(hidden, value, step_size, steps)
+    ours = edit_error(rc.ascend(hidden, value, step_size, steps, backend=backend), exact, hidden)
+    theirs = edit_error(released_loop(hidden, value, step_size, steps), exact, hidden)
+    # Beyond the 95th percentile there may be a row with a unit that flipped early or late, here as in the loop.
+    for quantile in (0.5, 0.9, 0.95):
+        assert ours.quantile(quantile) <= max(float(theirs.quantile(quantile)), product_error(value))
+
+
+def test_steps_too_small_to_be_seen(backend):
+    """An edit far below the rounding of the state: the result is the oracle's, rounded once."""
     value = rc.ValueFunction(24, (65,))
     hidden = torch.randn(6, 24)
-    exact, _ = oracle(hidden, value, step_size, steps)
-    edited = rc.ascend(hidden, value, step_size, steps, backend=backend)
-    bound = torch.maximum(edit_error(released_loop(hidden, value, step_size, steps), exact, hidden), rounding_error(exact, hidden))
-    assert edit_error(edited, exact, hidden).median() <= bound.max()
+    exact, _ = oracle(hidden, value, 1e-12, 30)
+    assert torch.equal(rc.ascend(hidden, value, 1e-12, 30, backend=backend), exact.float())
 
 
 def test_many_steps_in_one_go(backend):
@@ -230,18 +240,25 @@ def test_radius_cuts_the_path(backend, dims):
 
 
 @pytest.mark.parametrize("dims", [(30,), (30, 20)], ids=str)
-def test_target_is_reached_from_both_sides(backend, dims):
+def test_target_is_approached_from_both_sides(backend, dims):
+    """Upwards and downwards, to the result of the oracle; without the argument the same rows climb."""
     value = rc.ValueFunction(16, dims)
     hidden = torch.randn(8, 16)
     with torch.no_grad():
+        # As initialised, a deeper net is so flat that its gradient leads nowhere within these steps.
+        for layer in value.layers:
+            layer.weight.mul_(1.5)
         here = value(hidden)[:, 0]
     target = here + torch.tensor([0.2, -0.2] * 4)
-    edited, trace = rc.ascend(hidden, value, 0.5, 200, target=target, return_trace=True, backend=backend)
+    edited, trace = rc.ascend(hidden, value, 0.2, 200, target=target, return_trace=True, backend=backend)
     with torch.no_grad():
         there = value(edited)[:, 0]
     assert ((there - target).abs() < 0.5 * (here - target).abs()).all()
     torch.testing.assert_close(trace[:, 0], here, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace[:, -1], there, rtol=1e-4, atol=1e-5)
+    exact, _ = oracle(hidden, value, 0.2, 200, target=target)
+    assert edit_error(edited, exact, hidden).max() < 1e-4
+    assert (rc.ascend(hidden, value, 0.2, 200, return_trace=True, backend=backend)[1][:, -1] > here).all()
 
 
 @pytest.mark.parametrize("dims", [(30,), (30, 20), (12, 10, 9)], ids=str)

@@ -386,11 +386,11 @@ def test_a_reward_that_breaks_is_named_and_what_was_written_stays(model, tokeniz
 
 def test_prompts_that_are_too_long_are_named_before_any_work(model, tokenizer, tmp_path):
     prompts = ["short", "word " * 520, "short", "word " * 600]
-    with pytest.raises(ValueError, match=r"2 prompts are longer than 384 tokens \(context 512.*: 1 \(\d+ tokens\), 3 \(\d+ tokens\)"):
+    with pytest.raises(ValueError, match=r"2 prompts leave no room for 128 new tokens in a context of 512: 1 \(\d+ tokens\), 3 \(\d+ tokens\)"):
         collect(model, tokenizer, prompts, lengths_of, tmp_path / "r", progress=False)
-    with pytest.raises(ValueError, match="longer than 3 tokens"):
+    with pytest.raises(ValueError, match=r"1 prompts are longer than 3 tokens: 0 \(\d+ tokens\)"):
         collect(model, tokenizer, ["one two three four five"], lengths_of, tmp_path / "r", max_prompt_tokens=3, progress=False)
-    with pytest.raises(ValueError, match="longer than -88 tokens"):
+    with pytest.raises(ValueError, match="1 prompts leave no room for 600 new tokens in a context of 512"):
         collect(model, tokenizer, ["short"], lengths_of, tmp_path / "r", max_new_tokens=600, progress=False)
     assert not (tmp_path / "r").exists()
 
@@ -405,7 +405,7 @@ def test_prompts_that_are_too_long_are_named_before_any_work(model, tokenizer, t
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"num_samples": 2}, ValueError, "needs do_sample=True"),
         ({"num_beams": 4}, ValueError, "num_beams must be 1, found 4"),
-        ({"max_length": 20}, ValueError, "max_length=20: use max_new_tokens"),
+        ({"max_length": 20}, ValueError, "max_length=20 is not taken here: use max_new_tokens"),
         ({"num_return_sequences": 2}, ValueError, "use num_samples"),
         ({"stop_strings": [""]}, ValueError, "not empty"),
         ({"reward": 3}, TypeError, "found int"),

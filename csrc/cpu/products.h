@@ -45,13 +45,14 @@ inline void dots_bf16(const BFloat16* const* w, const BFloat16* const* h, int64_
 }
 #endif
 
-// into[c] += sum over i of by[i] * rows[i][c] for begin <= c < end, i ascending. `into` is padded to a multiple of kWidth;
-// the rows end at `end` or later, and begin is a multiple of kWidth.
+// into[c] += (sum over i of by[i] * rows[i][c]) for begin <= c < end, i ascending. `into` is padded to a multiple of kWidth;
+// the rows end at `end` or later, and begin is a multiple of kWidth. The sum is rounded on its own before it is added:
+// that keeps the error of thousands of terms near that of the few that come here together.
 template <class T>
 inline void accumulate(float* into, const T* const* rows, const float* by, int count, int64_t begin, int64_t end) {
   int64_t c = begin;
   for (; c + 4 * kWidth <= end; c += 4 * kWidth) {
-    Vec a0 = load(into + c), a1 = load(into + c + kWidth), a2 = load(into + c + 2 * kWidth), a3 = load(into + c + 3 * kWidth);
+    Vec a0 = zero(), a1 = zero(), a2 = zero(), a3 = zero();
     for (int i = 0; i < count; ++i) {
       const T* row = rows[i] + c;
       const Vec factor = spread(by[i]);
@@ -60,15 +61,15 @@ inline void accumulate(float* into, const T* const* rows, const float* by, int c
       a2 = fma(factor, load(row + 2 * kWidth), a2);
       a3 = fma(factor, load(row + 3 * kWidth), a3);
     }
-    store(into + c, a0);
-    store(into + c + kWidth, a1);
-    store(into + c + 2 * kWidth, a2);
-    store(into + c + 3 * kWidth, a3);
+    store(into + c, load(into + c) + a0);
+    store(into + c + kWidth, load(into + c + kWidth) + a1);
+    store(into + c + 2 * kWidth, load(into + c + 2 * kWidth) + a2);
+    store(into + c + 3 * kWidth, load(into + c + 3 * kWidth) + a3);
   }
   for (; c < end; c += kWidth) {
-    Vec a = load(into + c);
+    Vec a = zero();
     for (int i = 0; i < count; ++i)
       a = fma(spread(by[i]), end - c >= kWidth ? load(rows[i] + c) : load_some(rows[i] + c, end - c), a);
-    store(into + c, a);
+    store(into + c, load(into + c) + a);
   }
 }

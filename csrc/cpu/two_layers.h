@@ -241,14 +241,16 @@ class TwoLayers {
       copy_hidden(dtype_, row, begin, end);
       return;
     }
+    // Part by part, as g_0 was summed: two short sums round less than a long one.
     float* edit = edit_[r];
     const float total = from_first_[r] ? static_cast<float>(total_[r]) : 0.0f;
-    for (int64_t k = begin; k < end; ++k) {
-      float gradient = 0;
-      for (int p = 0; p < parts_; ++p) gradient += partial_[r][p][k];
-      edit[k] = total * gradient;
+    std::fill(edit + begin, edit + end, 0.0f);
+    for (int p = 0; p < parts_; ++p) {
+      float* part = partial_[r][p];
+      for (int64_t k = begin; k < end; ++k) part[k] *= total;
+      accumulate_rows<T>(network_.first, &by_[r], 1, p * part_, std::min(units_, (p + 1) * part_), begin, end, &part);
+      for (int64_t k = begin; k < end; ++k) edit[k] += part[k];
     }
-    accumulate_rows<T>(network_.first, &by_[r], 1, 0, units_, begin, end, &edit);
     write_edited(dtype_, row, edit, begin, end);
   }
 

@@ -32,7 +32,7 @@ def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> t
     live_steps, most = arguments.live_steps(), arguments.most_steps()
     start = arguments.hidden.to(prepared.compute_dtype)
     z = path.enter(start)  # (rows, dims[1])
-    total = torch.zeros_like(z)  # S
+    total, lost = torch.zeros_like(z), torch.zeros_like(z)  # S, and what its last rounding lost
     edit_square = z.new_zeros(z.shape[0])  # u.u
     stopped = torch.zeros_like(live_steps, dtype=torch.bool)
     trace = z.new_empty(z.shape[0], trace_columns)
@@ -57,7 +57,10 @@ def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> t
             scale = scale * fraction
             edit_square = edit_square + fraction * (2 * dot + fraction * square)
         z = z + scale[:, None] * velocity
-        total = total + scale[:, None] * slope
+        # Step after step adds nearly the same, so plain sums would round the same way each time (Kahan 1965).
+        term = scale[:, None] * slope - lost
+        grown = total + term
+        total, lost = grown, (grown - total) - term
     edited = (start + total @ path.first).to(arguments.hidden.dtype)
     return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace
 

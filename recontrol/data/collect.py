@@ -1,11 +1,10 @@
 """Collecting rollouts: responses of the uncontrolled model, the hidden states it read to sample each token, and their rewards."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,26 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_manifest
 from recontrol.decoding.fingerprint import difference, model_fingerprint
+from recontrol.decoding.generation import REFUSED as REFUSED_IN_BATCHES
+from recontrol.decoding.generation import check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
 from recontrol.decoding.recording import HiddenStateRecorder, record_hidden_states
-from recontrol.decoding.responses import Response, StopStrings, make_response
+from recontrol.decoding.responses import Response
 
 logger = logging.getLogger(__name__)
 
 # One forward call must sample one token for each row, from a seed, until EOS, the length or a stop string.
 REFUSED = {
-    "max_length": "use max_new_tokens",
+    **REFUSED_IN_BATCHES,
     "num_return_sequences": "use num_samples",
-    "stop_strings": "it is an argument of collect",
-    "stopping_criteria": "use stop_strings",
     "max_time": "the result would depend on the machine's speed",
     "assistant_model": "several tokens come from one forward call",
     "prompt_lookup_num_tokens": "several tokens come from one forward call",
-    "streamer": "responses are written to shards",
-    "return_dict_in_generate": "hidden states are recorded already",
     "output_hidden_states": "hidden states are recorded already",
 }
 
@@ -96,11 +93,9 @@ def collect(
     """
     score = as_reward(reward)
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-    # A generation config is the caller's own word on sampling.
-    generation = generation_kwargs if "generation_config" in generation_kwargs else {"do_sample": False, **generation_kwargs}
-    generation = {**generation, "max_new_tokens": max_new_tokens}
-    _check_options(model, generation, num_samples, batch_size, stops)
-    _check_prompts(model, tokenizer, prompts, max_new_tokens, max_prompt_tokens)
+    options = {**greedy_unless_asked(generation_kwargs), **generation_kwargs, "max_new_tokens": max_new_tokens}
+    _check_options(model, options, num_samples, batch_size, stops)
+    check_lengths(model, tokenizer, prompts, max_new_tokens, max_prompt_tokens)
     starts = range(0, len(prompts), batch_size)
     _check_model(out, model)
     settings = {
@@ -108,7 +103,7 @@ def collect(
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
         "reward": reward_name(score),
-        "generation": generation,
+        "generation": options,
         "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
         "num_samples": num_samples,
         "stop_strings": stops,
@@ -124,11 +119,11 @@ def collect(
     dropped = 0
     bar = tqdm(total=len(prompts), initial=min(batch_size * (len(starts) - len(missing)), len(prompts)), unit="prompt", disable=not progress)
     try:
-        with bar, _evaluation(model), record_hidden_states(model) as recorder:
+        with bar, evaluation_mode(model), record_hidden_states(model) as recorder:
             for number in missing:
                 batch = list(prompts[starts[number] : starts[number] + batch_size])
-                with _seeded(seed + number):
-                    responses, states = _respond(model, tokenizer, batch, recorder, stops, {**generation, "num_return_sequences": num_samples})
+                with seeded(seed + number):
+                    responses, states = _respond(model, tokenizer, batch, recorder, stops, {**options, "num_return_sequences": num_samples})
                     dropped += _write(writer, number, starts[number], batch, responses, states, score)
                 bar.update(len(batch))
     except KeyboardInterrupt:
@@ -141,35 +136,21 @@ def collect(
 
 
 def _respond(
-    model: Any, tokenizer: Any, prompts: list[str], recorder: HiddenStateRecorder, stop_strings: list[str], generation: dict[str, Any]
+    model: Any, tokenizer: Any, prompts: list[str], recorder: HiddenStateRecorder, stop_strings: list[str], options: dict[str, Any]
 ) -> tuple[list[Response], Tensor]:
     """Generate one batch: the responses, row by row, and the states (steps, rows, hidden_size); state t sampled token t."""
-    ids = tokenizer(prompts).input_ids
-    width = max(map(len, ids))
-    padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    # Padded here, on the left whatever the tokenizer's own side is, so that the last position is the prompt's last for every row.
-    inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    generation = {"pad_token_id": padding, **generation}
-    if stop_strings:
-        generation["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stop_strings, width)])
     recorder.clear()
-    with torch.no_grad():
-        new = model.generate(input_ids=inputs, attention_mask=mask, **generation)[:, width:].tolist()
-    steps = len(new[0])
-    if len(recorder.steps) != steps or any(len(step) != len(new) for step in recorder.steps):
+    batch = respond(model, tokenizer, prompts, stop_strings, options)
+    rows = len(batch.responses)
+    if len(recorder.steps) != batch.steps or any(len(step) != rows for step in recorder.steps):
         shapes = {tuple(step.shape) for step in recorder.steps}
         raise RuntimeError(
-            f"the model ran {len(recorder.steps)} times, with hidden states {shapes}, to sample {steps} tokens for {len(new)} rows; wanted one run a token: "
+            f"the model ran {len(recorder.steps)} times, with hidden states {shapes}, to sample {batch.steps} tokens for {rows} rows; wanted one run a token: "
             "an option of generate samples in another way"
         )
-    samples = generation["num_return_sequences"]
-    eos = _effective(model, generation, "eos_token_id")
-    eos_ids = set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
-    responses = [make_response(tokenizer, ids[row // samples], tokens, eos_ids, stop_strings) for row, tokens in enumerate(new)]
     states = torch.stack(list(recorder.steps)).cpu()
     recorder.clear()
-    return responses, states
+    return batch.responses, states
 
 
 def _write(writer: RolloutWriter, number: int, first: int, prompts: list[str], responses: list[Response], states: Tensor, score: Reward) -> int:
@@ -198,52 +179,19 @@ def _write(writer: RolloutWriter, number: int, first: int, prompts: list[str], r
     return len(responses) - len(rows)
 
 
-def _effective(model: Any, generation: dict[str, Any], name: str) -> Any:
-    """What `generate` will use for an option: the argument, else the generation config."""
-    return generation[name] if name in generation else getattr(generation.get("generation_config", model.generation_config), name, None)
-
-
-def _check_options(model: Any, generation: dict[str, Any], num_samples: int, batch_size: int, stop_strings: list[str]) -> None:
-    for name, value in {"max_new_tokens": generation["max_new_tokens"], "num_samples": num_samples, "batch_size": batch_size}.items():
+def _check_options(model: Any, options: dict[str, Any], num_samples: int, batch_size: int, stop_strings: list[str]) -> None:
+    for name, value in {"max_new_tokens": options["max_new_tokens"], "num_samples": num_samples, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
     if any(not isinstance(stop, str) or not stop for stop in stop_strings):
         raise ValueError(f"stop_strings must be texts that are not empty, found {stop_strings!r}")
-    for name, reason in REFUSED.items():
-        if generation.get(name) is not None:
-            raise ValueError(f"collect does not take {name}={generation[name]!r}: {reason}")
-    if (beams := _effective(model, generation, "num_beams") or 1) != 1:
+    check_options(options, REFUSED)
+    if (beams := effective(model, options, "num_beams") or 1) != 1:
         raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
-    if num_samples > 1 and not _effective(model, generation, "do_sample"):
+    if num_samples > 1 and not effective(model, options, "do_sample"):
         raise ValueError(f"num_samples={num_samples} needs do_sample=True: greedy decoding would write the same response {num_samples} times")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"collect needs a decoder-only causal language model, found {type(model).__name__}")
-
-
-def _check_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_prompt_tokens: int | None) -> None:
-    """Refuse prompts that cannot be answered, before any work is done on the others."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError("prompts must be a list of texts")
-    if not prompts:
-        raise ValueError("there are no prompts")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (context and context - max_new_tokens, max_prompt_tokens) if limit is not None]
-    limit = min(limits, default=None)
-    too_long, empty = [], []
-    for start in range(0, len(prompts), 1024):
-        for index, ids in enumerate(tokenizer(list(prompts[start : start + 1024])).input_ids, start=start):
-            if not ids:
-                empty.append(index)
-            elif limit is not None and len(ids) > limit:
-                too_long.append((index, len(ids)))
-    if empty:
-        raise ValueError(f"{len(empty)} prompts have no tokens: {_some(empty)}")
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts are longer than {limit} tokens "
-            f"(context {context}, max_new_tokens {max_new_tokens}, max_prompt_tokens {max_prompt_tokens}): "
-            f"{_some([f'{index} ({length} tokens)' for index, length in too_long])}; leave them out with load_prompts(max_prompt_tokens={limit})"
-        )
 
 
 def _check_model(out: str | os.PathLike, model: Any) -> None:
@@ -253,31 +201,6 @@ def _check_model(out: str | os.PathLike, model: Any) -> None:
             raise ValueError(f"{out} holds rollouts of another model: {other}; use another folder")
 
 
-def _some(items: Sequence[Any]) -> str:
-    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
-
-
 def _describe(value: Any) -> Any:
     """What stands for an option of `generate` in the manifest."""
     return value.to_diff_dict() | {"transformers_version": None} if isinstance(value, GenerationConfig) else type(value).__qualname__
-
-
-@contextlib.contextmanager
-def _evaluation(model: Any) -> Iterator[None]:
-    """Evaluation mode, module by module back as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A seed inside, the caller's generators as they were outside."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path

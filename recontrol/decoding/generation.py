@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ REFUSED = {
     "streamer": "responses come in batches",
     "return_dict_in_generate": "only tokens are returned",
 }
+# Long lists of prompts are measured in pieces, so that their tokens are never all in memory.
+TOKENISED_AT_ONCE = 1024
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Batch:
     """The responses to a batch of prompts.
 
     Attributes:
-        responses: one a prompt.
+        responses: one a prompt, or several.
         steps: decode steps that were run, the longest row's, at least 1.
         seconds: wall-clock time of `model.generate`, prefill included.
     """
@@ -68,63 +70,100 @@ def generate_batch(
     check_options(generation_kwargs)
     if not prompts:
         raise ValueError("there are no prompts")
+    with seeded(seed), evaluation_mode(model):
+        batch = respond(model, tokenizer, prompts, stop_strings, {**generation_kwargs, "max_new_tokens": max_new_tokens})
+    if len(batch.responses) != len(prompts):
+        raise ValueError(f"found {len(batch.responses)} responses to {len(prompts)} prompts, wanted one each: leave num_return_sequences at 1")
+    return batch
+
+
+def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: Sequence[str] | None, options: dict[str, Any]) -> Batch:
+    """Run `model.generate` on one batch of prompts, without a seed or a mode of its own, and cut the responses.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; its padding settings are neither used nor changed.
+        prompts: the texts to respond to, at least one.
+        stop_strings: strings at which a response ends.
+        options: of `generate`; without do_sample the model is greedy. Row r of several a prompt responds to prompt r // num_return_sequences.
+    """
     ids = tokenizer(list(prompts)).input_ids
     width = max(map(len, ids))
     padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     # On the left whatever the tokenizer's own side is, so that the last position is the prompt's last for every row.
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    # A generation config is the caller's own word on sampling.
-    greedy = {} if "generation_config" in generation_kwargs else {"do_sample": False}
-    options = {"pad_token_id": padding, **greedy, **generation_kwargs, "max_new_tokens": max_new_tokens}
+    options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
     stops = list(stop_strings or [])
     if stops:
         options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stops, width)])
-    with seeded(seed), evaluation_mode(model), torch.no_grad():
+    with torch.no_grad():
         _wait(model)
         start = time.perf_counter()
         output = model.generate(input_ids=inputs, attention_mask=mask, **options)
         _wait(model)
         seconds = time.perf_counter() - start
     new = output[:, width:].tolist()
-    if len(new) != len(ids):
-        raise ValueError(f"found {len(new)} responses to {len(ids)} prompts, wanted one each: leave num_return_sequences at 1")
+    samples = max(1, len(new) // len(ids))
     eos_ids = _eos_ids(model, options)
-    responses = [make_response(tokenizer, prompt, row, eos_ids, stops) for prompt, row in zip(ids, new, strict=True)]
+    responses = [make_response(tokenizer, ids[row // samples], tokens, eos_ids, stops) for row, tokens in enumerate(new)]
     return Batch(responses, max(1, len(new[0])), seconds)
 
 
-def check_options(generation_kwargs: dict[str, Any]) -> None:
+def greedy_unless_asked(options: dict[str, Any]) -> dict[str, Any]:
+    """{"do_sample": False}, unless a generation config is given: that is the caller's own word on sampling."""
+    return {} if "generation_config" in options else {"do_sample": False}
+
+
+def check_options(generation_kwargs: dict[str, Any], refused: Mapping[str, str] = REFUSED) -> None:
     """Refuse options of `generate` that do not go with batches of responses.
+
+    Args:
+        generation_kwargs: the options.
+        refused: names that must not be among them, with the reason or a way out.
 
     Raises:
         ValueError: with the reason.
     """
-    for name, reason in REFUSED.items():
+    for name, reason in refused.items():
         if generation_kwargs.get(name) is not None:
             raise ValueError(f"{name}={generation_kwargs[name]!r} is not taken here: {reason}")
 
 
-def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> None:
+def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
     """Refuse prompts that leave no room for the response in the model's context, before any work is done on the others.
 
+    Args:
+        model: the language model, whose config knows the context.
+        tokenizer: its tokenizer.
+        prompts: the texts to respond to.
+        max_new_tokens: length of a response at most, in tokens.
+        max_prompt_tokens: refuse longer prompts, although there would be room for them.
+
     Raises:
-        TypeError: `prompts` is one text instead of a list.
+        TypeError: `prompts` is one text instead of a list, or has something else than texts.
         ValueError: no prompts, prompts without tokens, or prompts too long; they are named.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts, found one text, {prompts[:40]!r}")
+    others = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    if others:
+        raise TypeError(f"prompts must be a list of texts, found {type(prompts[others[0]]).__name__} at {_some(others)}")
     if not prompts:
         raise ValueError("there are no prompts")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+    lengths = [len(ids) for start in range(0, len(prompts), TOKENISED_AT_ONCE) for ids in tokenizer(list(prompts[start : start + TOKENISED_AT_ONCE])).input_ids]
     empty = [index for index, length in enumerate(lengths) if not length]
     if empty:
-        raise ValueError(f"{len(empty)} prompts have no tokens: {empty[:8]}")
-    too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if context is not None and length + max_new_tokens > context]
-    if too_long:
-        some = ", ".join(too_long[:8]) + (", ..." if len(too_long) > 8 else "")
-        raise ValueError(f"{len(too_long)} prompts leave no room for {max_new_tokens} new tokens in a context of {context}: {some}")
+        raise ValueError(f"{len(empty)} prompts have no tokens: {_some(empty)}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    wanted = f"leave no room for {max_new_tokens} new tokens in a context of {context}"
+    limits = [(context - max_new_tokens, wanted)] if context is not None else []
+    if max_prompt_tokens is not None:
+        limits.append((max_prompt_tokens, f"are longer than {max_prompt_tokens} tokens"))
+    for limit, complaint in limits:
+        too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if length > limit]
+        if too_long:
+            raise ValueError(f"{len(too_long)} prompts {complaint}: {_some(too_long)}")
 
 
 def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -154,11 +193,19 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = training
 
 
+def effective(model: Any, options: dict[str, Any], name: str) -> Any:
+    """What `generate` will use for an option: that of the call, else that of the generation config."""
+    return options[name] if name in options else getattr(options.get("generation_config", model.generation_config), name, None)
+
+
 def _eos_ids(model: Any, options: dict[str, Any]) -> set[int]:
-    """The end-of-sequence tokens that `generate` stops at: those of the call, else of the generation config."""
-    config = options.get("generation_config", model.generation_config)
-    eos = options.get("eos_token_id", config.eos_token_id)
+    """The end-of-sequence tokens that `generate` stops at."""
+    eos = effective(model, options, "eos_token_id")
     return set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
+
+
+def _some(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
 
 
 def _wait(model: Any) -> None:
