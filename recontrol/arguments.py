@@ -1,5 +1,6 @@
 """Checking the arguments of an ascent and bringing them to one shape."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ class AscentArguments:
             _refuse(~torch.isfinite(self.radius) | (self.radius < 0), self.radius, "radius must be finite and 0 or more")
         if self.target is not None:
             _refuse(~torch.isfinite(self.target), self.target, "target must be finite")
-        _refuse(~torch.isfinite(self.head_weights), self.head_weights, "head_weights must be finite")
+        _refuse(~torch.isfinite(self.head_weights), self.head_weights, "head_weights must be finite", "head")
         bad = ~torch.isfinite(self.hidden).all(dim=1) & (self.live_steps() > 0)
         if bad.any():
             rows = bad.nonzero().flatten().tolist()
@@ -84,8 +85,8 @@ def normalise(
         raise ValueError(f"hidden must have shape (rows, {value.hidden_size}) for this value function, found {tuple(hidden.shape)}")
     weights, biases = value.parameters_by_kind
     dtypes = {parameter.dtype for parameter in (*weights, *biases)}
-    if len(dtypes) != 1:
-        raise TypeError(f"the weights of the value function must share one dtype, found {sorted(map(str, dtypes))}")
+    if len(dtypes) != 1 or value.dtype not in FLOATING:
+        raise TypeError(f"the weights of the value function must share one dtype of {_names(FLOATING)}, found {sorted(map(str, dtypes))}")
     if (hidden.dtype == torch.float64) != (value.dtype == torch.float64):
         raise TypeError(f"float64 goes with float64 only: hidden is {hidden.dtype}, the value function is {value.dtype}")
     devices = {parameter.device for parameter in (*weights, *biases)}
@@ -98,7 +99,7 @@ def normalise(
             raise ValueError(f"the value function has {value.num_heads} heads: give head_weights, a tensor of {value.num_heads} weights")
         head_weights = torch.ones(1, dtype=dtype, device=hidden.device)
     else:
-        head_weights = torch.as_tensor(head_weights).to(dtype=dtype, device=hidden.device)
+        head_weights = _head_weights(head_weights, value.num_heads, hidden.device).to(dtype=dtype, device=hidden.device)
         if head_weights.shape != (value.num_heads,):
             raise ValueError(f"head_weights must have shape ({value.num_heads},), found {tuple(head_weights.shape)}")
     if mask is not None:
@@ -108,7 +109,7 @@ def normalise(
     if isinstance(steps, bool) or (isinstance(steps, Tensor) and (steps.is_floating_point() or steps.dtype == torch.bool)) or isinstance(steps, float):
         raise TypeError(f"steps must be an integer or an integer tensor, found {steps.dtype if isinstance(steps, Tensor) else steps!r}")
     return AscentArguments(
-        hidden=hidden,
+        hidden=hidden.detach(),
         step_size=_spread(step_size, rows, dtype, hidden.device, "step_size"),
         steps=_spread(steps, rows, torch.int64, hidden.device, "steps"),
         mask=mask,
@@ -118,23 +119,44 @@ def normalise(
     )
 
 
+def _head_weights(given: Tensor | Sequence[float], num_heads: int, device: torch.device) -> Tensor:
+    """The weights of the heads as given; numbers may come from another device than that of the hidden states."""
+    try:
+        weights = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"head_weights must be a tensor or a list of {num_heads} numbers, found {given!r}") from None
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise TypeError(f"head_weights must be real numbers, found {weights.dtype}")
+    if weights.is_meta and device.type != "meta":
+        raise ValueError(f"head_weights is on {weights.device}, hidden on {device}; move one of them")
+    return weights
+
+
 def _spread(given: float | int | Tensor, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
     """A (rows,) tensor from a scalar or a (rows,) tensor."""
     if not isinstance(given, Tensor):
-        if not isinstance(given, int | float):
+        if isinstance(given, bool) or not isinstance(given, int | float):
             raise TypeError(f"{name} must be a number or a tensor, found {type(given).__name__}")
-        return torch.full((rows,), given, dtype=dtype, device=device)
-    if given.device != device and given.dim() > 0:
+        if torch.compiler.is_compiling() and isinstance(given, float):
+            # In `full` every other float would be compiled anew.
+            return torch.ones(rows, dtype=dtype, device=device) * given
+        try:
+            return torch.full((rows,), given, dtype=dtype, device=device)
+        except (RuntimeError, OverflowError):
+            raise ValueError(f"{name} must be a number that {_names((dtype,))} can hold, found {given!r}") from None
+    if given.is_complex() or (given.dtype == torch.bool) != (dtype == torch.bool):
+        raise TypeError(f"{name} must be a number or a tensor of real numbers, found {given.dtype}")
+    if given.device != device and (given.dim() > 0 or given.is_meta):
         raise ValueError(f"{name} is on {given.device}, hidden on {device}; move one of them")
     if given.shape not in ((), (1,), (rows,)):
         raise ValueError(f"{name} must be a scalar or have shape ({rows},), one entry a row, found {tuple(given.shape)}")
     return given.detach().to(dtype=dtype, device=device).expand(rows).contiguous()
 
 
-def _refuse(bad: Tensor, given: Tensor, wanted: str) -> None:
+def _refuse(bad: Tensor, given: Tensor, wanted: str, noun: str = "row") -> None:
     if bad.any():
-        rows = bad.nonzero().flatten().tolist()
-        raise ValueError(f"{wanted}, found {given[rows[0]].item()} in {_some(rows, 'row')}")
+        places = bad.nonzero().flatten().tolist()
+        raise ValueError(f"{wanted}, found {given[places[0]].item()} in {_some(places, noun)}")
 
 
 def _some(numbers: list[int], noun: str) -> str:

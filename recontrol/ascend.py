@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from recontrol import backends
 from recontrol.arguments import AscentArguments, normalise
@@ -59,7 +60,9 @@ def ascend(
     if return_trace:
         columns = 1 + (steps if isinstance(steps, int) and hidden.shape[0] else arguments.most_steps())
     weights, biases = value.parameters_by_kind
-    run = torch.ops.recontrol.ascend if torch.compiler.is_compiling() else _ascend
+    # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or hidden.is_meta
+    run = torch.ops.recontrol.ascend if traced else _ascend
     with torch.no_grad():
         edited, trace = run(
             arguments.hidden,
@@ -95,7 +98,9 @@ def _ascend(
     """Pick the backend, which checks the values, and run it. Opaque to `torch.compile`, so that all of this may look at the data."""
     arguments = AscentArguments(hidden, step_size, steps, mask, radius, target, head_weights)
     prepared = cache_of(cache_key).get(weights, biases)
-    return backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
+    edited, trace = backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
+    # What the fake below promises, even for states that lie transposed.
+    return edited.contiguous(), trace
 
 
 _ascend_op = torch.library.custom_op("recontrol::ascend", _ascend, mutates_args=())

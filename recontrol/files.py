@@ -1,12 +1,17 @@
 """Writing files so that a killed process never leaves a half-written one that looks whole."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_numbers = itertools.count()
+# The names of the temporary files that this process is writing now.
+_open: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -17,30 +22,41 @@ def write_aside(path: str | os.PathLike) -> Iterator[Path]:
         OSError: the disk is full or the folder cannot be written; the message names `path`.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Numbered, because several threads may write the same file.
+    aside = path.with_name(f".{path.name}.{next(_numbers)}.{os.getpid()}.part")
+    _open.add(aside.name)
     try:
         yield aside
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        _remove(aside)
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; the previous file, if any, is untouched") from error
     except BaseException:
-        aside.unlink(missing_ok=True)
+        _remove(aside)
         raise
+    finally:
+        _open.discard(aside.name)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that no longer run (see `write_aside`); those of a live process stay."""
+    """Remove the temporary files of processes that no longer run (see `write_aside`); those that are being written stay."""
     for part in folder.glob(".*.part"):
         match = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
-        if match and not _alive(int(match[1])):
+        if match and part.name not in _open and not _alive(int(match[1])):
             part.unlink(missing_ok=True)
 
 
+def _remove(part: Path) -> None:
+    # Where it cannot even be removed, the error that led here says more.
+    with contextlib.suppress(OSError):
+        part.unlink()
+
+
 def _alive(process: int) -> bool:
+    """Whether another process has this number; a file that bears our own and is not open was left by one that had it before."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True
@@ -62,5 +78,5 @@ def read_json(path: str | os.PathLike) -> Any:
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged or not one of ours") from error

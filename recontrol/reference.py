@@ -56,7 +56,17 @@ def ascend(
 
 @torch.inference_mode(False)
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the steps by autograd in `dtype`; return the edited states and the trace of V, (rows, max steps + 1)."""
+    """Take the steps by autograd; what `ascend` runs when its arguments are checked.
+
+    Args:
+        arguments: of one ascent.
+        weights: of the value function, first layer first.
+        biases: likewise.
+        dtype: compute in this precision.
+
+    Returns:
+        The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1).
+    """
     # Clones, because tensors made under inference_mode cannot take part in autograd.
     weights = [weight.detach().clone().to(dtype) for weight in weights]
     biases = [bias.detach().clone().to(dtype) for bias in biases]

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import recontrol
 from recontrol.cli import main, options, parser
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import model_fingerprint
+from recontrol.training.train import LARGEST_BATCH, MINIBATCHES, train
 from recontrol.value import ValueFunction
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,8 @@ EXAMPLE = ROOT / "examples" / "movie_reviews"
 MODEL = ["--model", str(EXAMPLE / "lm"), "--dtype", "float32", "--device", "cpu"]
 REWARD = ["--reward-model", str(EXAMPLE / "reward")]
 SUBCOMMANDS = ("collect", "train", "generate", "evaluate", "info")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments):
@@ -49,6 +53,13 @@ def prompt_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ["This film is", "I never", "The actors in it", "One of"]))
     return path
+
+
+@pytest.fixture(scope="module")
+def rollout_folder(tmp_path_factory):
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("rollouts") / "r"
+    return Rollouts.write(path, [torch.randn(2, 4, generator=generator) for _ in range(40)], torch.randn(40, generator=generator)).path
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
@@ -133,6 +144,50 @@ def test_the_whole_method(tmp_path, prompt_file, capsys):
     assert all(line["response"] and line["finish"] == "length" for line in lines)
 
 
+def train_keywords(monkeypatch, *arguments):
+    """What the command hands to `train`."""
+    calls = []
+    monkeypatch.setattr("recontrol.training.train.train", lambda rollouts, **keywords: calls.append({"rollouts": rollouts, **keywords}))
+    assert run("train", "--rollouts", "r", "--out", "v", *arguments) == 0
+    return calls[0]
+
+
+def test_what_is_not_asked_of_train_is_as_in_the_function(monkeypatch, capsys):
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    found = train_keywords(monkeypatch)
+    assert found.keys() == defaults.keys() - {"dtype", "progress"}
+    assert found == {name: defaults[name] for name in found} | {"rollouts": "r", "out": "v", "device": found["device"]}
+    assert run("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    shown = {"learning_rate": "1e-4", "epochs": "100", "patience": "10", "validation_fraction": "0.1", "td_lambda": "0, as in the paper"}
+    for name, words in shown.items():
+        assert f"(default: {words})" in text and defaults[name] == float(words.split(",")[0])
+    assert f"(default: a twentieth of those trained on, at least 1 and at most the paper's {LARGEST_BATCH})" in text and MINIBATCHES == 20
+
+
+def test_what_is_asked_of_train_is_handed_over(monkeypatch):
+    wanted = {"hidden_dims": (8, 4), "seed": 3, "learning_rate": 0.01, "batch_size": 5, "epochs": 7, "patience": 2}
+    wanted |= {"validation_fraction": 0.3, "td_lambda": 0.95, "checkpoint_every": 50, "device": "meta"}
+    arguments = ["--hidden-dims", "8,4", "--seed", 3, "--learning-rate", 0.01, "--batch-size", 5, "--epochs", 7, "--patience", 2]
+    arguments += ["--validation-fraction", 0.3, "--td-lambda", 0.95, "--checkpoint-every", 50, "--device", "meta"]
+    assert train_keywords(monkeypatch, *arguments) == {"rollouts": "r", "out": "v", **wanted}
+    ends = train_keywords(monkeypatch, "--validation-fraction", 0, "--td-lambda", 1)
+    assert (ends["validation_fraction"], ends["td_lambda"]) == (0.0, 1.0)
+    assert train_keywords(monkeypatch, "--td-lambda", 0)["td_lambda"] == 0.0
+
+
+def test_train_is_done_once_and_other_settings_are_refused(rollout_folder, tmp_path, capsys):
+    command = ["train", "--rollouts", rollout_folder, "--out", tmp_path / "v", "--hidden-dims", "8", "--epochs", 2, "--device", "cpu", "--td-lambda", 0.95]
+    assert run(*command) == 0
+    assert f"value function: {tmp_path / 'v'}" in capsys.readouterr().out
+    assert ValueFunction.from_pretrained(tmp_path / "v").provenance["training"]["td_lambda"] == 0.95
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "v").iterdir()}
+    assert run(*command, "--checkpoint-every", 4) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "v").iterdir()} == before
+    assert run(*command, "--td-lambda", 0.5) == 2
+    assert "another td_lambda: found 0.95, wanted 0.5; use the same settings to go on with it, or another folder" in one_line(capsys)
+
+
 def test_evaluate_is_greedy_and_chooses_nothing_by_default(tmp_path, prompt_file, value_folder, capsys):
     arguments = [*MODEL, *REWARD, "--value", value_folder, "--dataset", prompt_file, "--limit", 2, "--max-new-tokens", 3, "--step-sizes", "1e-6"]
     assert run("evaluate", *arguments, "--out", tmp_path / "report") == 0
@@ -185,7 +240,10 @@ def one_line(capsys):
         (["collect", "--model", "no/such/model", *REWARD, "--dataset", "PROMPTS", "--out", "OUT"], "no/such/model"),
         (["collect", *MODEL, *REWARD, "--dataset", "missing.jsonl", "--out", "OUT"], "no prompts at 'missing.jsonl'"),
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--num-samples", "2"], "needs do_sample=True"),
-        (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--max-new-tokens", "511"], "longer than 1 tokens"),
+        (
+            ["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--max-new-tokens", "511"],
+            "leave no room for 511 new tokens in a context of 512",
+        ),
         (["collect", *MODEL, "--reward-model", "no/such/reward", "--dataset", "PROMPTS", "--out", "OUT"], "no/such/reward"),
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--chat-template", "--out", "OUT"], "no chat template"),
         (["generate", *MODEL], "give either --prompt or --dataset"),
@@ -195,13 +253,17 @@ def one_line(capsys):
         (["generate", *MODEL, "--prompt", "I", "--value", "VALUE", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["generate", *MODEL, "--prompt", "I", "--value", "VALUE", "--head-weights", "1,2"], "head_weights must be 1 numbers"),
         (["generate", *MODEL, "--prompt", "I", "--stop", "x", "--no-stop"], "exclude each other"),
+        (["train", "--rollouts", "missing", "--out", "OUT"], "missing is no rollout folder: manifest.json is missing"),
+        (["train", "--rollouts", "ROLLOUTS", "--out", "PROMPTS"], "prompts.jsonl is a file; training writes into a folder"),
+        (["train", "--rollouts", "ROLLOUTS", "--out", "VALUE"], "config.json, model.safetensors but no history.json"),
+        (["train", "--rollouts", "ROLLOUTS", "--out", "OUT", "--seed", "-1"], "seed must be an integer of at least 0, found -1"),
         (["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "PROMPTS"], "File exists"),
         (["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "OUT", "--validation-prompts", "PROMPTS"], "choose on others"),
     ],
 )
-def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, value_folder, capsys, monkeypatch):
+def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, value_folder, rollout_folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    places = {"OUT": tmp_path / "out", "PROMPTS": prompt_file, "VALUE": value_folder}
+    places = {"OUT": tmp_path / "out", "PROMPTS": prompt_file, "VALUE": value_folder, "ROLLOUTS": rollout_folder}
     assert run(*(places.get(argument, argument) for argument in arguments)) == 2
     assert message in one_line(capsys)
 
@@ -213,7 +275,13 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, val
         (["generate", *MODEL, "--step-size", "nan"], "--step-size: must be a number above 0, found nan"),
         (["generate", *MODEL, "--step-size", "-1"], "--step-size"),
         (["evaluate", *MODEL, "--step-sizes", "0.5,,1"], "--step-sizes: invalid list of positive float value: '0.5,,1'"),
-        (["train", "--validation-fraction", "1"], "must be between 0 and 1, found 1"),
+        (["train", "--validation-fraction", "1"], "--validation-fraction: must be between 0 and 1, found 1"),
+        (["train", "--td-lambda", "1.5"], "--td-lambda: must be between 0 and 1, found 1.5"),
+        (["train", "--td-lambda", "nan"], "--td-lambda: must be between 0 and 1, found nan"),
+        (["train", "--checkpoint-every", "0"], "--checkpoint-every: must be at least 1, found 0"),
+        (["train", "--batch-size", "0"], "--batch-size: must be at least 1, found 0"),
+        (["train", "--patience", "-1"], "--patience: must be at least 1, found -1"),
+        (["train", "--learning-rate", "inf"], "--learning-rate: must be a number above 0, found inf"),
         (["generate", *MODEL, "--stop", ""], "must not be empty"),
         (["generate", *MODEL, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["collect"], "the following arguments are required: --out, --model, --dataset, --reward-model"),
@@ -236,6 +304,15 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setattr("recontrol.backends.backend_info", broken)
     with pytest.raises(KeyError):
         main(["info"])
+
+
+def test_training_that_diverges_is_a_line_not_a_traceback(monkeypatch, capsys):
+    def diverging():
+        raise FloatingPointError("training diverged in epoch 3")
+
+    monkeypatch.setattr("recontrol.backends.backend_info", diverging)
+    assert run("info") == 2
+    assert one_line(capsys) == "recontrol: error: training diverged in epoch 3"
 
 
 def test_a_long_message_is_cut(monkeypatch, capsys):
@@ -288,3 +365,20 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, prompt_file):
     assert err.strip().splitlines()[-1] == "recontrol: interrupted; the batches that were finished are kept: repeat the command to go on from there"
     assert "Traceback" not in err
     assert 3 <= len(list(out.glob("shard-*.safetensors"))) < 400
+
+
+def test_ctrl_c_in_train_says_how_to_go_on(rollout_folder, tmp_path):
+    out = tmp_path / "value"
+    arguments = ["-m", "recontrol", "train", "--rollouts", str(rollout_folder), "--out", str(out), "--hidden-dims", "8", "--device", "cpu"]
+    # Long enough to be interrupted, however fast.
+    endless = ["--epochs", "1000000", "--patience", "1000000"]
+    running = process(*arguments, *endless, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not (out / "checkpoint.safetensors").exists():
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err.strip().splitlines()[-1] == "recontrol: interrupted; what was done up to the last checkpoint is kept: repeat the command to go on from there"
+    assert f"the same call goes on from the last checkpoint in {out}" in err and "Traceback" not in err
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "history.json"]

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
 SAMPLING = {"max_new_tokens": 8, "batch_size": 4, "do_sample": True, "temperature": 1.0, "progress": False}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def lengths_of(prompts, responses):
     return [float(len(response)) for response in responses]

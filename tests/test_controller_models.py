@@ -50,6 +50,8 @@ MODELS = {
 }
 PROMPT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):

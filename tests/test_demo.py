@@ -11,6 +11,8 @@ SMALL = [
     *("--width", "32", "--epochs", "2", "--step-sizes", "0.5", "1", "--steps", "3", "5"),
 ]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def demo():

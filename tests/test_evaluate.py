@@ -20,6 +20,8 @@ from recontrol.value import ValueFunction
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def letters(prompts, responses):
     return [float(response.count("e")) for response in responses]

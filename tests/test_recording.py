@@ -10,6 +10,8 @@ IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 PADDED = torch.tensor([[0, 0, 11], [8, 9, 10]])
 MASK = torch.tensor([[0, 0, 1], [1, 1, 1]])
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model():

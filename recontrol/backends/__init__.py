@@ -37,7 +37,7 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: with the choices.
     """
-    if name != "auto" and name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown backend {name!r}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
 
 

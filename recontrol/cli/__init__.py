@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print(f"\nrecontrol: interrupted; {options.after_interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         if options.debug:
             raise
         # Some libraries write paragraphs; what is wrong comes first.

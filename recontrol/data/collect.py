@@ -21,7 +21,7 @@ from recontrol.decoding.fingerprint import difference, model_fingerprint
 from recontrol.decoding.generation import REFUSED as REFUSED_IN_BATCHES
 from recontrol.decoding.generation import check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
 from recontrol.decoding.recording import HiddenStateRecorder, record_hidden_states
-from recontrol.decoding.responses import Response
+from recontrol.decoding.responses import Response, listed_stop_strings
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ def collect(
     Source: Kong et al. 2024, section 4.2 (training data of the value function).
     """
     score = as_reward(reward)
-    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    stops = listed_stop_strings(stop_strings)
     options = {**greedy_unless_asked(generation_kwargs), **generation_kwargs, "max_new_tokens": max_new_tokens}
-    _check_options(model, options, num_samples, batch_size, stops)
+    _check_options(model, options, num_samples, batch_size)
     check_lengths(model, tokenizer, prompts, max_new_tokens, max_prompt_tokens)
     starts = range(0, len(prompts), batch_size)
     _check_model(out, model)
@@ -179,12 +179,10 @@ def _write(writer: RolloutWriter, number: int, first: int, prompts: list[str], r
     return len(responses) - len(rows)
 
 
-def _check_options(model: Any, options: dict[str, Any], num_samples: int, batch_size: int, stop_strings: list[str]) -> None:
+def _check_options(model: Any, options: dict[str, Any], num_samples: int, batch_size: int) -> None:
     for name, value in {"max_new_tokens": options["max_new_tokens"], "num_samples": num_samples, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
-    if any(not isinstance(stop, str) or not stop for stop in stop_strings):
-        raise ValueError(f"stop_strings must be texts that are not empty, found {stop_strings!r}")
     check_options(options, REFUSED)
     if (beams := effective(model, options, "num_beams") or 1) != 1:
         raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from recontrol.decoding.responses import Response, StopStrings, make_response
+from recontrol.decoding.responses import Response, StopStrings, listed_stop_strings, make_response
 
 # The result must be one row of new tokens for each prompt.
 REFUSED = {
@@ -65,19 +65,20 @@ def generate_batch(
         generation_kwargs: passed on to `model.generate`; without do_sample the model is greedy, whatever its own default.
 
     Raises:
-        ValueError: no prompts, or an option of `generate` that does not return one row of new tokens a prompt.
+        ValueError: no prompts, an empty stop string, or an option of `generate` that does not return one row of new tokens a prompt.
     """
     check_options(generation_kwargs)
+    stops = listed_stop_strings(stop_strings)
     if not prompts:
         raise ValueError("there are no prompts")
     with seeded(seed), evaluation_mode(model):
-        batch = respond(model, tokenizer, prompts, stop_strings, {**generation_kwargs, "max_new_tokens": max_new_tokens})
+        batch = respond(model, tokenizer, prompts, stops, {**generation_kwargs, "max_new_tokens": max_new_tokens})
     if len(batch.responses) != len(prompts):
         raise ValueError(f"found {len(batch.responses)} responses to {len(prompts)} prompts, wanted one each: leave num_return_sequences at 1")
     return batch
 
 
-def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: Sequence[str] | None, options: dict[str, Any]) -> Batch:
+def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: list[str], options: dict[str, Any]) -> Batch:
     """Run `model.generate` on one batch of prompts, without a seed or a mode of its own, and cut the responses.
 
     Args:
@@ -89,14 +90,13 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: Se
     """
     ids = tokenizer(list(prompts)).input_ids
     width = max(map(len, ids))
-    padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    padding = _padding(tokenizer)
     # On the left whatever the tokenizer's own side is, so that the last position is the prompt's last for every row.
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
     options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
-    stops = list(stop_strings or [])
-    if stops:
-        options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stops, width)])
+    if stop_strings:
+        options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stop_strings, width)])
     with torch.no_grad():
         _wait(model)
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: Se
     new = output[:, width:].tolist()
     samples = max(1, len(new) // len(ids))
     eos_ids = _eos_ids(model, options)
-    responses = [make_response(tokenizer, ids[row // samples], tokens, eos_ids, stops) for row, tokens in enumerate(new)]
+    responses = [make_response(tokenizer, ids[row // samples], tokens, eos_ids, stop_strings) for row, tokens in enumerate(new)]
     return Batch(responses, max(1, len(new[0])), seconds)
 
 
@@ -168,8 +168,8 @@ def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_to
 
 def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The tokens after which a row of `generate_batch` has ended: what `Controller` wants as `stop_token_ids`."""
-    filling = next((token for token in (generation_kwargs.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), None)
-    return tuple(sorted(_eos_ids(model, generation_kwargs) | ({filling} if filling is not None else set())))
+    filling = generation_kwargs.get("pad_token_id")
+    return tuple(sorted(_eos_ids(model, generation_kwargs) | {_padding(tokenizer) if filling is None else filling}))
 
 
 @contextlib.contextmanager
@@ -194,8 +194,16 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 def effective(model: Any, options: dict[str, Any], name: str) -> Any:
-    """What `generate` will use for an option: that of the call, else that of the generation config."""
-    return options[name] if name in options else getattr(options.get("generation_config", model.generation_config), name, None)
+    """What `generate` will use for an option: that of the call, else that of the generation config given, else that of the model's."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def _padding(tokenizer: Any) -> int:
+    """What fills the places before a prompt and after a response that has ended."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def _eos_ids(model: Any, options: dict[str, Any]) -> set[int]:

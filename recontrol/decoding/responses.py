@@ -27,6 +27,18 @@ class Response:
     finish: str
 
 
+def listed_stop_strings(stop_strings: str | Sequence[str] | None) -> list[str]:
+    """The stop strings as a list; one text is one of them.
+
+    Raises:
+        ValueError: something that is no text, or is empty.
+    """
+    stops = [stop_strings] if isinstance(stop_strings, str) else list([] if stop_strings is None else stop_strings)
+    if any(not isinstance(stop, str) or not stop for stop in stops):
+        raise ValueError(f"stop_strings must be texts that are not empty, found {stops!r}")
+    return stops
+
+
 def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int], eos_ids: Collection[int], stop_strings: Sequence[str] = ()) -> Response:
     """Find where a response ends: after its first end-of-sequence token, and before the first token that touches a stop string.
 

@@ -17,7 +17,7 @@ from recontrol.decoding.controller import Controller
 from recontrol.decoding.generation import Batch, check_lengths, check_options, evaluation_mode, finishing_tokens, generate_batch
 from recontrol.decoding.hooks import attachments, output_embedding
 from recontrol.decoding.recording import record_hidden_states
-from recontrol.decoding.responses import Response
+from recontrol.decoding.responses import Response, listed_stop_strings
 from recontrol.evaluation.metrics import bootstrap_interval, diversity, load_encoder, response_nll, similarities
 from recontrol.value import ValueFunction
 
@@ -152,7 +152,7 @@ def evaluate(
     # Rows that ended are not edited, whatever `generate` fills them with.
     controls = {"stop_token_ids": finishing_tokens(model, tokenizer, generation_kwargs), **(controller_options or {})}
     arms = [_Arm((0.0, 0)), *_arms(value, settings, head_weights, controls)]
-    options = {"stop_strings": stop_strings, **generation_kwargs}
+    options = {"stop_strings": listed_stop_strings(stop_strings), **generation_kwargs}
     batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     for arm in arms:
         with _under(arm, model):

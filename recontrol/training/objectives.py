@@ -30,7 +30,8 @@ def bellman_targets(values: Tensor, rewards: Tensor, lengths: Tensor, td_lambda:
     """
     if values.dim() != 2 or rewards.shape != (len(lengths), values.shape[-1]) or int(lengths.sum()) != len(values) or (lengths < 1).any():
         raise ValueError(
-            f"found values {tuple(values.shape)}, rewards {tuple(rewards.shape)} and lengths from {int(lengths.min())} adding up to {int(lengths.sum())}; "
+            f"found values {tuple(values.shape)}, rewards {tuple(rewards.shape)} and lengths from {min(lengths.tolist(), default=0)} "
+            f"adding up to {int(lengths.sum())}; "
             "wanted (tokens, heads), (responses, heads) and one length of at least 1 a response, adding up to tokens"
         )
     values = values.detach()
@@ -85,6 +86,9 @@ class HeldOutError:
         self.td = 0.0
         # Rows: v, r, v^2, r^2, v r, (v - r)^2, each a sum over tokens of deviations from `flat`.
         self.sums = torch.zeros(6, num_heads, dtype=torch.float64)
+        # Rows: v, r. Whether they vary cannot be told from the sums, whose rounding looks like variance.
+        self.least = torch.full((2, num_heads), math.inf, dtype=torch.float64)
+        self.most = -self.least
 
     def add(self, values: Tensor, rewards: Tensor, lengths: Tensor, td_lambda: float = 0.0) -> None:
         """Count some responses.
@@ -95,11 +99,14 @@ class HeldOutError:
             lengths: (responses,), int64, tokens of each response.
             td_lambda: lambda of `bellman_targets`.
         """
+        values = values.detach()
         self.tokens += len(values)
         self.td += float(td_loss(values, rewards, lengths, td_lambda)) * len(values)
-        v = values.detach().cpu().double() - self.flat
+        v = values.cpu().double() - self.flat
         r = rewards.cpu().double().repeat_interleave(lengths.cpu(), dim=0) - self.flat
         self.sums += torch.stack([v.sum(0), r.sum(0), (v * v).sum(0), (r * r).sum(0), (v * r).sum(0), (v - r).square().sum(0)])
+        self.least = torch.minimum(self.least, torch.stack([v.amin(0), r.amin(0)]))
+        self.most = torch.maximum(self.most, torch.stack([v.amax(0), r.amax(0)]))
 
     def summary(self) -> dict[str, float | None]:
         """The scores so far, means over tokens and heads.
@@ -112,6 +119,7 @@ class HeldOutError:
         v, r, vv, rr, vr, error = self.sums / self.tokens
         explained = 1 - error / rr
         correlation = (vr - v * r) / ((vv - v * v).clamp(min=0) * (rr - r * r).clamp(min=0)).sqrt()
+        correlation[(self.least == self.most).any(0)] = math.nan
         return {
             "validation_td_loss": self.td / self.tokens,
             "validation_mc_error": float(error.mean()),

@@ -144,6 +144,10 @@ def train(
                 entry: dict[str, Any] = {"epoch": state.epoch, "train_td_loss": state.td_sum / int(lengths[held_in].sum())}
                 if len(held_out):
                     entry |= _validate(value, rollouts, held_out, mean, scale, td_lambda)
+                # The last update of an epoch has no loss of its own to show it.
+                finite = all(math.isfinite(number) for number in entry.values() if number is not None)
+                if not (finite and all(parameter.isfinite().all() for parameter in value.parameters())):
+                    raise FloatingPointError(f"training diverged in epoch {state.epoch}; lower learning_rate, now {learning_rate}")
                 logger.info("%s", ", ".join(f"{name} {number:.4g}" for name, number in entry.items() if number is not None))
                 state.history.append(entry)
                 if not len(held_out) or state.best_epoch < 0 or _score(entry) > _score(state.history[state.best_epoch]):
@@ -242,11 +246,12 @@ def _initial_value(rollouts: Rollouts, hidden_dims: Sequence[int], seed: int) ->
 
 
 def _standardisation(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each head's rewards; 1 where they do not vary."""
-    scale = rewards.std(0, correction=0)
-    if (scale == 0).any():
-        logger.warning("all rewards of heads %s are the same: there is nothing to learn from them", (scale == 0).nonzero()[:, 0].tolist())
-    return rewards.mean(0), torch.where(scale > 0, scale, 1)
+    """Mean and standard deviation of each head's rewards; where they do not vary, that reward and 1."""
+    # Not by the standard deviation, which for equal rewards is not 0 but the rounding of their mean.
+    same = (rewards == rewards[0]).all(0)
+    if same.any():
+        logger.warning("all rewards of heads %s are the same: there is nothing to learn from them", same.nonzero()[:, 0].tolist())
+    return torch.where(same, rewards[0], rewards.mean(0)), torch.where(same, 1, rewards.std(0, correction=0))
 
 
 @torch.no_grad()
@@ -317,10 +322,11 @@ def _check(
 
 
 def _digest(rollouts: Rollouts) -> str:
-    """Tells rollouts apart without reading their states: lengths, rewards and prompts of all responses, and the width."""
+    """Tells rollouts apart without reading all states: lengths, rewards and prompts of all responses, and the first and last one's states."""
     digest = sha256(str((rollouts.hidden_size, rollouts.manifest["dtype"])).encode())
     for tensor in (rollouts.lengths, rollouts.rewards, rollouts.groups):
         digest.update(tensor.contiguous().numpy().tobytes())
+    digest.update(rollouts.batch([0, len(rollouts) - 1])[0].view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
