@@ -43,6 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=48, help="length of a response, in tokens (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="prompts decoded at once (default: %(default)s)")
     parser.add_argument("--width", type=int, default=1024, help="of the value function's hidden layer (default: %(default)s)")
+    parser.add_argument("--td-lambda", type=float, default=0.95, help="0 is the paper's objective, and wants far more rollouts (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=100, help="of training, at most (default: %(default)s)")
     parser.add_argument("--step-sizes", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0], help="to choose from (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 60], help="to choose from (default: %(default)s)")
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     rollouts = collect(model, tokenizer, prompts["train"], reward, options.out / "rollouts", seed=options.seed, **common)
 
     announce(f"Training: a value function, {options.width} wide, on {rollouts.num_tokens} hidden states (average reward {rollouts.rewards.mean():.2f}).")
-    value, _ = train(rollouts, (options.width,), options.seed, out=options.out / "value", epochs=options.epochs)
+    value, _ = train(rollouts, (options.width,), options.seed, out=options.out / "value", td_lambda=options.td_lambda, epochs=options.epochs)
 
     common |= {"value": value, "reward": reward, "encoder": sentence_encoder()}
     candidates = list(itertools.product(options.step_sizes, options.steps))

@@ -6,7 +6,8 @@ import inspect
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ class Controller:
             checked["target"] = _number("target", self.target)
         checked["head_weights"] = _head_weights(self.head_weights, self.value.num_heads)
         if self.stop_token_ids is not None:
-            checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token) for token in self.stop_token_ids)
+            checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token) for token in _several("stop_token_ids", self.stop_token_ids))
         for name, argument in checked.items():
             object.__setattr__(self, name, argument)
 
@@ -98,6 +99,17 @@ class Controller:
             RuntimeError: a controller is attached already, the backend cannot run here, or edits do not reach the logits.
         """
         return Handle(self, model)
+
+
+class _ThreadState(threading.local):
+    """What is known of the forward call that this thread is in; one model may run in several threads at once."""
+
+    def __init__(self) -> None:
+        self.live: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # So that a controlled model can be copied.
+        return (_ThreadState, ())
 
 
 class Handle(Attachment):
@@ -122,7 +134,8 @@ class Handle(Attachment):
         self._check_fit()
         # From the class, because an instance's forward may be a compiled one.
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
-        self._live: Tensor | None = None
+        self._thread = _ThreadState()
+        self._traced: tuple[Tensor | None] | None = None
         self._sign: Tensor | None = None
         # On the device, so that counting waits for nothing; no inference tensor, so that it can be counted in any mode.
         with torch.inference_mode(False):
@@ -146,11 +159,18 @@ class Handle(Attachment):
         return int(self._count)
 
     def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._live = self._live_rows(args, kwargs)
+        live = self._live_rows(args, kwargs)
+        # The compiler follows attributes, but not what each thread keeps for itself; what it compiles whole no other thread disturbs.
+        if torch.compiler.is_compiling():
+            self._traced = (live,)
+        else:
+            self._traced, self._thread.live = None, live
 
     def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Also after an error: the mask belongs to one forward call.
-        self._live = None
+        self._traced = None
+        if not torch.compiler.is_compiling():
+            self._thread.live = None
 
     def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0]
@@ -160,9 +180,8 @@ class Handle(Attachment):
             return None
         rows = hidden.reshape(-1, hidden.shape[-1])
         # A mask of another length is not about these rows.
-        mask = self._live if self._live is not None and self._live.shape[0] == rows.shape[0] else None
-        if mask is not None:
-            mask = mask.to(rows.device)
+        live = self._thread.live if self._traced is None else self._traced[0]
+        mask = live.to(rows.device) if live is not None and live.shape[0] == rows.shape[0] else None
         edited = self._ascend(rows, mask)
         self._count.add_(rows.shape[0] if mask is None else mask.sum())
         return (edited.reshape(hidden.shape), *args[1:])
@@ -282,7 +301,7 @@ def _number(name: str, given: Any, minimum: float = -math.inf) -> float:
 
 def _integer(name: str, given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-        raise TypeError(f"{name} must be {'integers' if name.endswith('s_ids') else 'an integer'}, found {given!r}")
+        raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
     if given < 0:
         raise ValueError(f"{name} must be 0 or more, found {given!r}")
     return int(given)
@@ -293,7 +312,14 @@ def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:
         if num_heads != 1:
             raise ValueError(f"the value function has {num_heads} heads: give head_weights, {num_heads} numbers")
         return None
-    weights = tuple(_number("head_weights", weight) for weight in (given.tolist() if isinstance(given, Tensor) else given))
+    weights = tuple(_number("head_weights", weight) for weight in _several("head_weights", given))
     if len(weights) != num_heads:
         raise ValueError(f"head_weights must be {num_heads} numbers, one a head, found {len(weights)}")
     return weights
+
+
+def _several(name: str, given: Any) -> Iterable[Any]:
+    given = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers, found {given!r}")
+    return given
