@@ -319,6 +319,6 @@ def test_prompts_that_are_too_long_are_named(model, tokenizer):
         # Without a beginning-of-sequence token.
         return SimpleNamespace(input_ids=[list(text) for text in texts])
 
-    with pytest.raises(ValueError, match=r"1 prompts have no tokens: \[0\]"):
+    with pytest.raises(ValueError, match=r"1 prompts have no tokens: 0$"):
         check_lengths(model, plain, ["", "short"], 16)
     check_lengths(model, tokenizer, ["short"], 16)
