@@ -14,6 +14,8 @@ import recontrol
 ROOT = Path(__file__).resolve().parents[1]
 # Where Linux tells the size of each cache; the last index is the last level.
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# What the numbers depend on; a word changed in the README makes no other measurement of it.
+MEASURED = ("csrc", "kernels", "recontrol", "benchmarks/*.py", "setup.py", "pyproject.toml", "examples")
 USUAL_CACHE_BYTES = 32 * 2**20
 
 
@@ -33,10 +35,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit checked out, with "-dirty" where tracked files differ from it; "unknown" outside a checkout."""
+    """The commit checked out, with "-dirty" where what is measured differs from it; "unknown" outside a checkout."""
     try:
         name = _git("rev-parse", "--short=10", "HEAD")
-        return name + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return name + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
