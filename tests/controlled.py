@@ -42,15 +42,6 @@ def unchanged(model):
 
 
 @contextlib.contextmanager
-def one_thread():
-    """For matrices this small, threads of an operation only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def states_read(model):
     """The states at the last position of each call of the output embedding, seen after all hooks that are there."""
     seen = []

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from controlled import Failing, hooks_on, llama, one_thread, unchanged, value_function
+from controlled import Failing, hooks_on, llama, unchanged, value_function
 from test_controller_models import GATED, PROMPT, STEP_SIZE, STEPS, controller, logits_of
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
@@ -19,10 +19,7 @@ from recontrol.decoding.controller import Controller, Handle
 from recontrol.decoding.fingerprint import model_fingerprint
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

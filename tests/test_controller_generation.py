@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from controlled import CACHE, Failing, hooks_on, llama, one_thread, states_read, unchanged, value_function
+from controlled import CACHE, Failing, hooks_on, llama, states_read, unchanged, value_function
 from test_controller_models import EOS, PROMPT, STEP_SIZE, STEPS, VOCABULARY, Substitution, controller, logits_of
 from transformers import DynamicCache, StaticCache
 
@@ -23,10 +23,7 @@ EXAMPLE_MODEL = Path(__file__).parent.parent / "examples" / "movie_reviews" / "l
 NEW = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from controlled import CACHE, llama, one_thread, read_states, unchanged, value_function
+from controlled import CACHE, llama, read_states, unchanged, value_function
 from test_controller_models import GATED, PROMPT, STEP_SIZE, STEPS, Substitution, controller, logits_of
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
@@ -11,10 +11,7 @@ from recontrol.decoding.controller import Controller
 from recontrol.decoding.recording import record_hidden_states
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
