@@ -18,7 +18,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from recontrol.decoding.controller import Controller, Handle
 from recontrol.decoding.fingerprint import model_fingerprint
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

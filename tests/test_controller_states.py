@@ -10,7 +10,6 @@ import recontrol as rc
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.recording import record_hidden_states
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
