@@ -162,6 +162,7 @@ def test_what_is_not_asked_of_train_is_as_in_the_function(monkeypatch, capsys):
     assert found == {name: defaults[name] for name in found} | {"rollouts": "r", "out": "v", "device": found["device"]}
     assert run("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {defaults['kernel']})" in text
     shown = {"learning_rate": "1e-4", "epochs": "100", "patience": "10", "validation_fraction": "0.1", "td_lambda": "0, as in the paper"}
     for name, words in shown.items():
         assert f"(default: {words})" in text and defaults[name] == float(words.split(",")[0])
@@ -170,9 +171,9 @@ def test_what_is_not_asked_of_train_is_as_in_the_function(monkeypatch, capsys):
 
 def test_what_is_asked_of_train_is_handed_over(monkeypatch):
     wanted = {"hidden_dims": (8, 4), "seed": 3, "learning_rate": 0.01, "batch_size": 5, "epochs": 7, "patience": 2}
-    wanted |= {"validation_fraction": 0.3, "td_lambda": 0.95, "checkpoint_every": 50, "device": "meta"}
+    wanted |= {"validation_fraction": 0.3, "td_lambda": 0.95, "checkpoint_every": 50, "kernel": "triton", "device": "meta"}
     arguments = ["--hidden-dims", "8,4", "--seed", 3, "--learning-rate", 0.01, "--batch-size", 5, "--epochs", 7, "--patience", 2]
-    arguments += ["--validation-fraction", 0.3, "--td-lambda", 0.95, "--checkpoint-every", 50, "--device", "meta"]
+    arguments += ["--validation-fraction", 0.3, "--td-lambda", 0.95, "--checkpoint-every", 50, "--kernel", "triton", "--device", "meta"]
     assert train_keywords(monkeypatch, *arguments) == {"rollouts": "r", "out": "v", **wanted}
     ends = train_keywords(monkeypatch, "--validation-fraction", 0, "--td-lambda", 1)
     assert (ends["validation_fraction"], ends["td_lambda"]) == (0.0, 1.0)
@@ -285,6 +286,7 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, val
         (["train", "--batch-size", "0"], "--batch-size: must be at least 1, found 0"),
         (["train", "--patience", "-1"], "--patience: must be at least 1, found -1"),
         (["train", "--learning-rate", "inf"], "--learning-rate: must be a number above 0, found inf"),
+        (["train", "--kernel", "cuda"], "--kernel: invalid choice: 'cuda'"),
         (["generate", *MODEL, "--stop", ""], "must not be empty"),
         (["generate", *MODEL, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["collect"], "the following arguments are required: --out, --model, --dataset, --reward-model"),

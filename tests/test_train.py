@@ -466,6 +466,7 @@ def test_one_prompt_cannot_be_split(tmp_path):
         ({"seed": -1}, "seed must be an integer of at least 0, found -1"),
         ({"dtype": torch.bfloat16}, r"dtype must be torch.float32 or torch.float64, found torch.bfloat16"),
         ({"hidden_dims": (8, 0)}, "must be positive integers"),
+        ({"kernel": "cuda"}, "unknown kernel 'cuda'; choose one of 'torch', 'triton'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_and_nothing_is_written(rollouts, tmp_path, options, message):

@@ -74,6 +74,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="mini-batches between checkpoints, which is what a kill loses at most; there is one after each epoch too (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the split and the order (default: 0)")
+    parser.add_argument(
+        "--kernel",
+        choices=("torch", "triton"),
+        default="torch",
+        help="what computes the values and their gradient: torch, or the fused Triton kernels for two linear layers, "
+        "whose speed on a GPU has not been measured (default: torch)",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
 
 
@@ -81,6 +88,18 @@ def run(options: argparse.Namespace) -> None:
     """Train, and save the value function."""
     from recontrol.training.train import train
 
-    names = ("hidden_dims", "seed", "out", "learning_rate", "batch_size", "epochs", "patience", "validation_fraction", "td_lambda", "checkpoint_every")
+    names = (
+        "hidden_dims",
+        "seed",
+        "out",
+        "learning_rate",
+        "batch_size",
+        "epochs",
+        "patience",
+        "validation_fraction",
+        "td_lambda",
+        "checkpoint_every",
+        "kernel",
+    )
     train(options.rollouts, device=shared.device(options), **{name: getattr(options, name) for name in names})
     print(f"value function: {options.out}")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from recontrol.data.rollouts import Rollouts
 from recontrol.training.checkpoint import Progress, RunFolder
+from recontrol.training.fused import KERNELS, check_kernel, values_by
 from recontrol.training.objectives import HeldOutError, td_loss
 from recontrol.value import ValueFunction
 from recontrol.version import __version__
@@ -42,6 +43,7 @@ def train(
     checkpoint_every: int = 1,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    kernel: str = "torch",
     progress: bool = True,
 ) -> tuple[ValueFunction, list[dict[str, Any]]]:
     """Train V so that V(s_t) predicts the final reward of a response from the state that was read to sample its token t.
@@ -77,6 +79,9 @@ def train(
         checkpoint_every: mini-batches between checkpoints, which is what a kill loses at most.
         dtype: of the weights, torch.float32 or torch.float64.
         device: where to train; None is a GPU if there is one.
+        kernel: what computes V and its gradient in training: "torch" is autograd, "triton" the fused kernels for two linear layers of
+            float32 (see `recontrol.training.fused`). They round differently, so a run goes on only with its own. "torch" is
+            the default, because the fused ones have not been measured on a GPU. Validation is by V itself.
         progress: show a progress bar.
 
     Returns:
@@ -87,13 +92,14 @@ def train(
     Raises:
         ValueError: no rollouts, states or rewards that are not finite (the responses are named), a single prompt with
             `validation_fraction` above 0, a setting out of its range, or an `out` folder of another run.
+        RuntimeError: `kernel` is "triton", and the fused kernels cannot run here; the message says why.
         FloatingPointError: training diverged.
         OSError: the disk is full; the message names the file, and the checkpoint before it stays.
 
     Source: Kong et al. 2024, section 4.2 and appendix (training of the value function).
     """
     rollouts = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
-    _check(learning_rate, batch_size, epochs, patience, validation_fraction, td_lambda, checkpoint_every, dtype, seed)
+    _check(learning_rate, batch_size, epochs, patience, validation_fraction, td_lambda, checkpoint_every, dtype, seed, kernel)
     if not len(rollouts):
         raise ValueError(f"{rollouts.path} has no responses to train on")
     rewards, lengths = rollouts.rewards.to(dtype), rollouts.lengths
@@ -113,9 +119,11 @@ def train(
         "validation_fraction": validation_fraction,
         "td_lambda": td_lambda,
         "dtype": str(dtype).removeprefix("torch."),
+        "kernel": kernel,
     }
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     value = _initial_value(rollouts, hidden_dims, seed).to(device=device, dtype=dtype)
+    check_kernel(kernel, value, torch.empty(0, rollouts.hidden_size, dtype=getattr(torch, rollouts.manifest["dtype"]), device=device))
     optimizer = torch.optim.Adam(value.parameters(), lr=learning_rate)
     folder = RunFolder(out, settings)
     if folder.path is not None and folder.finished:
@@ -133,7 +141,7 @@ def train(
                 order = held_in[torch.from_numpy(np.random.default_rng([seed, state.epoch]).permutation(len(held_in)))]
                 # Of equal size, rather than a last one of a few responses whose noise would weigh as much.
                 for batch in order.tensor_split(batches)[state.position :]:
-                    state.td_sum += _update(value, optimizer, rollouts, batch, mean, scale, td_lambda)
+                    state.td_sum += _update(value, optimizer, rollouts, batch, mean, scale, td_lambda, kernel)
                     if not math.isfinite(state.td_sum):
                         raise FloatingPointError(f"training diverged in epoch {state.epoch}; lower learning_rate, now {learning_rate}")
                     state.position += 1
@@ -194,13 +202,22 @@ def split_by_prompt(groups: Tensor, validation_fraction: float, seed: int) -> tu
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
-def _update(value: ValueFunction, optimizer: torch.optim.Optimizer, rollouts: Rollouts, batch: Tensor, mean: Tensor, scale: Tensor, td_lambda: float) -> float:
+def _update(
+    value: ValueFunction,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    batch: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    td_lambda: float,
+    kernel: str = "torch",
+) -> float:
     """One step of Adam on a mini-batch; returns the sum over its tokens of the squared TD error, in the unit of the reward."""
     total = int(rollouts.lengths[batch].sum())
     squares = 0.0
     optimizer.zero_grad()
     for states, rewards, lengths in _read(rollouts, batch, value, mean, scale):
-        values = value(states)
+        values = values_by(kernel, value, states)
         (td_loss(values, rewards, lengths, td_lambda) * (len(values) / total)).backward()
         unit = scale.to(values)
         squares += float(td_loss(values.detach() * unit, rewards * unit, lengths, td_lambda)) * len(values)
@@ -304,6 +321,7 @@ def _check(
     checkpoint_every: int,
     dtype: torch.dtype,
     seed: int,
+    kernel: str,
 ) -> None:
     counts = {"batch_size": batch_size, "epochs": epochs, "patience": patience, "checkpoint_every": checkpoint_every}
     for name, count in counts.items():
@@ -319,6 +337,8 @@ def _check(
         raise ValueError(f"td_lambda must be between 0 and 1, found {td_lambda!r}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, found {dtype}: smaller ones lose Adam's updates")
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; choose one of {', '.join(map(repr, KERNELS))}")
 
 
 def _digest(rollouts: Rollouts) -> str:
