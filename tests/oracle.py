@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 import recontrol as rc
+from recontrol.backends import BACKENDS
+
+# The backends that run on the CPU here: that of Triton where it is installed and its interpreter stands in for a GPU (conftest.py).
+RUNNING = [name for name, module in BACKENDS.items() if (status := module.status())["available"] and status.get("interpreted", True)]
 
 # Unit roundoff u of each dtype; rounding x once moves it by at most u * |x|.
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import RUNNING
 
 import recontrol as rc
 from recontrol.arguments import AscentArguments
-from recontrol.backends import BACKENDS
 
 SIZE, ROWS = 5, 4
 NAN, INF = math.nan, math.inf
@@ -29,7 +29,7 @@ def value():
     return rc.ValueFunction(SIZE, (7,))
 
 
-@pytest.fixture(params=["auto", *BACKENDS, "oracle"])
+@pytest.fixture(params=["auto", *RUNNING, "oracle"])
 def climb(request):
     """The ascent of each backend, and the public oracle, which promises the same errors."""
     if request.param == "oracle":
@@ -151,7 +151,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("wrong", ["gpu", "", "CPU", "torch ", None, ["cpu"], 3])
     def test_an_unknown_backend(self, hidden, value, wrong):
-        with refused(ValueError, f"unknown backend {wrong!r}; choose one of 'auto', 'cpu', 'torch', 'reference'"):
+        with refused(ValueError, f"unknown backend {wrong!r}; choose one of 'auto', 'cpu', 'torch', 'triton', 'reference'"):
             rc.ascend(hidden, value, backend=wrong)
 
     def test_several_heads_need_weights(self, climb, hidden):

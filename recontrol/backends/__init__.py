@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recontrol.arguments import AscentArguments
-from recontrol.backends import autograd_loop, closed_form, cpu
+from recontrol.backends import autograd_loop, closed_form, cpu, triton
 from recontrol.prepared import Prepared
 
 logger = logging.getLogger("recontrol")
@@ -26,8 +26,9 @@ class Backend(Protocol):
         """Whether the backend is available, and if not, why."""
 
 
-# In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "torch": closed_form, "reference": autograd_loop}
+# In the order in which "auto" tries them. "triton" has not been measured on a GPU; behind "torch", which can run everything, it is
+# never reached.
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "torch": closed_form, "triton": triton, "reference": autograd_loop}
 _logged: set[str] = set()
 
 
