@@ -91,7 +91,7 @@ def add_value_options(parser: argparse.ArgumentParser, required: bool) -> None:
         metavar="W,...",
         help="one weight for each reward that the value function predicts (default: 1 for a single one)",
     )
-    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu, torch or reference; see `recontrol info` (default: auto)")
+    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu, torch, triton or reference; see `recontrol info` (default: auto)")
     group.add_argument("--allow-other-model", action="store_true", help="accept a value function that was trained on the states of another model")
 
 
