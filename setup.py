@@ -51,8 +51,16 @@ def extension() -> CppExtension:
     link = [] if sys.platform == "darwin" else ["-fopenmp"]
     if not has_cuda():
         return CppExtension("recontrol._C", cpu_sources(), include_dirs=INCLUDE, extra_compile_args={"cxx": compiler_flags()}, extra_link_args=link)
-    flags = {"cxx": [*compiler_flags(), "-DRECONTROL_WITH_CUDA"], "nvcc": ["-O3", "-std=c++20"]}
+    flags = {"cxx": [*compiler_flags(), "-DRECONTROL_WITH_CUDA"], "nvcc": ["-O3", "-std=c++20", *gpu_flags()]}
     return CUDAExtension("recontrol._C", cpu_sources() + cuda_sources(), include_dirs=INCLUDE, extra_compile_args=flags, extra_link_args=link)
+
+
+def gpu_flags() -> list[str]:
+    """The GPUs to compile for: those of TORCH_CUDA_ARCH_LIST where it is set, else Ampere, Hopper, and through PTX whatever is newer."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    # Given here, no other is added: the kernels use what came with each, clusters from 9.0 on.
+    return [f"-gencode=arch=compute_{wanted}" for wanted in ("80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90")]
 
 
 setup(

@@ -40,8 +40,9 @@ def ascend(
         target: climb -(V - target)^2 instead of V, that is, scale each step by 2 (target - V). A float or (rows,).
         head_weights: (num_heads,), the objective is the weighted sum of the heads; required if there are several.
         return_trace: also return V(h + u) after 0, 1, ... steps; a row that ends early keeps its last value.
-        backend: "auto", "cpu" (C++), "torch" (closed form), "triton" (two linear layers on a GPU, only if asked for), or
-            "reference" (autograd loop). A backend asked for by name runs or raises.
+        backend: "auto", "cpu" (C++), "torch" (closed form), "cuda" (CUDA kernels), "cuda-dense" (the same with a whole product a step,
+            for steps at which very many units flip), "triton" (two linear layers on a GPU), or "reference" (autograd loop). A
+            backend asked for by name runs or raises; "auto" takes the one that was measured to be the quickest.
 
     Returns:
         (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), float32 (float64 for float64).

@@ -13,8 +13,13 @@ from torch import Tensor
 import recontrol as rc
 from recontrol.backends import BACKENDS
 
-# The backends that run on the CPU here: that of Triton where it is installed and its interpreter stands in for a GPU (conftest.py).
-RUNNING = [name for name, module in BACKENDS.items() if (status := module.status())["available"] and status.get("interpreted", True)]
+
+def runs_on_cpu(status: dict) -> bool:
+    """Whether a backend with this status takes tensors on the CPU; that of Triton where its interpreter stands in for a GPU (conftest.py)."""
+    return status["available"] and (status["device"] == "any" or "cpu" in status["device"])
+
+
+RUNNING = [name for name, backend in BACKENDS.items() if runs_on_cpu(backend.status())]
 
 # Unit roundoff u of each dtype; rounding x once moves it by at most u * |x|.
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

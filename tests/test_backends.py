@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from oracle import RUNNING
+from oracle import RUNNING, runs_on_cpu
 
 import recontrol as rc
 from recontrol import _C, backends
 from recontrol.arguments import AscentArguments, normalise
-from recontrol.backends import BACKENDS, cpu
+from recontrol.backends import BACKENDS, cpu, dispatch, extension
 
-CHOICES = "choose one of 'auto', 'cpu', 'torch', 'triton', 'reference'"
+CHOICES = "choose one of 'auto', 'cpu', 'torch', 'cuda', 'cuda-dense', 'triton', 'reference'"
 SIZE = 6
 LOAD_ERROR = "the C++ extension could not be loaded (no such thing); install recontrol with a C++ compiler at hand"
 
@@ -36,8 +36,8 @@ def nothing_logged_yet(monkeypatch):
 @pytest.fixture
 def unloaded(monkeypatch):
     """As if the extension had not been found."""
-    monkeypatch.setattr(cpu, "_load_error", LOAD_ERROR)
-    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(extension, "load_error", LOAD_ERROR)
+    monkeypatch.setattr(extension, "module", None)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ class TestByName:
             backends.choose("cpu", arguments_of(hidden, value), value.prepared())
         assert backends.choose("auto", arguments_of(hidden, value), value.prepared()) is BACKENDS["torch"]
 
-    @pytest.mark.parametrize("name", ["cuda", "", "Auto", None])
+    @pytest.mark.parametrize("name", ["gpu", "", "Auto", None])
     def test_an_unknown_one_names_the_choices(self, used, name):
         hidden, value = make()
         for choose in (lambda: rc.ascend(hidden, value, backend=name), lambda: backends.choose(name, arguments_of(hidden, value), value.prepared())):
@@ -112,8 +112,8 @@ class TestByName:
         assert used == []
 
     def test_the_choices_are_those_of_the_documentation(self):
-        documented = re.search(r"backend: (.*?)\. A backend asked for by name", inspect.getdoc(rc.ascend), re.DOTALL)[1]
-        assert re.findall(r'"(\w+)"', documented) == ["auto", *BACKENDS]
+        documented = re.search(r"backend: (.*?)\. A\s+backend asked for by name", inspect.getdoc(rc.ascend), re.DOTALL)[1]
+        assert re.findall(r'"([\w-]+)"', documented) == ["auto", *BACKENDS]
 
 
 class TestAuto:
@@ -151,11 +151,12 @@ class TestAuto:
 
     def test_it_goes_down_the_list_to_the_end(self, used, monkeypatch, caplog):
         caplog.set_level(logging.INFO, "recontrol")
-        for name in ("cpu", "torch", "triton"):
+        names = [name for name in BACKENDS if name != "reference"]
+        for name in names:
             monkeypatch.setattr(BACKENDS[name], "why_not", lambda *_, name=name: f"{name} is asleep")
         rc.ascend(*make())
         assert used == ["reference"]
-        assert logged(caplog) == [f"backend 'auto' passes over '{name}': {name} is asleep" for name in ("cpu", "torch", "triton")]
+        assert logged(caplog) == [f"backend 'auto' passes over '{name}': {name} is asleep" for name in names]
         monkeypatch.setattr(BACKENDS["reference"], "why_not", lambda *_: "so is the last")
         with pytest.raises(RuntimeError, match="no backend can run this ascent"):
             rc.ascend(*make())
@@ -195,9 +196,9 @@ class TestInfo:
             statuses = rc.backend_info()["backends"]
             assert list(statuses) == list(BACKENDS)
             available = [name for name, status in statuses.items() if status["available"]]
-            assert [name for name in available if name != "triton"] == ["cpu", "torch", "reference"][without:]
+            assert [name for name in available if name in ("cpu", "torch", "reference")] == ["cpu", "torch", "reference"][without:]
             for name, status in statuses.items():
-                if name == "triton" and status["available"] and not status["interpreted"]:
+                if status["available"] and not runs_on_cpu(status):
                     continue  # on the GPU, not on the CPU
                 if status["available"]:
                     assert "reason" not in status
@@ -249,16 +250,38 @@ class TestInfo:
 def test_an_extension_that_cannot_be_loaded_is_remembered_with_the_error(monkeypatch):
     """A second copy of the module, imported where the import of the extension fails."""
     monkeypatch.setitem(sys.modules, "recontrol._C", None)
-    spec = importlib.util.spec_from_file_location("cpu_without_extension", cpu.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    status = module.status()
-    assert status["available"] is False
-    assert re.fullmatch(r"the C\+\+ extension could not be loaded \(.*recontrol\._C.*\); install recontrol with a C\+\+ compiler at hand", status["reason"])
-    hidden, value = make()
-    assert module.why_not(arguments_of(hidden, value), value.prepared()) == status["reason"]
+    spec = importlib.util.spec_from_file_location("without_extension", extension.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    assert without.module is None
+    assert re.fullmatch(r"the C\+\+ extension could not be loaded \(.*recontrol\._C.*\); install recontrol with a C\+\+ compiler at hand", without.load_error)
     # The module in use is not touched by it.
-    assert cpu.status()["available"] is True
+    assert extension.load_error is None and cpu.status()["available"] is True
+
+
+class TestDispatch:
+    def test_it_takes_what_was_measured_and_then_what_can_run_everything(self):
+        hidden, value = make()
+        assert dispatch.order(arguments_of(hidden, value), value.prepared())[:2] == ["cpu", "torch"]
+        hidden, value = hidden.to("meta"), value.to("meta")
+        assert dispatch.order(arguments_of(hidden, value), value.prepared())[0] == "torch"
+
+    def test_every_backend_is_tried(self):
+        for dims in ((), (8,), (8, 7), (8, 7, 6)):
+            hidden, value = make(dims)
+            assert sorted(dispatch.order(arguments_of(hidden, value), value.prepared())) == sorted(BACKENDS)
+
+    def test_a_row_of_the_table_holds_for_its_device_depth_and_batch(self, monkeypatch):
+        hidden, value = make()
+        for row, first in (
+            (dispatch.Measured("cpu", (2,), 3, "reference", ""), "reference"),
+            (dispatch.Measured("cpu", (2,), 2, "reference", ""), "cpu"),
+            (dispatch.Measured("cpu", (3,), 3, "reference", ""), "cpu"),
+            (dispatch.Measured("cuda", (2,), 3, "reference", ""), "cpu"),
+        ):
+            monkeypatch.setattr(dispatch, "MEASURED", (row,))
+            assert dispatch.order(arguments_of(hidden, value), value.prepared())[0] == first
+            assert backends.choose("auto", arguments_of(hidden, value), value.prepared()) is BACKENDS[first]
 
 
 def test_every_backend_offers_the_same(used):

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include "recontrol/ascend.h"
+#include "recontrol/progress.h"
 
 // After the library's headers, so that none of its functions is compiled for this instruction set.
 #if defined(__clang__)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "recontrol/ascend.h"
+#include "recontrol/progress.h"
 
 #define RECONTROL_WIDTH 4
 

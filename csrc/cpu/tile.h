@@ -38,67 +38,25 @@ class Workspace {
 inline size_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // One row of the batch: where it lies and how far it may go.
-struct Row {
-  int64_t index = 0;
-  int64_t steps = 0;
-  float step_size = 0;
+struct Row : Limits {
   const void* hidden = nullptr;
   void* edited = nullptr;
   float* trace = nullptr;
   int64_t trace_columns = 0;
-  bool has_radius = false, has_target = false;
-  float radius = 0, target = 0;
 
   // Whether the length of a step depends on where the row is.
-  bool measured() const { return has_radius || has_target || trace != nullptr; }
+  bool measured() const { return has_radius() || has_target() || trace != nullptr; }
 };
 
 inline Row row_of(const AscentBatch& batch, int64_t index) {
-  Row row;
-  row.index = index;
-  const bool live = batch.mask == nullptr || batch.mask[index];
-  row.steps = live ? batch.steps[index] : 0;
-  row.step_size = batch.step_size[index];
+  Row row{limits_of(batch, index)};
   const auto size = static_cast<int64_t>(size_of(batch.dtype));
   row.hidden = static_cast<const char*>(batch.hidden) + index * batch.hidden_stride * size;
   row.edited = static_cast<char*>(batch.edited) + index * batch.edited_stride * size;
   if (batch.trace != nullptr) row.trace = batch.trace + index * batch.trace_columns;
   row.trace_columns = batch.trace_columns;
-  if (batch.radius != nullptr) row.has_radius = true, row.radius = batch.radius[index];
-  if (batch.target != nullptr) row.has_target = true, row.target = batch.target[index];
   return row;
 }
-
-// How far a row has gone. `begin_step` turns what is known at the present point into the scale of the next step.
-struct Progress {
-  int64_t taken = 0;
-  double edit_square = 0;  // u.u
-  bool stopped = false;
-
-  // value: V here; slope_square: |grad V|^2 = c.d; edit_slope: u.grad V = S.d
-  float begin_step(const Row& row, double value, double slope_square, double edit_slope) {
-    double scale = row.step_size;
-    if (row.has_target) scale *= 2 * (row.target - value);
-    if (row.has_radius) {
-      const double square = scale * scale * slope_square, dot = scale * edit_slope;
-      const double room = std::max(0.0, static_cast<double>(row.radius) * row.radius - edit_square);
-      double fraction = 1;
-      if (2 * dot + square > room) {
-        const double root = std::sqrt(std::max(0.0, dot * dot + square * room));
-        // Two forms of the same root: each is used where it does not subtract nearly equal numbers.
-        fraction = dot > 0 ? room / (dot + root) : (square > 0 ? (root - dot) / square : 0);
-        fraction = std::min(1.0, std::max(0.0, fraction));
-        stopped = true;
-      }
-      edit_square += fraction * (2 * dot + fraction * square);
-      scale *= fraction;
-    }
-    ++taken;
-    return static_cast<float>(scale);
-  }
-
-  bool done(const Row& row) const { return stopped || taken >= row.steps; }
-};
 
 // Fill the trace from column `from` on with its present last value.
 inline void hold_trace(const Row& row, int64_t from, float value) {

@@ -115,7 +115,7 @@ class TwoLayers {
     bool quiet = false;
     while (left > 0) {
       int64_t taken = 1;
-      if (quiet && left > 1) taken = quiet_steps(r, alpha, left);
+      if (quiet && left > 1) taken = quiet_steps(shortest_to_flip(r), alpha, left);
       const int flips = advance(r, alpha * static_cast<float>(taken));
       left -= taken;
       total_[r] += static_cast<double>(alpha) * static_cast<double>(taken);
@@ -189,8 +189,8 @@ class TwoLayers {
     }
   }
 
-  // How many steps of this length can be taken before any unit's sign changes, plus the one in which it does.
-  int64_t quiet_steps(int r, float alpha, int64_t left) const {
+  // The step length after which the first unit's sign changes.
+  float shortest_to_flip(int r) const {
     const float* z = z_[r];
     const float* d = d_[r];
     Vec least = spread(std::numeric_limits<float>::infinity());
@@ -204,9 +204,7 @@ class TwoLayers {
     float lanes[RECONTROL_WIDTH], shortest = std::numeric_limits<float>::infinity();
     std::memcpy(lanes, &least, sizeof lanes);
     for (float lane : lanes) shortest = std::min(shortest, lane);
-    // Stay clear of rounding; `advance` would notice a sign that changed all the same.
-    const double steps = std::floor(static_cast<double>(shortest) / alpha * (1 - 1e-5));
-    return steps < static_cast<double>(left) ? std::max<int64_t>(1, static_cast<int64_t>(steps)) : left;
+    return shortest;
   }
 
   float value_at(int r) const {

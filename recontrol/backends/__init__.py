@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recontrol.arguments import AscentArguments
-from recontrol.backends import autograd_loop, closed_form, cpu, triton
+from recontrol.backends import autograd_loop, closed_form, cpu, cuda, dispatch, triton
 from recontrol.prepared import Prepared
 
 logger = logging.getLogger("recontrol")
@@ -26,9 +26,14 @@ class Backend(Protocol):
         """Whether the backend is available, and if not, why."""
 
 
-# In the order in which "auto" tries them. "triton" has not been measured on a GPU; behind "torch", which can run everything, it is
-# never reached.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "torch": closed_form, "triton": triton, "reference": autograd_loop}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu,
+    "torch": closed_form,
+    "cuda": cuda.SPARSE,
+    "cuda-dense": cuda.DENSE,
+    "triton": triton,
+    "reference": autograd_loop,
+}
 _logged: set[str] = set()
 
 
@@ -43,7 +48,7 @@ def check_name(name: str) -> None:
 
 
 def choose(name: str, arguments: AscentArguments, prepared: Prepared) -> Backend:
-    """The backend asked for, or with "auto" the first one that can run this ascent.
+    """The backend asked for, or with "auto" the first of `dispatch.order` that can run this ascent.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run it, with the reason and the choices.
@@ -54,10 +59,10 @@ def choose(name: str, arguments: AscentArguments, prepared: Prepared) -> Backend
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run here: {reason}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
         return BACKENDS[name]
-    for candidate, backend in BACKENDS.items():
-        reason = backend.why_not(arguments, prepared)
+    for candidate in dispatch.order(arguments, prepared):
+        reason = BACKENDS[candidate].why_not(arguments, prepared)
         if reason is None:
-            return backend
+            return BACKENDS[candidate]
         if reason not in _logged:
             _logged.add(reason)
             logger.info("backend 'auto' passes over %r: %s", candidate, reason)

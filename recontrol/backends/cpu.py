@@ -6,23 +6,14 @@ import torch
 from torch import Tensor
 
 from recontrol.arguments import AscentArguments
+from recontrol.backends import extension
 from recontrol.prepared import Prepared
-
-# The extension lives beside this package and imports nothing from it; torch must be loaded first.
-_C: Any = None
-_load_error: str | None = None
-try:
-    import importlib
-
-    _C = importlib.import_module("recontrol._C")
-except ImportError as error:
-    _load_error = f"the C++ extension could not be loaded ({error}); install recontrol with a C++ compiler at hand"
 
 
 def why_not(arguments: AscentArguments, prepared: Prepared) -> str | None:
     """It needs the extension, tensors on the CPU, no float64, and two or three linear layers."""
-    if _load_error is not None:
-        return _load_error
+    if extension.load_error is not None:
+        return extension.load_error
     if arguments.hidden.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {arguments.hidden.device}"
     if arguments.hidden.dtype == torch.float64:
@@ -34,14 +25,14 @@ def why_not(arguments: AscentArguments, prepared: Prepared) -> str | None:
 
 def status() -> dict[str, Any]:
     """Whether the extension is loaded, and the instruction set it chose on this processor."""
-    if _load_error is not None:
-        return {"available": False, "reason": _load_error}
+    if extension.load_error is not None:
+        return {"available": False, "reason": extension.load_error}
     return {
         "available": True,
         "device": "cpu",
         "depth": "2 or 3 linear layers",
-        "instruction_set": _C.cpu_capability(),
-        "compiler": _C.compiler,
+        "instruction_set": extension.module.cpu_capability(),
+        "compiler": extension.module.compiler,
         "threads": torch.get_num_threads(),
     }
 
@@ -79,7 +70,7 @@ def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> t
     return edited, trace
 
 
-if _load_error is None:
+if extension.load_error is None:
 
     @torch.library.register_fake("recontrol_cpu::ascend")
     def _(*_: Any) -> None:

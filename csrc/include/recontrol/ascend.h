@@ -1,6 +1,7 @@
 // The ascent on a value function, as plain pointers, sizes and strides in elements. No tensor library below this line.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace recontrol {
@@ -48,8 +49,20 @@ struct AscentBatch {
   int64_t trace_columns = 0;
 };
 
-// Runs the ascent on `threads` threads. Safe to call from any number of threads at once. Throws std::bad_alloc only.
+// Runs the ascent on the CPU, on `threads` threads. Safe to call from any number of threads at once. Throws std::bad_alloc only.
 void ascend_cpu(const ValueNetwork& network, const AscentBatch& batch, int threads);
+
+// Memory that one ascent on a GPU needs beside its results, in bytes; its content is lost.
+size_t cuda_workspace_bytes(const ValueNetwork& network, int64_t rows, bool dense);
+
+// Why an ascent cannot run on the current GPU, or null when it can.
+const char* cuda_why_not(const ValueNetwork& network, bool dense);
+
+// Queues the ascent on a stream of the current GPU, where all pointers lie; `network.offset` is read from `offset` there instead. Does not
+// wait for the GPU and allocates nothing, and its launches depend on sizes alone, so it can be captured in a CUDA graph. With `dense`, two
+// layers take a whole product at every step, for steps at which many units flip; three layers take no notice of it.
+// Throws std::runtime_error when the driver refuses a launch.
+void ascend_cuda(const ValueNetwork& network, const float* offset, const AscentBatch& batch, bool dense, void* workspace, void* stream);
 
 // Whether a row of a matrix holds neither NaN nor infinity.
 bool row_is_finite(const Matrix& matrix, int64_t row);
