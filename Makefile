@@ -25,8 +25,11 @@ $(READY): pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*.cpp cs
 demo: $(READY) ## Run the whole method on the embedded model: collect, train, choose, decode, report
 	$(BIN)/python examples/movie_reviews/demo.py --out out/demo
 
+# Test processes side by side; whichever is done takes tests from the other.
+WORKERS ?= 2
+
 test: $(READY) ## Run all tests, ruff and mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
 bench: $(READY) ## Measure against the baselines; rows go to benchmarks/data, ratios are printed
 	$(BIN)/python -m pytest benchmarks

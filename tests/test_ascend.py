@@ -1,5 +1,7 @@
 """The ascent against the float64 oracle: every backend, dtype and instruction set, on random and on nasty inputs."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,6 +48,16 @@ SHAPES = [(1, 1), (7, 5), (16, 16), (17, 31), (40, 64), (37, 257), (130, 300)]
 DEPTHS = [lambda d: (d,), lambda d: (d, d + 3)]
 
 
+@cache
+def looped(hidden_size, dims, rows, step_size, steps):
+    """A net, states, their exact edit, and the errors of the released loop and of one rounding. No backend has a part in it, so all share it."""
+    torch.manual_seed(hidden_size)
+    value = rc.ValueFunction(hidden_size, dims)
+    hidden = torch.randn(rows, hidden_size)
+    exact, _ = oracle(hidden, value, step_size, steps)
+    return value, hidden, exact, edit_error(released_loop(hidden, value, step_size, steps), exact, hidden), rounding_error(exact, hidden)
+
+
 @pytest.mark.parametrize("depth", DEPTHS, ids=["two-layers", "three-layers"])
 @pytest.mark.parametrize("step_size,steps", [(0.5, 30), (0.2, 200), (1.0, 50), (0.001, 100)])
 def test_error_is_no_worse_than_the_released_loop(backend, depth, step_size, steps):
@@ -56,12 +68,10 @@ def test_error_is_no_worse_than_the_released_loop(backend, depth, step_size, ste
     """
     ours, theirs, floor = [], [], []
     for hidden_size, units in SHAPES[3:]:
-        value = rc.ValueFunction(hidden_size, depth(units))
-        hidden = torch.randn(256, hidden_size)
-        exact, _ = oracle(hidden, value, step_size, steps)
+        value, hidden, exact, loop, rounding = looped(hidden_size, depth(units), 256, step_size, steps)
         ours.append(edit_error(rc.ascend(hidden, value, step_size, steps, backend=backend), exact, hidden))
-        theirs.append(edit_error(released_loop(hidden, value, step_size, steps), exact, hidden))
-        floor.append(rounding_error(exact, hidden))
+        theirs.append(loop)
+        floor.append(rounding)
     ours, bound = torch.cat(ours), torch.maximum(torch.cat(theirs), torch.cat(floor))
     for quantile in (0.5, 0.9, 0.95):
         assert ours.quantile(quantile) <= bound.quantile(quantile), f"quantile {quantile}"
@@ -152,12 +162,8 @@ def test_steps_too_small_to_be_seen(backend):
 
 def test_many_steps_in_one_go(backend):
     """A step size so small that hundreds of steps pass between two flips: skipping them changes nothing."""
-    value = rc.ValueFunction(24, (65,))
-    hidden = torch.randn(6, 24)
-    exact, _ = oracle(hidden, value, 0.01, 2000)
-    edited = rc.ascend(hidden, value, 0.01, 2000, backend=backend)
-    bound = edit_error(released_loop(hidden, value, 0.01, 2000), exact, hidden)
-    assert edit_error(edited, exact, hidden).max() <= bound.max()
+    value, hidden, exact, loop, _ = looped(24, (65,), 6, 0.01, 2000)
+    assert edit_error(rc.ascend(hidden, value, 0.01, 2000, backend=backend), exact, hidden).max() <= loop.max()
 
 
 @pytest.mark.parametrize("depth", DEPTHS, ids=["two-layers", "three-layers"])
@@ -189,8 +195,8 @@ def test_rows_that_do_not_move_keep_their_bits(backend):
 @pytest.mark.parametrize("depth", DEPTHS, ids=["two-layers", "three-layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"radius": 0.2}, {"target": 0.3, "step_size": 0.1}], ids=["plain", "radius", "target"])
-def test_a_row_does_not_depend_on_its_neighbours(depth, dtype, options):
-    """To the bit: alone, in a batch, in another place, on one thread."""
+def test_a_row_does_not_depend_on_its_neighbours(depth, dtype, options, one_thread, several_threads):
+    """To the bit: alone, in a batch, in another place, on any number of threads."""
     value = rc.ValueFunction(70, depth(600)).to(dtype)
     hidden = torch.randn(21, 70).to(dtype)
     together = rc.ascend(hidden, value, backend="cpu", **options)
@@ -198,14 +204,13 @@ def test_a_row_does_not_depend_on_its_neighbours(depth, dtype, options):
         assert torch.equal(rc.ascend(hidden[:rows], value, backend="cpu", **options), together[:rows])
     order = torch.randperm(21)
     assert torch.equal(rc.ascend(hidden[order], value, backend="cpu", **options), together[order])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(rc.ascend(hidden, value, backend="cpu", **options), together)
-        torch.set_num_threads(5)
-        assert torch.equal(rc.ascend(hidden, value, backend="cpu", **options), together)
-    finally:
-        torch.set_num_threads(threads)
+    alone, trace = rc.ascend(hidden, value, return_trace=True, backend="cpu", **options)
+    # More than a small machine has cores: waiting threads then give way instead of spinning.
+    for number in (3, 5):
+        with several_threads(number):
+            assert torch.equal(rc.ascend(hidden, value, backend="cpu", **options), together)
+            for found, wanted in zip(rc.ascend(hidden, value, return_trace=True, backend="cpu", **options), (alone, trace), strict=True):
+                assert torch.equal(found, wanted)
 
 
 def test_strided_rows(backend):

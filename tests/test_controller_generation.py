@@ -255,7 +255,7 @@ def small():
     [
         ("model", "compiled and run", "eager"),
         ("model", "attached", "aot_eager"),
-        ("forward", "compiled and run", "aot_eager"),
+        ("forward", "compiled and run", "eager"),
         ("forward", "attached", "eager"),
     ],
 )
