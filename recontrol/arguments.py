@@ -48,17 +48,23 @@ class AscentArguments:
             ValueError: hidden states of live rows that are NaN or infinite (the rows are named), a step size, radius or
                 target that is NaN, infinite or (the first two) negative, or a negative number of steps.
         """
-        _refuse(self.steps < 0, self.steps, "steps must be 0 or more")
-        _refuse(~torch.isfinite(self.step_size) | (self.step_size < 0), self.step_size, "step_size must be finite and 0 or more")
-        if self.radius is not None:
-            _refuse(~torch.isfinite(self.radius) | (self.radius < 0), self.radius, "radius must be finite and 0 or more")
-        if self.target is not None:
-            _refuse(~torch.isfinite(self.target), self.target, "target must be finite")
-        _refuse(~torch.isfinite(self.head_weights), self.head_weights, "head_weights must be finite", "head")
+        # All conditions in one number, because each look at a number waits for the device.
         bad = ~torch.isfinite(self.hidden).all(dim=1) & (self.live_steps() > 0)
-        if bad.any():
-            rows = bad.nonzero().flatten().tolist()
-            raise ValueError(f"hidden states must be finite; NaN or infinite values in {_some(rows, 'row')} of {self.hidden.shape[0]}")
+        conditions = [
+            (self.steps < 0, self.steps, "steps must be 0 or more", "row"),
+            (~torch.isfinite(self.step_size) | (self.step_size < 0), self.step_size, "step_size must be finite and 0 or more", "row"),
+            (~torch.isfinite(self.head_weights), self.head_weights, "head_weights must be finite", "head"),
+        ]
+        if self.radius is not None:
+            conditions.append((~torch.isfinite(self.radius) | (self.radius < 0), self.radius, "radius must be finite and 0 or more", "row"))
+        if self.target is not None:
+            conditions.append((~torch.isfinite(self.target), self.target, "target must be finite", "row"))
+        if not torch.cat([bad, *(condition for condition, *_ in conditions)]).any():
+            return
+        for condition, given, wanted, noun in conditions:
+            _refuse(condition, given, wanted, noun)
+        rows = bad.nonzero().flatten().tolist()
+        raise ValueError(f"hidden states must be finite; NaN or infinite values in {_some(rows, 'row')} of {self.hidden.shape[0]}")
 
 
 def normalise(
@@ -153,7 +159,7 @@ def _spread(given: float | int | Tensor, rows: int, dtype: torch.dtype, device: 
     return given.detach().to(dtype=dtype, device=device).expand(rows).contiguous()
 
 
-def _refuse(bad: Tensor, given: Tensor, wanted: str, noun: str = "row") -> None:
+def _refuse(bad: Tensor, given: Tensor, wanted: str, noun: str) -> None:
     if bad.any():
         places = bad.nonzero().flatten().tolist()
         raise ValueError(f"{wanted}, found {given[places[0]].item()} in {_some(places, noun)}")
