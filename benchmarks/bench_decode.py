@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recontrol
@@ -68,14 +69,14 @@ def prompts(batch: int) -> Any:
     return tokenizer([json.loads(line)["prompt"] for line in lines], return_tensors="pt", padding=True)
 
 
-def hook_released_loop(model: Any, value: ValueFunction) -> None:
-    """Edit every state that reaches the output embedding, by the released code's loop."""
+def hook_released_loop(model: Any, value: ValueFunction) -> RemovableHandle:
+    """Edit every state that reaches the output embedding, by the released code's loop, until the hook is removed."""
 
     def edit(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         states = inputs[0]
         return (released_loop(states.flatten(0, -2), value, STEP_SIZE, STEPS).view_as(states),)
 
-    model.get_output_embeddings().register_forward_pre_hook(edit)
+    return model.get_output_embeddings().register_forward_pre_hook(edit)
 
 
 def generation(model: Any, cell: Cell) -> Callable[[], Tensor]:

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Where Linux tells the size of each cache; the last index is the last level.
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # What the numbers depend on; a word changed in the README makes no other measurement of it.
-MEASURED = ("csrc", "kernels", "recontrol", "benchmarks/*.py", "setup.py", "pyproject.toml", "examples")
+MEASURED = ("csrc", "kernels", "recontrol", "benchmarks/*.py", "benchmarks/gpu/*.py", "setup.py", "pyproject.toml", "examples")
 USUAL_CACHE_BYTES = 32 * 2**20
 
 
@@ -34,13 +35,26 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def gpu_environment() -> dict[str, Any]:
+    """The GPU, its driver, and versions: the columns that only rows of a GPU fill."""
+    import triton
+
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+        driver = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda or torch.version.hip or "", "triton": triton.__version__}
+
+
 def commit() -> str:
-    """The commit checked out, with "-dirty" where what is measured differs from it; "unknown" outside a checkout."""
+    """The commit checked out, with "-dirty" where what is measured differs from it; outside a checkout RECONTROL_COMMIT, or "unknown"."""
     try:
         name = _git("rev-parse", "--short=10", "HEAD")
         return name + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED) else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("RECONTROL_COMMIT", "unknown")
 
 
 def last_level_cache_bytes() -> int:

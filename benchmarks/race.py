@@ -10,6 +10,9 @@ import torch
 
 from benchmarks.environment import last_level_cache_bytes
 
+# Runs something; returns its seconds and its result.
+Measure = Callable[[Callable[[], object]], tuple[float, object]]
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -20,12 +23,14 @@ class Variant:
         run: does the work once and returns its result.
         detail: which form of it, where there are several.
         least_rounds: how often it runs at least, however slow.
+        repeats: how often one `run` does the work; the time of a round is that of one of them.
     """
 
     name: str
     run: Callable[[], object]
     detail: str = ""
     least_rounds: int = 1
+    repeats: int = 1
 
 
 @dataclass
@@ -41,22 +46,20 @@ class Timing:
     result: Any = None
 
 
-def race(variants: list[Variant], budget: float, most_rounds: int) -> dict[str, Timing]:
+def race(variants: list[Variant], budget: float, most_rounds: int, measure: Measure | None = None) -> dict[str, Timing]:
     """Time the variants in turn, so that drift of the machine meets all of them alike.
-
-    Before each round a buffer of twice the last-level cache is read, untimed: in life a decode step of the language model
-    streams its weights between two ascents, so no round may find its matrices in cache.
 
     Args:
         variants: what to time; each must already have compiled and allocated what it keeps.
         budget: seconds per variant. One whose first round takes longer is not run again, unless it asks for more rounds;
             the first round of any other is not counted.
         most_rounds: upper limit of rounds per variant.
+        measure: runs something and tells its seconds and its result; by default `cold_processor()`.
 
     Returns:
         by variant name; the rounds of a slow variant are spread evenly over those of the quick.
     """
-    cold = torch.ones(max(1, 2 * last_level_cache_bytes() // 4))
+    measure = measure or cold_processor()
     timings: dict[str, Timing] = {}
     rounds: dict[str, int] = {}
     gc.collect()
@@ -64,27 +67,42 @@ def race(variants: list[Variant], budget: float, most_rounds: int) -> dict[str, 
     try:
         for variant in variants:
             first = timings[variant.name] = Timing([])
-            _run(variant, first, cold)
-            rounds[variant.name] = max(1, min(most_rounds, max(variant.least_rounds, int(budget / first.seconds[0]))))
+            _run(variant, first, measure)
+            rounds[variant.name] = max(1, min(most_rounds, max(variant.least_rounds, int(budget / (first.seconds[0] * variant.repeats)))))
             if rounds[variant.name] > 1:
                 first.seconds.clear()
-        turns = max(rounds.values())
+        turns = max(rounds.values(), default=0)
         for turn in range(turns):
             for variant in variants:
                 share, timing = rounds[variant.name], timings[variant.name]
                 due = (turn + 1) * share // turns > turn * share // turns
                 if due and len(timing.seconds) < share:
-                    _run(variant, timing, cold)
+                    _run(variant, timing, measure)
         return timings
     finally:
         gc.enable()
 
 
-def _run(variant: Variant, timing: Timing, cold: torch.Tensor) -> None:
-    cold.sum()
-    start = time.perf_counter()
-    timing.result = variant.run()
-    timing.seconds.append(time.perf_counter() - start)
+def cold_processor() -> Measure:
+    """Wall-clock time on a processor whose caches are cold.
+
+    Before each run a buffer of twice the last-level cache is read, untimed: in life a decode step of the language model
+    streams its weights between two ascents, so no round may find its matrices in cache.
+    """
+    cold = torch.ones(max(1, 2 * last_level_cache_bytes() // 4))
+
+    def measure(run: Callable[[], object]) -> tuple[float, object]:
+        cold.sum()
+        start = time.perf_counter()
+        result = run()
+        return time.perf_counter() - start, result
+
+    return measure
+
+
+def _run(variant: Variant, timing: Timing, measure: Measure) -> None:
+    seconds, timing.result = measure(variant.run)
+    timing.seconds.append(seconds / variant.repeats)
 
 
 class ReplayClock:

@@ -13,6 +13,7 @@ import numpy
 from recontrol.files import write_aside
 
 DATA = Path(__file__).resolve().parent / "data" / "cpu.csv"
+GPU_DATA = DATA.with_name("gpu.csv")
 OURS = "recontrol"
 DENSE = ("dense", "dense_compiled")
 # What the ratios are taken against, in the order in which they are shown.
@@ -38,7 +39,7 @@ class Row:
         threads: threads of torch and of the kernel.
         torch: version.
         recontrol: version.
-        suite: "ascend" or "decode".
+        suite: "ascend", "decode" or "training".
         case: what is measured, in words; variants of one case were interleaved.
         layers: linear layers of the value function.
         weights: "initialised" or "trained".
@@ -51,13 +52,19 @@ class Row:
         variant: what ran, for example "recontrol" or "released_loop".
         detail: which form of it.
         rounds: how many rounds the percentiles are of.
-        p20_ms: 20th percentile of milliseconds per ascent of the batch, or per `generate`.
+        p20_ms: 20th percentile of milliseconds per ascent of the batch, per `generate` (on a GPU per decode step), or per step of training.
         p50_ms: median.
         p80_ms: 80th percentile.
-        tokens: new tokens of all sequences in one `generate`; 0 for an ascent.
+        tokens: new tokens of all sequences in what the percentiles are of, or tokens trained on; 0 for an ascent.
         bytes_moved: see `benchmarks.traffic`; 0 for decoding.
         bytes_once: see `benchmarks.traffic`; 0 for decoding.
         flips_per_step: see `benchmarks.traffic`; 0 for decoding.
+        device: the GPU; empty where a processor did the work, and so are the next three.
+        driver: version of its driver.
+        cuda: version that torch was built for.
+        triton: version.
+        copy_gb_per_s: measured speed of a large copy on the device, bytes read and bytes written; 0 on a processor.
+        peak_bytes: most memory in use on the device at once, beyond what was there before; 0 where it is not measured.
     """
 
     commit: str
@@ -87,9 +94,17 @@ class Row:
     bytes_moved: int = 0
     bytes_once: int = 0
     flips_per_step: float = 0.0
+    device: str = ""
+    driver: str = ""
+    cuda: str = ""
+    triton: str = ""
+    copy_gb_per_s: float = 0.0
+    peak_bytes: int = 0
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
+# Files that were written before a column came have rows without it.
+REQUIRED = [field.name for field in dataclasses.fields(Row) if field.default is dataclasses.MISSING]
 _TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Row)}
 
 
@@ -124,8 +139,9 @@ def read_rows(path: Path) -> list[Row]:
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} does not hold benchmark rows: found columns {reader.fieldnames}, wanted {COLUMNS}")
+        found = list(reader.fieldnames or [])
+        if not set(REQUIRED) <= set(found) <= set(COLUMNS):
+            raise ValueError(f"{path} does not hold benchmark rows: found columns {found}, wanted {COLUMNS}")
         return [Row(**{name: _TYPES[name](text) for name, text in record.items()}) for record in reader]
 
 
@@ -133,7 +149,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     """For each machine, suite, case and variant its newest row, in order of first appearance."""
     newest: dict[tuple, Row] = {}
     for row in rows:
-        key = (row.cpu, row.threads, row.suite, row.case, row.variant)
+        key = (row.device or row.cpu, row.threads, row.suite, row.case, row.variant)
         if key not in newest or row.date >= newest[key].date:
             newest[key] = row
     return list(newest.values())
@@ -143,7 +159,7 @@ def by_case(rows: Iterable[Row]) -> list[dict[str, Row]]:
     """The variants of each case by name, with "best_dense", the quicker of the dense ones; rows of one run only."""
     cases: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault((row.cpu, row.threads, row.date, row.suite, row.case), {})[row.variant] = row
+        cases.setdefault((row.device or row.cpu, row.threads, row.date, row.suite, row.case), {})[row.variant] = row
     for variants in cases.values():
         dense = [variants[name] for name in DENSE if name in variants]
         if dense:

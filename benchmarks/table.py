@@ -1,10 +1,10 @@
-"""Render the newest recorded rows as Markdown: python -m benchmarks.table [rows.csv]."""
+"""Render the newest recorded rows as Markdown: python -m benchmarks.table [rows.csv], of a processor or of a GPU (its file may still be missing)."""
 
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.rows import COMPARED, DATA, OURS, Row, by_case, latest, ratio, read_rows
+from benchmarks.rows import COMPARED, DATA, GPU_DATA, OURS, Row, by_case, latest, ratio, read_rows
 
 
 def ascend_table(cases: list[dict[str, Row]]) -> list[str]:
@@ -38,9 +38,9 @@ def decode_table(cases: list[dict[str, Row]]) -> list[str]:
 
 
 def render(rows: Iterable[Row]) -> str:
-    """All tables, one pair for each run and machine whose rows are the newest."""
+    """All tables of processors, one pair for each run and machine whose rows are the newest."""
     parts: list[str] = []
-    cases = [variants for variants in by_case(latest(rows)) if OURS in variants]
+    cases = [variants for variants in by_case(latest(row for row in rows if not row.device)) if OURS in variants]
     for machine in dict.fromkeys(_machine(variants[OURS]) for variants in cases):
         here = [variants for variants in cases if _machine(variants[OURS]) == machine]
         parts += [machine, ""]
@@ -59,5 +59,15 @@ def _line(cells: list) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
+def render_gpu(rows: Iterable[Row]) -> str:
+    """All tables of GPUs, one set for each."""
+    from benchmarks.gpu.table import tables
+
+    return "\n".join(tables(rows))
+
+
 if __name__ == "__main__":
-    print(render(read_rows(Path(sys.argv[1]) if len(sys.argv) > 1 else DATA)))
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA
+    found = read_rows(path) if path.exists() or path.resolve() != GPU_DATA else []
+    measured_on_gpu = path.resolve() == GPU_DATA or any(row.device for row in found)
+    print(render_gpu(found) if measured_on_gpu else render(found))

@@ -40,7 +40,7 @@ def _two_layers(hidden: Tensor, value: ValueFunction, step_size: float, steps: i
     gram, (units, width) = value.prepared().gram, first.shape
     z = linear(hidden, first, first_bias)
     on = z > 0
-    active, flipped, flips = on.any(0), torch.zeros(units, dtype=torch.bool), 0
+    active, flipped, flips = on.any(0), torch.zeros(units, dtype=torch.bool, device=z.device), 0
     for _ in range(steps - 1):
         z = z + step_size * torch.where(on, out, 0) @ gram
         turned = on ^ (z > 0)

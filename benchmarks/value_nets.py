@@ -38,14 +38,14 @@ def initialised(hidden_size: int, hidden_dims: tuple[int, ...]) -> ValueFunction
         return ValueFunction(hidden_size, hidden_dims)
 
 
-def trained(hidden_size: int, hidden_dims: tuple[int, ...]) -> ValueFunction:
-    """A value function after some steps of Adam, from the user's cache folder when it is there already."""
+def trained(hidden_size: int, hidden_dims: tuple[int, ...], device: torch.device | str = "cpu") -> ValueFunction:
+    """A value function after some steps of Adam on `device`, from the user's cache folder when it is there already."""
     folder = cache_folder() / f"value-{hidden_size}-{'-'.join(map(str, hidden_dims))}"
     if (folder / "config.json").is_file():
-        value = ValueFunction.from_pretrained(folder)
+        value = ValueFunction.from_pretrained(folder, device=device)
         if value.provenance.get("recipe") == RECIPE:
             return value
-    value = initialised(hidden_size, hidden_dims)
+    value = initialised(hidden_size, hidden_dims).to(device)
     value.provenance.update(recipe=RECIPE, explained=fit(value))
     value.save_pretrained(folder)
     return value
@@ -56,7 +56,7 @@ def fit(value: ValueFunction) -> float:
     optimiser = torch.optim.Adam(value.parameters(), lr=RECIPE["learning_rate"])
     explained = 0.0
     for step in range(RECIPE["adam_steps"]):
-        hidden, reward = draw_hidden(RECIPE["batch_size"], value.hidden_size, SEED_TRAINING + step)
+        hidden, reward = (drawn.to(value.device) for drawn in draw_hidden(RECIPE["batch_size"], value.hidden_size, SEED_TRAINING + step))
         loss = torch.nn.functional.mse_loss(value(hidden)[:, 0], reward)
         explained = 1 - float(loss.detach()) / float(reward.var())
         optimiser.zero_grad()

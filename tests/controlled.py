@@ -6,6 +6,7 @@ import inspect
 import torch
 from test_controller_models import GATED, PROMPT, logits_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import recontrol as rc
@@ -75,3 +76,21 @@ class Failing:
         if self.left == 0:
             self.handle.remove()
             raise self.error
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that were run.
+
+    Reading a number (`.item()`, `if tensor`) waits for the device, and a tensor made of Python numbers is copied there: what does
+    one of `UNCAPTURABLE` cannot be recorded in a CUDA graph.
+    """
+
+    UNCAPTURABLE = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))

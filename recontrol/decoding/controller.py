@@ -9,12 +9,13 @@ import operator
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recontrol import backends
+from recontrol.arguments import normalise
 from recontrol.ascend import ascend
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
@@ -40,7 +41,7 @@ class Controller:
         step_size: alpha >= 0.
         steps: n >= 0; with 0 nothing is edited.
         radius: cut the edit where its norm reaches this.
-        target: climb towards this value instead of upward.
+        target: climb towards this value instead of upward, in V's own unit: where V is standardised, `value.from_reward` makes it of rewards.
         head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
         backend: as for `recontrol.ascend`.
         stop_token_ids: tokens after which a row is finished; by default the model's end-of-sequence tokens and its padding.
@@ -101,11 +102,23 @@ class Controller:
         return Handle(self, model)
 
 
+class _DecodeStep(NamedTuple):
+    """What a forward call of one token a row is known by.
+
+    Attributes:
+        ids: (batch, 1), the tokens that go in.
+        cache: the key/value cache where its length is on the device, None where it is known to hold tokens.
+    """
+
+    ids: Tensor
+    cache: Any | None
+
+
 class _ThreadState(threading.local):
     """What is known of the forward call that this thread is in; one model may run in several threads at once."""
 
     def __init__(self) -> None:
-        self.live: Tensor | None = None
+        self.step: _DecodeStep | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # So that a controlled model can be copied.
@@ -135,11 +148,15 @@ class Handle(Attachment):
         # From the class, because an instance's forward may be a compiled one.
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
         self._thread = _ThreadState()
-        self._traced: tuple[Tensor | None] | None = None
+        self._traced: tuple[_DecodeStep | None] | None = None
         self._sign: Tensor | None = None
-        # On the device, so that counting waits for nothing; no inference tensor, so that it can be counted in any mode.
+        # Both on the device, so that a decode step waits for nothing and can be captured in a CUDA graph; no inference tensors, so
+        # that states can be counted in any mode.
         with torch.inference_mode(False):
             self._count = torch.zeros((), dtype=torch.int64, device=controller.value.device)
+            wide = torch.float64 if controller.value.dtype == torch.float64 else torch.float32
+            weights = controller.head_weights
+            self._head_weights = None if weights is None else torch.tensor(weights, dtype=wide, device=controller.value.device)
         # A backend that cannot run says so here, and what it precomputes from the weights is ready.
         self._ascend(torch.zeros(1, controller.value.hidden_size, dtype=self._dtype(), device=controller.value.device), None)
         try:
@@ -158,19 +175,28 @@ class Handle(Attachment):
         """How many states were edited so far, finished rows not counted; reading it waits for the device."""
         return int(self._count)
 
+    def backend(self, rows: int) -> str:
+        """The name of the backend that climbs from this many states: the controller's, or what "auto" takes for them."""
+        hidden = torch.zeros(rows, self.controller.value.hidden_size, dtype=self._dtype(), device=self.controller.value.device)
+        chosen = self.controller
+        arguments = normalise(hidden, chosen.value, chosen.step_size, chosen.steps, None, chosen.radius, chosen.target, self._head_weights)
+        backend = backends.choose(chosen.backend, arguments, chosen.value.prepared())
+        return next(name for name, module in backends.BACKENDS.items() if module is backend)
+
     def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        live = self._live_rows(args, kwargs)
+        # No arithmetic here: the compiler makes a graph of its own of a hook on the model that it compiles.
+        step = self._decode_step(args, kwargs)
         # The compiler follows attributes, but not what each thread keeps for itself; what it compiles whole no other thread disturbs.
         if torch.compiler.is_compiling():
-            self._traced = (live,)
+            self._traced = (step,)
         else:
-            self._traced, self._thread.live = None, live
+            self._traced, self._thread.step = None, step
 
     def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Also after an error: the mask belongs to one forward call.
+        # Also after an error: the step belongs to one forward call.
         self._traced = None
         if not torch.compiler.is_compiling():
-            self._thread.live = None
+            self._thread.step = None
 
     def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0]
@@ -179,16 +205,15 @@ class Handle(Attachment):
         if self._paused or self.controller.steps == 0:
             return None
         rows = hidden.reshape(-1, hidden.shape[-1])
-        # A mask of another length is not about these rows.
-        live = self._thread.live if self._traced is None else self._traced[0]
-        mask = live.to(rows.device) if live is not None and live.shape[0] == rows.shape[0] else None
+        step = self._thread.step if self._traced is None else self._traced[0]
+        # Tokens of another number are not those of these rows.
+        mask = self._live_rows(step).to(rows.device) if step is not None and step.ids.shape[0] == rows.shape[0] else None
         edited = self._ascend(rows, mask)
         self._count.add_(rows.shape[0] if mask is None else mask.sum())
         return (edited.reshape(hidden.shape), *args[1:])
 
     def _ascend(self, rows: Tensor, mask: Tensor | None) -> Any:
         chosen = self.controller
-        weights = None if chosen.head_weights is None else torch.tensor(chosen.head_weights, dtype=torch.float64)
         return ascend(
             rows,
             chosen.value,
@@ -197,23 +222,29 @@ class Handle(Attachment):
             mask=mask,
             radius=chosen.radius,
             target=chosen.target,
-            head_weights=weights,
+            head_weights=self._head_weights,
             backend=chosen.backend,
         )
 
-    def _live_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """(batch,) bool, False where the row's response ended before; None at prefill, where every row is live."""
+    def _decode_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _DecodeStep | None:
+        """The decode step that begins with these arguments of the model; None at prefill, where every row is live."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         ids = given.get("input_ids")
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if not self.stop_token_ids or cache is None or ids is None or ids.dim() != 2 or ids.shape[1] != 1:
             return None
         filled = _filled(cache)
-        if not isinstance(filled, Tensor) and not filled:
-            return None
-        finished = functools.reduce(operator.or_, (ids[:, 0] == token for token in self.stop_token_ids))
+        if isinstance(filled, Tensor):
+            return _DecodeStep(ids, cache)
+        return _DecodeStep(ids, None) if filled else None
+
+    def _live_rows(self, step: _DecodeStep) -> Tensor:
+        """(batch,) bool, False where the row's response ended before; asked when all layers have put the token into the cache."""
+        finished = functools.reduce(operator.or_, (step.ids[:, 0] == token for token in self.stop_token_ids))
+        if step.cache is None:
+            return ~finished
         # A static cache keeps its length on the device; it is not read here, which would wait for the device.
-        return ~(finished & filled.to(ids.device)) if isinstance(filled, Tensor) else ~finished
+        return ~(finished & (step.cache.get_seq_length() > 1).to(step.ids.device))
 
     def _check_fit(self) -> None:
         """Refuse a value function that cannot be, or should not be, climbed from this model's states."""
@@ -276,12 +307,13 @@ class Handle(Attachment):
 
 
 def _filled(cache: Any) -> bool | Tensor:
-    """Whether a cache holds tokens; a tensor on its device where it keeps that there."""
+    """Whether a cache holds tokens; where it keeps its length on the device, that length."""
     try:
-        return cache.get_seq_length() > 0
+        length = cache.get_seq_length()
     except ValueError:
         # A cache of recurrent states only has no length.
         return cache.has_previous_state()
+    return length if isinstance(length, Tensor) else length > 0
 
 
 def _stop_token_ids(owner: Any) -> tuple[int, ...]:
@@ -294,9 +326,14 @@ def _stop_token_ids(owner: Any) -> tuple[int, ...]:
 def _number(name: str, given: Any, minimum: float = -math.inf) -> float:
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"{name} must be a number, found {given!r}")
-    if not math.isfinite(given) or given < minimum:
-        raise ValueError(f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}, found {given!r}")
-    return float(given)
+    wanted = f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}"
+    try:
+        number = float(given)
+    except OverflowError:
+        raise ValueError(f"{wanted}, found a number too large for a float") from None
+    if not math.isfinite(number) or number < minimum:
+        raise ValueError(f"{wanted}, found {given!r}")
+    return number
 
 
 def _integer(name: str, given: Any) -> int:
