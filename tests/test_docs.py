@@ -15,8 +15,8 @@ from types import FunctionType, ModuleType
 import pytest
 
 import recontrol as rc
-from benchmarks.rows import DATA, read_rows
-from benchmarks.table import render
+from benchmarks.rows import DATA, GPU_DATA, read_rows
+from benchmarks.table import render, render_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -217,9 +217,10 @@ def test_options_in_the_readme_exist(capsys, monkeypatch):
     assert unknown == []
 
 
-def test_measured_tables_in_the_readme_are_those_of_the_recorded_rows():
-    found = re.search(r"<!-- python -m benchmarks\.table -->\n(.*)\n<!-- end -->", readme(), re.DOTALL)
-    assert found and found[1].strip() == render(read_rows(DATA)).strip()
+@pytest.mark.parametrize("name,data,render", [("", DATA, render), (" benchmarks/data/gpu.csv", GPU_DATA, render_gpu)], ids=["cpu", "gpu"])
+def test_measured_tables_in_the_readme_are_those_of_the_recorded_rows(name, data, render):
+    found = re.search(rf"<!-- python -m benchmarks\.table{re.escape(name)} -->\n(.*?)\n<!-- end -->", readme(), re.DOTALL)
+    assert found and found[1].strip() == render(read_rows(data) if data.exists() else []).strip()
 
 
 def test_files_named_in_the_readme_exist():

@@ -316,7 +316,7 @@ template <class S>
 __global__ void __launch_bounds__(kThreads, 1) first_velocity(Matrix gram, const float* out, Numbers z, Numbers d, int64_t rows) {
   auto slope = [&](int64_t row, int64_t j, int64_t valid) {
     const Several<float, 4> at = z.four(row, j, valid);
-    Several<float, 4> c = load<4>(out + j, valid, true);
+    Several<float, 4> c = load<4>(out + j, valid, is_aligned<4, float>(out, 4));
 #pragma unroll
     for (int k = 0; k < 4; ++k) c.at[k] = at.at[k] > 0 ? c.at[k] : 0.0f;
     return c;
