@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,27 @@ def remove_leftovers(folder: Path) -> None:
         match = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
         if match and part.name not in _open and not _alive(int(match[1])):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let a Ctrl-C take effect at the end of the block, which must be short.
+
+    Around calls into compiled code that turns an interrupt into an error of its own: reading by safetensors does.
+    """
+    # Only the main thread hears of interrupts, and may say what happens at one.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        # None: the handler was not set by Python, and cannot be put back by it.
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+    if caught and callable(before):
+        before(*caught[0])
 
 
 def _remove(part: Path) -> None:

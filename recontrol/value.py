@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from recontrol.files import read_json, write_aside, write_json
+from recontrol.files import write_aside, write_json
 from recontrol.prepared import Prepared, PreparedCache
-
-FORMAT = "recontrol.value_function"
-FORMAT_VERSION = 1
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+from recontrol.value_files import (
+    CONFIG_NAME,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    checked_sizes,
+    checked_statistics,
+    local_folder,
+    read_config,
+    read_reference,
+    read_weights,
+)
 
 
 class ValueFunction(nn.Module):
@@ -25,17 +31,23 @@ class ValueFunction(nn.Module):
 
     V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers.
 
+    V is in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard deviations from the mean reward:
+    reward = std * V + mean, head by head (`to_reward`, `from_reward`). Calling V, climbing it, and `target` and `head_weights` of
+    `Controller` are all in V's own unit.
+
     Args:
         hidden_size: width of the language model's last hidden state.
         hidden_dims: widths of the hidden layers; `(4096,)` is the paper's "two linear layers".
         num_heads: how many rewards are predicted at once.
+        reward_mean: (num_heads,), finite, the mean of each head's rewards in training, if V is standardised; else None.
+        reward_std: (num_heads,), finite and above 0, their standard deviation; None if and only if `reward_mean` is.
         provenance: where the weights come from (base model, data, reward model), saved beside them.
 
     Shapes:
         hidden: (..., hidden_size), floating point -> (..., num_heads), dtype of the weights.
 
     Raises:
-        ValueError: a size that is not a positive integer.
+        ValueError: a size that is not a positive integer, or statistics that are not one number a head.
 
     Source: Kong et al. 2024, section 4.2 (value function).
     """
@@ -46,13 +58,16 @@ class ValueFunction(nn.Module):
         hidden_dims: Sequence[int] = (4096,),
         num_heads: int = 1,
         *,
+        reward_mean: Sequence[float] | None = None,
+        reward_std: Sequence[float] | None = None,
         provenance: dict[str, Any] | None = None,
     ):
         super().__init__()
-        sizes = _checked_sizes(hidden_size, hidden_dims, num_heads)
+        sizes = checked_sizes(hidden_size, hidden_dims, num_heads)
         self.hidden_size = hidden_size
         self.hidden_dims = tuple(hidden_dims)
         self.num_heads = num_heads
+        self.reward_mean, self.reward_std = checked_statistics(reward_mean, reward_std, num_heads)
         self.provenance: dict[str, Any] = dict(provenance or {})
         # Weights made under inference_mode would carry no version counter, and then a change of weights could not be seen.
         with torch.inference_mode(False):
@@ -65,6 +80,37 @@ class ValueFunction(nn.Module):
         for layer in self.layers[:-1]:
             activations = torch.relu(layer(activations))
         return self.layers[-1](activations)
+
+    def to_reward(self, values: Tensor) -> Tensor:
+        """Values in the unit of the reward: values * std + mean, head by head; unchanged where V is not standardised.
+
+        Args:
+            values: (..., num_heads), in V's own unit.
+
+        Raises:
+            ValueError: the last dimension is not `num_heads`.
+        """
+        if self.reward_mean is None or self.reward_std is None:
+            return self._per_head(values)
+        return self._per_head(values) * values.new_tensor(self.reward_std) + values.new_tensor(self.reward_mean)
+
+    def from_reward(self, rewards: Tensor) -> Tensor:
+        """Rewards in V's own unit: (rewards - mean) / std, head by head; unchanged where V is not standardised.
+
+        Args:
+            rewards: (..., num_heads), in the unit of the reward.
+
+        Raises:
+            ValueError: the last dimension is not `num_heads`.
+        """
+        if self.reward_mean is None or self.reward_std is None:
+            return self._per_head(rewards)
+        return (self._per_head(rewards) - rewards.new_tensor(self.reward_mean)) / rewards.new_tensor(self.reward_std)
+
+    def _per_head(self, numbers: Tensor) -> Tensor:
+        if not numbers.ndim or numbers.shape[-1] != self.num_heads:
+            raise ValueError(f"the last dimension must be the {self.num_heads} heads, found shape {tuple(numbers.shape)}")
+        return numbers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,6 +135,24 @@ class ValueFunction(nn.Module):
         """What the fast paths precompute from the weights (for example W_1 W_1^T), made again when a weight has changed."""
         return self._cache.get(*self.parameters_by_kind)
 
+    def __mul__(self, weight: float) -> "ValueFunction":
+        """A term of a weighted sum of value functions, see `WeightedSum`."""
+        return _weighted_sum([(weight, self)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "ValueFunction") -> "ValueFunction":
+        """A sum of value functions, climbed as one; for weights, `0.7 * helpful + 0.3 * harmless`."""
+        return _weighted_sum([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: "ValueFunction") -> "ValueFunction":
+        """As the sum, with the other's weights negated: it is climbed down."""
+        return _weighted_sum([(1.0, self), (-1.0, other)])
+
+    def __neg__(self) -> "ValueFunction":
+        """The value function that is climbed where this one is climbed down."""
+        return _weighted_sum([(-1.0, self)])
+
     def extra_repr(self) -> str:
         """Describe the sizes in `repr`."""
         return f"hidden_size={self.hidden_size}, hidden_dims={self.hidden_dims}, num_heads={self.num_heads}"
@@ -104,6 +168,8 @@ class ValueFunction(nn.Module):
             "hidden_size": self.hidden_size,
             "hidden_dims": list(self.hidden_dims),
             "num_heads": self.num_heads,
+            "reward_mean": None if self.reward_mean is None else list(self.reward_mean),
+            "reward_std": None if self.reward_std is None else list(self.reward_std),
             "provenance": self.provenance,
         }
 
@@ -122,22 +188,63 @@ class ValueFunction(nn.Module):
             aside.write_bytes(save(tensors, metadata={"format": FORMAT}))
             write_json(folder / CONFIG_NAME, self.config)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload value function",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card made from the provenance, into a repository of the hub.
+
+        Args:
+            repo_id: `owner/name`, or `name` for your own; the repository is made if there is none.
+            private: whether a new repository is private; by default what the owner's settings say.
+            token: by default the one that `hf auth login` stored.
+            revision: branch to upload to, made if there is none; by default the main branch.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            ValueError: `repo_id` is no name of a repository.
+            OSError: the hub cannot be reached or refuses; nothing was committed.
+        """
+        from recontrol.hub import push
+
+        return push(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> "ValueFunction":
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "ValueFunction":
         """Load what `save_pretrained` wrote, from a folder or from a repository of the hub by name.
 
         Args:
             path: a local folder, or `owner/name` on the hub.
             dtype: convert the weights to this dtype; by default they keep the one they were saved in.
             device: where to put the weights.
+            revision: branch, tag or commit of the repository on the hub; by default its main branch.
+            token: for a private repository; by default the one that `hf auth login` stored.
 
         Raises:
             FileNotFoundError: `path` is neither a folder nor found on the hub.
-            ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other.
+            ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
         """
-        folder = _local_folder(path)
-        config = _checked_config(folder / CONFIG_NAME)
-        tensors = _load_tensors(folder / WEIGHTS_NAME)
+        folder = local_folder(path, revision, token)
+        config = read_config(folder / CONFIG_NAME)
+        tensors = read_weights(folder / WEIGHTS_NAME)
         return cls._from_tensors(config, tensors, folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
@@ -153,38 +260,28 @@ class ValueFunction(nn.Module):
             ValueError: the file is damaged, or its keys are not those of the released code.
         """
         path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; the released code writes a .pth file (for a folder use from_pretrained)")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:
-            # Fed with damaged bytes, an unpickler raises nearly anything.
-            raise ValueError(f"{path} is no readable torch state dict ({type(error).__name__}): it is damaged, or holds other things than tensors") from error
-        names = ("fc1", "fc2", "fc3") if isinstance(state, dict) and "fc2.weight" in state else ("fc1", "fc3")
-        wanted = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-        found = set(state) if isinstance(state, dict) else {type(state).__name__}
-        if found != wanted:
-            raise ValueError(f"{path} is no value function of the released code: found keys {sorted(map(str, found))}, wanted fc1, fc3 and optionally fc2")
-        shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else (type(tensor).__name__,) for name, tensor in state.items()}
-        if any(len(shape) != (2 if name.endswith("weight") else 1) or not all(isinstance(n, int) and n > 0 for n in shape) for name, shape in shapes.items()):
-            raise ValueError(f"{path} is no value function of the released code: found {shapes}, wanted matrices as weights and vectors as biases")
-        weights = [state[f"{name}.weight"] for name in names]
+        layers = read_reference(path)
+        weights = [weight for weight, _ in layers]
         config = {
             "hidden_size": weights[0].shape[1],
             "hidden_dims": [weight.shape[0] for weight in weights[:-1]],
             "num_heads": weights[-1].shape[0],
             "provenance": {"source": path.name, **(provenance or {})},
         }
-        return cls._from_tensors(config, {f"layers.{i}.{part}": state[f"{name}.{part}"] for i, name in enumerate(names) for part in ("weight", "bias")}, path)
+        tensors = {f"layers.{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in zip(("weight", "bias"), layer, strict=True)}
+        return cls._from_tensors(config, tensors, path)
 
     @classmethod
     def _from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> "ValueFunction":
         """The value function that a config describes with the tensors of a file, after checking their names, shapes and dtypes."""
         # Nothing is allocated before the file is known to agree, and no random numbers are drawn for weights that are replaced.
         with torch.device("meta"):
-            value = cls(config["hidden_size"], config["hidden_dims"], config["num_heads"], provenance=config.get("provenance"))
+            value = cls(
+                config["hidden_size"],
+                config["hidden_dims"],
+                config["num_heads"],
+                **{name: config.get(name) for name in ("reward_mean", "reward_std", "provenance")},
+            )
         wanted = {name: tuple(tensor.shape) for name, tensor in value.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
@@ -201,65 +298,8 @@ class ValueFunction(nn.Module):
             return super()._apply(fn, recurse)
 
 
-def _checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) -> list[int]:
-    """The widths from the hidden state to the heads, all positive integers."""
-    if not isinstance(hidden_dims, Sequence) or any(type(size) is not int or size < 1 for size in (hidden_size, *hidden_dims, num_heads)):
-        found = f"hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}"
-        raise ValueError(f"hidden_size, hidden_dims and num_heads must be positive integers, found {found}")
-    return [hidden_size, *hidden_dims, num_heads]
+def _weighted_sum(terms: list[tuple[float, ValueFunction]]) -> ValueFunction:
+    # Deferred: a weighted sum is itself a value function.
+    from recontrol.weighted_sum import WeightedSum
 
-
-def _local_folder(path: str | os.PathLike) -> Path:
-    """A folder on this machine that holds the value function, fetched from the hub when it is not one already."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(
-            f"{folder} is a file; a value function is a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (for a .pth file of the released code use from_reference)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"no value function at {str(path)!r}: it is no local folder, and the hub did not answer with one ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _checked_config(path: Path) -> dict[str, Any]:
-    """Read a value function's config and refuse what is not a ReLU MLP of ours."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") or config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} is not the config of a value function: found format {found!r}, wanted {FORMAT!r}")
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
-    if config.get("architecture") != "mlp" or config.get("activation") != "relu":
-        raise ValueError(
-            f"{path}: only ReLU MLPs are supported, found architecture {config.get('architecture')!r} with activation {config.get('activation')!r}"
-        )
-    missing = [key for key in ("hidden_size", "hidden_dims", "num_heads") if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    try:
-        _checked_sizes(config["hidden_size"], config["hidden_dims"], config["num_heads"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(config.get("provenance"), dict | None):
-        raise ValueError(f"{path}: provenance must be an object, found {config['provenance']!r}")
-    return config
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format") from error
+    return WeightedSum(terms)

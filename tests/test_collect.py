@@ -182,8 +182,9 @@ def test_one_seed_one_result_and_the_callers_generator_is_left_alone(model, toke
 
 
 def test_each_batch_has_a_seed_of_its_own(model, tokenizer, prompts, tmp_path):
-    rollouts = collect(model, tokenizer, prompts[:1] * 4, lengths_of, tmp_path / "r", **{**SAMPLING, "batch_size": 1})
+    rollouts = collect(model, tokenizer, prompts[:1] * 4, lengths_of, tmp_path / "r", unique_prompts=False, **{**SAMPLING, "batch_size": 1})
     assert len({record["response"] for record in rollouts.records()}) == 4
+    assert rollouts.groups.tolist() == [0, 1, 2, 3] and rollouts.manifest["duplicate_prompts"] == 3
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer, prompts, tmp_path):
@@ -262,7 +263,15 @@ collect(model, AutoTokenizer.from_pretrained(lm), prompts, lengths_of, folder, *
 def start_child(folder, how, prompts):
     arguments = [str(folder), how, str(EXAMPLE / "lm"), str(torch.get_num_threads()), json.dumps(prompts), json.dumps(SAMPLING)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Who runs the tests in the background may have switched interrupts off, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def assert_resumes(folder, uninterrupted, model, tokenizer, prompts):
@@ -354,6 +363,16 @@ def test_going_on_with_other_prompts_or_another_reward_is_refused(model, tokeniz
         collect(model, tokenizer, prompts[::-1], lengths_of, uninterrupted, **SAMPLING)
     with pytest.raises(ValueError, match=r"another reward: found 'lengths_of', wanted '.*lambda"):
         collect(model, tokenizer, prompts, lambda prompts, responses: [0.0] * len(prompts), uninterrupted, **SAMPLING)
+
+
+def test_going_on_with_another_tokenizer_is_refused(model, prompts, uninterrupted):
+    other = AutoTokenizer.from_pretrained(EXAMPLE / "lm")
+    # Its name may be another one as long as it reads texts as the same tokens.
+    other.name_or_path = "elsewhere"
+    collect(model, other, prompts, lengths_of, uninterrupted, **SAMPLING)
+    other.add_tokens(["Human"])
+    with pytest.raises(ValueError, match="another tokenizer_sha256"):
+        collect(model, other, prompts, lengths_of, uninterrupted, **SAMPLING)
 
 
 def test_going_on_with_another_model_is_refused(tokenizer, prompts, uninterrupted):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from recontrol import files
-from recontrol.files import read_json, remove_leftovers, write_aside, write_json
+from recontrol.files import interrupts_wait, read_json, remove_leftovers, write_aside, write_json
 
 OLD, NEW = "what was there before", "what comes now"
 
@@ -279,6 +279,42 @@ for _ in range(100):
 
 
 CONTENT = {"name": "Füße, 体, 👣", "numbers": [1, -2.5, 1e-300, None, True], "nested": {"empty": {}, "list": []}, "long": "x" * 100_000}
+
+
+class TestInterruptsWait:
+    @pytest.fixture(autouse=True)
+    def interruptible(self):
+        """Who runs the tests in the background may have switched interrupts off."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    def test_an_interrupt_takes_effect_at_the_end(self):
+        done = []
+        with pytest.raises(KeyboardInterrupt), interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("all of it")
+        assert done == ["all of it"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_an_error_comes_first_and_the_handler_is_put_back(self):
+        with pytest.raises(ValueError, match="broken"), interrupts_wait():
+            raise ValueError("broken")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+    def test_other_threads_leave_the_handler_alone(self):
+        seen = []
+
+        def work():
+            with interrupts_wait():
+                seen.append(signal.getsignal(signal.SIGINT))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen == [signal.default_int_handler]
 
 
 class TestJson:

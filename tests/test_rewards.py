@@ -1,10 +1,15 @@
+"""Rewards: sequence classifiers, functions, several at once, and what they may return."""
+
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from recontrol.data.rewards import RewardModel, as_reward, checked_rewards, reward_name
+from recontrol.data.collect import collect
+from recontrol.data.rewards import CombinedReward, RewardModel, as_reward, checked_rewards, reward_name
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REWARD = Path(__file__).parent.parent / "examples" / "movie_reviews" / "reward"
 PROMPTS = ["I saw this movie with my", "The", "Wow, I can't believe people consider"]
@@ -143,3 +148,150 @@ def test_broken_scores_are_named(scores, message):
 def test_sizes_must_be_positive(pair):
     with pytest.raises(ValueError, match="at least 1, found 0"):
         RewardModel(*pair, batch_size=0)
+
+
+def test_a_checkpoint_without_a_head_is_refused(pair, tmp_path):
+    """Transformers would fill the head with random numbers, and every reward would be noise."""
+    LlamaForCausalLM(small_classifier(1, pad_token_id=0).config).save_pretrained(tmp_path)
+    pair[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no reward model: its checkpoint has no weights for score\.weight, which would be random numbers"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(pair):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=100, num_labels=1, pad_token_id=0, **sizes))
+    with pytest.raises(ValueError, match=r"makes token \d+, the model has 100: it is another model's"):
+        RewardModel(model, pair[1])(PROMPTS, RESPONSES)
+
+
+class TestTemplates:
+    QUESTION = "Who are you?"
+
+    def text_read(self, pair, template, prompt, response, tokenizer=None):
+        """What reaches the tokenizer."""
+        seen = []
+        reward = RewardModel(pair[0], tokenizer or pair[1], template=template)
+        original = reward.tokenizer
+
+        def spy(batch, **options):
+            seen.extend(batch)
+            return original(batch, **options)
+
+        reward.tokenizer = spy
+        reward([prompt], [response])
+        return seen[0]
+
+    def test_fields_are_filled_in(self, pair):
+        template = "Human: {prompt}\nAssistant: {response}"
+        assert self.text_read(pair, template, self.QUESTION, " A {model}.") == "Human: Who are you?\nAssistant: A {model}."
+        assert self.text_read(pair, None, self.QUESTION, " A model.") == "Who are you? A model."
+
+    def test_a_dialogue_that_has_its_marks_is_left_as_it_is(self, pair):
+        template, dialogue = "Human: {prompt}\nAssistant: {response}", "\n\nHuman: Who are you?\n\nAssistant:"
+        assert self.text_read(pair, template, dialogue, " A model.") == dialogue + " A model."
+        assert self.text_read(pair, template, "Human: Who?\nAssistant:", " Me.") == "Human: Who?\nAssistant: Me."
+
+    def test_chat_template(self, pair):
+        tokenizer = AutoTokenizer.from_pretrained(REWARD)
+        tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        written = self.text_read(pair, "chat", self.QUESTION, " A model.", tokenizer)
+        # One beginning of sequence, from wherever it comes.
+        assert tokenizer(written).input_ids.count(tokenizer.bos_token_id) == 1
+        assert written.removeprefix(tokenizer.bos_token) == "<user>Who are you?<assistant>A model."
+        dialogue = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who are you?\n\nAssistant:"
+        written = self.text_read(pair, "chat", dialogue, " A model.", tokenizer)
+        assert written.removeprefix(tokenizer.bos_token) == "<user>Hi<assistant>Hello.<user>Who are you?<assistant>A model."
+
+    @pytest.mark.parametrize("template", ["{prompt}", "{response}", "", "{prompt}{response}{score}", "{prompt}{response", "{prompt}{}{response}"])
+    def test_templates_that_cannot_be_filled_in(self, pair, template):
+        with pytest.raises(ValueError, match=r"template of the reward model must have \{prompt\} and \{response\} in it"):
+            RewardModel(*pair, template=template)
+
+    def test_no_chat_template(self, pair):
+        with pytest.raises(ValueError, match="has no chat template"):
+            RewardModel(*pair, template="chat")
+
+    def test_the_name_tells_templates_apart(self, pair):
+        assert RewardModel(*pair).name == str(REWARD)
+        assert RewardModel(*pair, template="{prompt} {response}").name == f"{REWARD}, template '{{prompt}} {{response}}'"
+
+
+def length(prompts, responses):
+    return [len(response) for response in responses]
+
+
+def letters(prompts, responses):
+    return [[response.count("e"), prompt.count("e")] for prompt, response in zip(prompts, responses, strict=True)]
+
+
+letters.head_names = ["e in the response", "e in the prompt"]
+
+
+class TestSeveralRewards:
+    def test_a_list_becomes_heads_side_by_side(self, pair):
+        model = RewardModel(*pair)
+        reward = as_reward([length, model, letters])
+        table = checked_rewards(reward, PROMPTS, RESPONSES)
+        assert torch.equal(table[:, 0], torch.tensor([float(len(response)) for response in RESPONSES]))
+        assert torch.equal(table[:, 1], torch.tensor(model(PROMPTS, RESPONSES)))
+        assert torch.equal(table[:, 2:], torch.tensor(letters(PROMPTS, RESPONSES)).float())
+        assert reward_name(reward) == ["length", str(REWARD), "e in the response", "e in the prompt"]
+
+    def test_a_dictionary_names_them(self, pair):
+        reward = as_reward({"long": length, "counts": letters})
+        assert reward_name(reward) == ["long: length", "counts: e in the response", "counts: e in the prompt"]
+        assert checked_rewards(reward, PROMPTS, RESPONSES).shape == (3, 3)
+
+    def test_equal_names_are_numbered(self):
+        assert reward_name(as_reward([length, length, length])) == ["length", "length (2)", "length (3)"]
+
+    def test_a_list_of_one_is_that_reward(self):
+        assert reward_name(as_reward([length])) == "length"
+        assert torch.equal(checked_rewards(as_reward([length]), PROMPTS, RESPONSES), checked_rewards(length, PROMPTS, RESPONSES))
+
+    def test_labels_of_a_classifier_are_heads_with_names(self, pair):
+        model = RewardModel(small_classifier(3, pad_token_id=0), pair[1])
+        reward = as_reward([length, model])
+        assert [name.split(": ")[-1] for name in reward_name(reward)] == ["length", "LABEL_0", "LABEL_1", "LABEL_2"]
+        assert checked_rewards(reward, PROMPTS, RESPONSES).shape == (3, 4)
+
+    def test_no_responses(self, pair):
+        assert checked_rewards(as_reward([length, RewardModel(*pair), letters]), [], []).shape[0] == 0
+
+    @pytest.mark.parametrize(
+        "second,message",
+        [
+            (lambda prompts, responses: [1.0, 2.0, float("nan")], r"reward '.*<lambda>': the reward returned NaN or infinity for responses \[2\]"),
+            (lambda prompts, responses: [1.0], "reward '.*<lambda>': .*found 1, wanted 3"),
+            (lambda prompts, responses: [[1.0, 2.0]] * 3, "reward '.*<lambda>' returned 2 scores a response; among several rewards it must return one"),
+        ],
+        ids=["nan", "count", "width"],
+    )
+    def test_the_broken_one_is_named(self, second, message):
+        with pytest.raises(ValueError, match=message):
+            checked_rewards(as_reward([length, second]), PROMPTS, RESPONSES)
+
+    def test_fewer_scores_than_names(self):
+        def reward(prompts, responses):
+            return [1.0] * len(responses)
+
+        reward.head_names = ["a", "b"]
+        with pytest.raises(ValueError, match=r"names 2 heads \(a, b\) and returned 1 scores a response"):
+            checked_rewards(reward, PROMPTS, RESPONSES)
+        with pytest.raises(ValueError, match=r"reward 'a': the reward names 2 heads"):
+            checked_rewards(CombinedReward([reward, length]), PROMPTS, RESPONSES)
+
+    @pytest.mark.parametrize("nothing", [[], {}, ()])
+    def test_nothing(self, nothing):
+        with pytest.raises(ValueError, match="empty list of rewards"):
+            as_reward(nothing)
+
+    def test_collecting_keeps_them_with_their_names(self, tmp_path):
+        folder = REWARD.parent / "lm"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        rollouts = collect(model, tokenizer, PROMPTS, {"long": length, "counts": letters}, tmp_path / "r", max_new_tokens=3, progress=False)
+        assert rollouts.manifest["reward"] == ["long: length", "counts: e in the response", "counts: e in the prompt"]
+        texts = [record["response"] for record in rollouts.records()]
+        assert torch.equal(rollouts.rewards[:, 0], torch.tensor([float(len(text)) for text in texts]))
+        assert torch.equal(rollouts.rewards[:, 2], torch.tensor([float(record["prompt"].count("e")) for record in rollouts.records()]))

@@ -135,7 +135,7 @@ def test_an_interrupted_folder_is_opened_only_on_request(folder):
     ("change", "message"),
     [
         ({"format": "other"}, "found format 'other', wanted 'recontrol.rollouts'"),
-        ({"version": 2}, "version 2.*upgrade"),
+        ({"version": 3}, "version 3.*upgrade"),
         ({"hidden_size": 16}, "not a shard of these rollouts"),
         ({"dtype": "float16"}, "not a shard of these rollouts"),
     ],
@@ -223,4 +223,4 @@ def test_only_the_temporary_files_of_dead_processes_are_removed(tmp_path):
     for path in (live, other, *left):
         path.touch()
     RolloutWriter(tmp_path, {"num_shards": 1})
-    assert sorted(tmp_path.iterdir()) == sorted([live, other])
+    assert sorted(tmp_path.iterdir()) == sorted([live, other, tmp_path / "manifest.json"])

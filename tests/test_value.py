@@ -1,17 +1,14 @@
-"""The value function: what it computes, and what its files survive."""
+"""The value function: what it computes, and saving it."""
 
 import copy
 import io
 import json
 import pickle
-import random
 import resource
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import recontrol as rc
 
@@ -94,6 +91,75 @@ class TestForward:
 
     def test_repr_names_the_sizes(self):
         assert "hidden_size=6, hidden_dims=(8,), num_heads=2" in repr(rc.ValueFunction(6, (8,), 2))
+
+
+class TestRewardStatistics:
+    VALUES = torch.tensor([[1.0, 2.0], [-3.0, 0.5]], dtype=torch.float64)
+
+    def test_to_reward_is_the_formula_and_from_reward_its_inverse(self):
+        value = rc.ValueFunction(6, (8,), 2, reward_mean=(10.0, -1.0), reward_std=(2.0, 0.5))
+        assert torch.equal(value.to_reward(self.VALUES), torch.tensor([[12.0, 0.0], [4.0, -0.75]], dtype=torch.float64))
+        assert torch.equal(value.from_reward(value.to_reward(self.VALUES)), self.VALUES)
+        assert value.to_reward(self.VALUES.bfloat16()).dtype == torch.bfloat16
+        assert value.to_reward(self.VALUES[0]).shape == (2,) and value.to_reward(self.VALUES[None]).shape == (1, 2, 2)
+
+    def test_without_statistics_nothing_changes(self):
+        value = rc.ValueFunction(6, (8,), 2)
+        assert value.reward_mean is None and value.reward_std is None
+        assert torch.equal(value.to_reward(self.VALUES), self.VALUES) and torch.equal(value.from_reward(self.VALUES), self.VALUES)
+
+    def test_v_itself_stays_in_its_own_unit(self):
+        plain = rc.ValueFunction(6, (8,))
+        standardised = rc.ValueFunction(6, (8,), reward_mean=[5.0], reward_std=[3.0])
+        standardised.load_state_dict(plain.state_dict())
+        hidden = torch.randn(4, 6)
+        assert torch.equal(standardised(hidden), plain(hidden))
+
+    @pytest.mark.parametrize(
+        "given", [([1.5, -2.0], [0.1, 3.0]), (torch.tensor([1.5, -2.0]), torch.tensor([0.5, 3.0])), (None, None)], ids=["list", "tensor", "none"]
+    )
+    def test_saved_and_loaded(self, tmp_path, given):
+        value = rc.ValueFunction(6, (8,), 2, reward_mean=given[0], reward_std=given[1])
+        value.save_pretrained(tmp_path)
+        again = rc.ValueFunction.from_pretrained(tmp_path)
+        assert (again.reward_mean, again.reward_std) == (value.reward_mean, value.reward_std)
+        assert value.reward_mean is None or value.reward_mean == (1.5, -2.0)
+
+    def test_files_from_before_there_were_statistics(self, saved):
+        spoil_config(saved, reward_mean="absent", reward_std="absent")
+        value = rc.ValueFunction.from_pretrained(saved)
+        assert value.reward_mean is None and torch.equal(value.to_reward(self.VALUES[:, :1]), self.VALUES[:, :1])
+
+    @pytest.mark.parametrize(
+        "mean,std,message",
+        [
+            ([0.0, 0.0], None, "reward_mean and reward_std go together"),
+            (None, [1.0, 1.0], "reward_mean and reward_std go together"),
+            ([0.0], [1.0, 1.0], r"reward_mean must be 2 finite numbers, one a head, found \[0.0\]"),
+            ([0.0, 0.0], [1.0, 0.0], r"reward_std must be 2 finite numbers above 0, one a head, found \[1.0, 0.0\]"),
+            ([0.0, 0.0], [1.0, -1.0], "reward_std must be 2 finite numbers above 0"),
+            ([0.0, float("nan")], [1.0, 1.0], "reward_mean must be 2 finite numbers"),
+            ([0.0, 0.0], [1.0, float("inf")], "reward_std must be 2 finite numbers"),
+            (0.0, [1.0, 1.0], "reward_mean must be numbers, one a head, found 0.0"),
+            ([0.0, "high"], [1.0, 1.0], "reward_mean must be numbers"),
+        ],
+    )
+    def test_statistics_that_are_none(self, tmp_path, mean, std, message):
+        with pytest.raises(ValueError, match=message):
+            rc.ValueFunction(6, (8,), 2, reward_mean=mean, reward_std=std)
+        rc.ValueFunction(6, (8,), 2).save_pretrained(tmp_path)
+        spoil_config(tmp_path, reward_mean=mean, reward_std=std)
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+            rc.ValueFunction.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("statistics", [{}, {"reward_mean": (0.0, 0.0), "reward_std": (1.0, 1.0)}], ids=["plain", "standardised"])
+    def test_values_of_another_number_of_heads(self, statistics):
+        value = rc.ValueFunction(6, (8,), 2, **statistics)
+        for wrong in (torch.zeros(2, 1), torch.zeros(3), torch.zeros(())):
+            with pytest.raises(ValueError, match=r"the last dimension must be the 2 heads, found shape \("):
+                value.to_reward(wrong)
+            with pytest.raises(ValueError, match="the last dimension must be the 2 heads"):
+                value.from_reward(wrong)
 
 
 class TestCopies:
@@ -210,205 +276,3 @@ class TestSaving:
         with pytest.raises(OSError, match="value"):
             rc.ValueFunction(6, (8,)).save_pretrained(tmp_path / "value")
         assert (tmp_path / "value").read_text() == "mine"
-
-
-class TestBadFolders:
-    @pytest.mark.parametrize("name", ["/no/such/folder", "nobody/no-such-value-function", "a/b/c", "no spaces please"])
-    def test_neither_a_folder_nor_on_the_hub(self, name, monkeypatch):
-        import huggingface_hub.constants
-
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        start = time.perf_counter()
-        with pytest.raises(FileNotFoundError, match="it is no local folder, and the hub did not answer with one") as caught:
-            rc.ValueFunction.from_pretrained(name)
-        assert repr(name) in str(caught.value)
-        assert time.perf_counter() - start < 5
-
-    def test_path_is_a_file(self, saved):
-        with pytest.raises(ValueError, match=r"model.safetensors is a file; a value function is a folder.*use from_reference"):
-            rc.ValueFunction.from_pretrained(saved / "model.safetensors")
-
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-    def test_a_file_is_missing(self, saved, name):
-        (saved / name).unlink()
-        with pytest.raises(ValueError, match=f"is no value function: {name} is missing"):
-            rc.ValueFunction.from_pretrained(saved)
-
-    @pytest.mark.parametrize(
-        "changes,message",
-        [
-            ({"format": "someone.else"}, "found format 'someone.else', wanted 'recontrol.value_function'"),
-            ({"format": "absent", "model_type": "llama"}, "found format 'llama', wanted"),
-            ({"format": "absent"}, "found format None, wanted"),
-            ({"format_version": 2}, "has format version 2, this release reads up to 1; upgrade recontrol"),
-            ({"format_version": "2"}, "has format version '2'"),
-            ({"format_version": "absent"}, "has format version None"),
-            ({"activation": "gelu"}, "only ReLU MLPs are supported, found architecture 'mlp' with activation 'gelu'"),
-            ({"activation": "absent"}, "only ReLU MLPs are supported"),
-            ({"architecture": "transformer"}, "only ReLU MLPs are supported, found architecture 'transformer'"),
-            ({"hidden_size": "absent", "num_heads": "absent"}, r"config\.json lacks hidden_size, num_heads"),
-            ({"hidden_size": -6}, r"config\.json: .*must be positive integers, found hidden_size=-6"),
-            ({"hidden_dims": 8}, r"config\.json: .*must be positive integers, found .*hidden_dims=8"),
-            ({"hidden_dims": ["8"]}, r"config\.json: .*must be positive integers"),
-            ({"num_heads": None}, r"config\.json: .*must be positive integers, found .*num_heads=None"),
-            ({"provenance": "a film"}, "provenance must be an object, found 'a film'"),
-            ({"hidden_size": 7}, r"model.safetensors does not hold the weights its config describes: found .*\(8, 6\).*wanted .*\(8, 7\)"),
-            ({"hidden_dims": [9]}, r"found .*\(8, 6\).*wanted .*\(9, 6\)"),
-            ({"hidden_dims": [8, 8]}, r"does not hold the weights its config describes.*layers\.2"),
-            ({"num_heads": 2}, "does not hold the weights its config describes"),
-            ({"hidden_dims": [10**12]}, "does not hold the weights its config describes"),
-        ],
-        ids=lambda entry: str(entry) if isinstance(entry, dict) else "",
-    )
-    def test_config_that_is_not_ours_or_disagrees(self, saved, changes, message):
-        spoil_config(saved, **changes)
-        with pytest.raises(ValueError, match=message):
-            rc.ValueFunction.from_pretrained(saved)
-
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", b"{'format': 1}", b"null"], ids=str)
-    def test_config_that_is_no_json_object(self, saved, content):
-        (saved / "config.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"config\.json is not"):
-            rc.ValueFunction.from_pretrained(saved)
-
-    def test_safetensors_cut_anywhere(self, saved):
-        whole = (saved / "model.safetensors").read_bytes()
-        for length in (0, 1, 7, 8, 9, 60, len(whole) // 2, len(whole) - 1):
-            (saved / "model.safetensors").write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
-                rc.ValueFunction.from_pretrained(saved)
-
-    def test_safetensors_of_another_format(self, saved):
-        for content in (b"PK\x03\x04 this is a zip", b"\x80\x04K\x01.", b"\xff" * 4000, (saved / "model.safetensors").read_bytes() + b"more"):
-            (saved / "model.safetensors").write_bytes(content)
-            with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
-                rc.ValueFunction.from_pretrained(saved)
-
-    def test_foreign_safetensors(self, saved):
-        weights = load_file(saved / "model.safetensors")
-        weights = {name: tensor.clone() for name, tensor in weights.items()}
-        foreign = [
-            {"model.embed_tokens.weight": torch.zeros(3, 6)},
-            {},
-            {**weights, "extra": torch.zeros(1)},
-            {name: tensor for name, tensor in weights.items() if name != "layers.1.bias"},
-            {**weights, "layers.0.weight": torch.zeros(6, 8)},
-            {**weights, "layers.0.bias": torch.zeros(8, 1)},
-        ]
-        for tensors in foreign:
-            save_file(tensors, saved / "model.safetensors")
-            with pytest.raises(ValueError, match=r"model\.safetensors does not hold the weights its config describes: found .*, wanted "):
-                rc.ValueFunction.from_pretrained(saved)
-        for tensors in ({**weights, "layers.0.bias": torch.zeros(8).half()}, {name: tensor.int() for name, tensor in weights.items()}):
-            save_file(tensors, saved / "model.safetensors")
-            with pytest.raises(ValueError, match=r"must hold weights of one floating-point dtype, found "):
-                rc.ValueFunction.from_pretrained(saved)
-
-
-def reference_state(layers: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A state dict as the released code saves it: fc1 and fc3, with fc2 between them for three layers."""
-    linears = {"fc1": torch.nn.Linear(6, 8), "fc2": torch.nn.Linear(8, 5), "fc3": torch.nn.Linear(5 if layers == 3 else 8, 2)}
-    return {
-        f"{name}.{part}": tensor.to(dtype) for name, linear in linears.items() if name != "fc2" or layers == 3 for part, tensor in linear.state_dict().items()
-    }
-
-
-class TestReferenceFiles:
-    @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("layers", [2, 3])
-    def test_two_and_three_layers(self, tmp_path, layers, dtype, legacy):
-        state = reference_state(layers, dtype)
-        torch.save(state, tmp_path / "value_model.pth", _use_new_zipfile_serialization=not legacy)
-        value = rc.ValueFunction.from_reference(tmp_path / "value_model.pth", provenance={"data": "HH"})
-        assert (value.hidden_size, value.hidden_dims, value.num_heads, value.dtype) == (6, (8,) if layers == 2 else (8, 5), 2, dtype)
-        assert value.provenance == {"source": "value_model.pth", "data": "HH"}
-        hidden = torch.randn(4, 6).to(dtype)
-        wanted = hidden
-        for name in ("fc1", "fc2")[: layers - 1]:
-            wanted = torch.relu(torch.nn.functional.linear(wanted, state[f"{name}.weight"], state[f"{name}.bias"]))
-        assert torch.equal(value(hidden), torch.nn.functional.linear(wanted, state["fc3.weight"], state["fc3.bias"]))
-        value.save_pretrained(tmp_path / "ours")
-        assert_same(rc.ValueFunction.from_pretrained(tmp_path / "ours"), value)
-
-    def test_tensors_that_require_grad(self, tmp_path):
-        torch.save({name: torch.nn.Parameter(tensor) for name, tensor in reference_state(2).items()}, tmp_path / "value_model.pth")
-        assert rc.ValueFunction.from_reference(str(tmp_path / "value_model.pth")).hidden_dims == (8,)
-
-    @pytest.mark.parametrize(
-        "change,message",
-        [
-            ({"fc4.weight": torch.ones(1)}, r"found keys .*fc4\.weight.*wanted fc1, fc3 and optionally fc2"),
-            ({"fc1.bias": None}, "found keys"),
-            ({"fc2.bias": torch.ones(1)}, "found keys"),
-            ({"fc1.weight": 3}, "found .*'int'.*wanted matrices as weights"),
-            ({"fc1.weight": torch.ones(6)}, r"found .*\(6,\).*wanted matrices as weights"),
-            ({"fc1.weight": torch.ones(0, 6)}, r"found .*\(0, 6\)"),
-            ({"fc3.weight": torch.ones(2, 9)}, r"found .*\(2, 9\).*wanted"),
-            ({"fc3.bias": torch.ones(2).half()}, "must hold weights of one floating-point dtype, found .*float16"),
-        ],
-        ids=["extra", "missing", "half-a-layer", "number", "vector", "empty", "sizes", "dtypes"],
-    )
-    def test_foreign_state_dicts(self, tmp_path, change, message):
-        state = {name: tensor for name, tensor in {**reference_state(2), **change}.items() if tensor is not None}
-        torch.save(state, tmp_path / "x.pth")
-        with pytest.raises(ValueError, match=rf"x\.pth .*{message}"):
-            rc.ValueFunction.from_reference(tmp_path / "x.pth")
-
-    @pytest.mark.parametrize(
-        "content", [[1, 2], torch.ones(3), {}, {"model": {"fc1.weight": torch.ones(2, 2)}}, {1: 2}], ids=["list", "tensor", "empty", "nested", "numbers"]
-    )
-    def test_files_that_hold_something_else(self, tmp_path, content):
-        torch.save(content, tmp_path / "x.pth")
-        with pytest.raises(ValueError, match=r"x\.pth is no value function of the released code: found keys"):
-            rc.ValueFunction.from_reference(tmp_path / "x.pth")
-
-    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-    def test_code_in_a_file_is_not_run(self, tmp_path):
-        class Trap:
-            def __reduce__(self):
-                return (Path.touch, (tmp_path / "sprung",))
-
-        for content in (pickle.dumps({"fc1.weight": Trap()}), pickle.dumps([Trap()], protocol=0)):
-            (tmp_path / "x.pth").write_bytes(content)
-            with pytest.raises(ValueError, match=r"x\.pth is no readable torch state dict"):
-                rc.ValueFunction.from_reference(tmp_path / "x.pth")
-        torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
-        with pytest.raises(ValueError, match="or holds other things than tensors"):
-            rc.ValueFunction.from_reference(tmp_path / "x.pth")
-        assert not (tmp_path / "sprung").exists()
-
-    @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-    def test_cut_anywhere(self, tmp_path, legacy):
-        path = tmp_path / "x.pth"
-        torch.save(reference_state(3), path, _use_new_zipfile_serialization=not legacy)
-        whole = path.read_bytes()
-        for length in [0, 1, 2, 5, 20, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 40)]:
-            path.write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=r"x\.pth is no"):
-                rc.ValueFunction.from_reference(path)
-
-    @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-    def test_damaged_bytes_raise_nothing_but_value_errors(self, tmp_path, legacy):
-        """Damage within the numbers cannot be seen; anywhere else it is refused."""
-        path = tmp_path / "x.pth"
-        torch.save(reference_state(2), path, _use_new_zipfile_serialization=not legacy)
-        whole, chance, refused = path.read_bytes(), random.Random(0), 0
-        for _ in range(80):
-            damaged = bytearray(whole)
-            for _ in range(chance.randrange(1, 6)):
-                damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-            path.write_bytes(damaged)
-            try:
-                rc.ValueFunction.from_reference(path)
-            except ValueError:
-                refused += 1
-        assert refused > 20
-
-    def test_missing_file_and_folder(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="value_model"):
-            rc.ValueFunction.from_reference(tmp_path / "value_model.pth")
-        with pytest.raises(ValueError, match=r"is a folder; the released code writes a \.pth file"):
-            rc.ValueFunction.from_reference(tmp_path)

@@ -4,7 +4,10 @@ Heavy imports are inside the functions that need them, so that `--help` answers 
 """
 
 import argparse
+import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +87,7 @@ def add_value_options(parser: argparse.ArgumentParser, required: bool) -> None:
         + ("" if required else " (default: none, no control)"),
     )
     group.add_argument("--radius", type=positive_float, metavar="R", help="bound on the norm of an edit, in units of the hidden state (default: none)")
-    group.add_argument("--target", type=finite_float, metavar="V", help="steer towards this predicted reward instead of upward (default: none)")
+    group.add_argument("--target", type=finite_float, metavar="V", help="steer V towards this number, in the unit of V, instead of upward (default: none)")
     group.add_argument(
         "--head-weights",
         type=listed(finite_float),
@@ -116,12 +119,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Length, batches, sampling and stop strings."""
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="length of a response at most, in tokens (default: 128)")
-    group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="prompts decoded at once (default: 16)")
+    group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="prompts decoded at once at most (default: 16)")
     group.add_argument("--sample", action="store_true", help="sample; implied by the next three (default: greedy)")
     group.add_argument("--temperature", type=positive_float, metavar="T", help="of sampling (default: 1)")
     group.add_argument("--top-p", type=positive_float, metavar="P", help="sample from the likeliest tokens of this total probability (default: 1, all)")
     group.add_argument("--top-k", type=positive_int, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="batch b is decoded with seed N + b (default: 0)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; collect and evaluate decode batch b with seed N + b (default: 0)")
     group.add_argument(
         "--stop",
         action="append",
@@ -152,10 +155,11 @@ def stop_strings(options: argparse.Namespace) -> list[str]:
 
 
 def device(options: argparse.Namespace) -> str:
-    """The device asked for, else a GPU, else the CPU."""
+    """The device asked for, else a GPU, this process's own among several processes, else the CPU."""
     import torch
 
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = os.environ.get("LOCAL_RANK")
+    return options.device or (("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu")
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -197,17 +201,62 @@ def controller_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"radius": options.radius, "target": options.target, "backend": options.backend, "allow_other_model": options.allow_other_model}
 
 
-def load_reward(options: argparse.Namespace) -> Any:
-    """The reward model."""
-    from recontrol.data.rewards import RewardModel
-
-    place = device(options)
-    keywords: dict[str, Any] = {"device_map": place} if place == "auto" else {"device": place}
-    return RewardModel.from_pretrained(options.reward_model, batch_size=options.reward_batch_size, **keywords)
-
-
-def add_reward_options(parser: argparse.ArgumentParser) -> None:
-    """--reward-model and its batch size."""
+def add_reward_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--reward-model, and how sequence classifiers and judges are used."""
     group = parser.add_argument_group("reward")
-    group.add_argument("--reward-model", required=True, metavar="NAME", help="sequence classifier that scores prompt and response as one text: name or folder")
+    group.add_argument(
+        "--reward-model",
+        action="append",
+        required=required,
+        metavar="NAME",
+        help="sequence classifier that scores prompt and response as one text: name or folder; or judge:NAME, a chat model that is asked for a score; or "
+        "python:MODULE:FUNCTION, a function (prompts, responses) -> scores. Given again, each reward becomes a head" + ("" if required else " (default: none)"),
+    )
     group.add_argument("--reward-batch-size", type=positive_int, default=16, metavar="N", help="texts scored at once (default: 16)")
+    group.add_argument(
+        "--reward-template",
+        type=escaped,
+        metavar="TEXT",
+        help=r"how the classifier's texts are written: a text with {prompt} and {response} in it, \n is a line break, or chat, its chat template "
+        "(default: prompt and response one after the other; for UltraRM its own)",
+    )
+    group.add_argument("--judge-url", metavar="URL", help="server of the judge, with /v1; its key is OPENAI_API_KEY (default: OPENAI_BASE_URL, else OpenAI's)")
+    group.add_argument("--judge-range", type=listed(finite_float), default=(1.0, 10.0), metavar="A,B", help="lowest and highest score (default: 1,10)")
+    group.add_argument("--judge-cache", metavar="FILE", help="keep the judge's answers in this file, and do not ask again (default: none)")
+    group.add_argument("--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests to the judge at a time (default: 8)")
+
+
+def load_reward(options: argparse.Namespace) -> Any:
+    """The reward, or a list of several."""
+    rewards = [_reward(options, name) for name in options.reward_model]
+    return rewards[0] if len(rewards) == 1 else rewards
+
+
+def _reward(options: argparse.Namespace, name: str) -> Any:
+    from recontrol.data.rewards import Judge, RewardModel
+
+    kind, _, rest = name.partition(":")
+    if kind == "judge" and rest:
+        if len(options.judge_range) != 2:
+            raise ValueError(f"--judge-range must be two numbers, found {len(options.judge_range)}")
+        low, high = options.judge_range
+        keywords = {"base_url": options.judge_url, "cache": options.judge_cache, "concurrency": options.judge_concurrency}
+        return Judge(rest, minimum=low, maximum=high, **keywords)
+    if kind == "python" and rest:
+        return _function(rest)
+    place = device(options)
+    where: dict[str, Any] = {"device_map": place} if place == "auto" else {"device": place}
+    return RewardModel.from_pretrained(name, batch_size=options.reward_batch_size, template=options.reward_template, **where)
+
+
+def _function(name: str) -> Any:
+    """The function that MODULE:FUNCTION names; modules in the current folder are found too, as by `python -m`."""
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise ValueError(f"a function is named MODULE:FUNCTION, found {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise ValueError(f"the module {module} has no {attribute}") from None

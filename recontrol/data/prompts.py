@@ -60,7 +60,7 @@ def load_prompts(
         raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; use chat_template=False")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
-    rows = _load(str(source), split)
+    rows = load_rows(str(source), split)
     column = next((name for name in ("prompt", "chosen", "history") if name in rows.column_names), None)
     if column is None:
         raise ValueError(f"{source} has no column prompt, chosen or history; found {rows.column_names}")
@@ -73,7 +73,7 @@ def load_prompts(
             raise ValueError(f"{source}: row {number} must have text in its column {column}, found {text!r}")
         prompt = _prompt(text, column, "Human" if chat_template else human, f"{source}: row {number}")
         if chat_template:
-            prompt = _render(tokenizer, text if column == "history" else prompt)
+            prompt = render(tokenizer, text if column == "history" else prompt)
         if max_prompt_tokens is not None and len(tokenizer(prompt).input_ids) > max_prompt_tokens:
             too_long += 1
             continue
@@ -85,7 +85,13 @@ def load_prompts(
     return prompts
 
 
-def _load(source: str, split: str) -> "datasets.Dataset":
+def load_rows(source: str, split: str) -> "datasets.Dataset":
+    """The rows of a data set of the hub, of a folder that `datasets` can load, or of a .jsonl, .jsonl.gz or .json file.
+
+    Raises:
+        FileNotFoundError: the source is neither here nor on the hub.
+        ValueError: the source is empty or damaged, or has no such split.
+    """
     # A second of imports that decoding does not need.
     import datasets
 
@@ -118,10 +124,15 @@ def _prompt(text: str, column: str, human: str, where: str) -> str:
         if not ends:
             raise ValueError(f"{where}: a dialogue must have a turn of the assistant, found {text[-80:]!r}")
         text = text[: ends[-1]]
+    return rename_user(text, human)
+
+
+def rename_user(text: str, human: str) -> str:
+    """A dialogue in which the user's turns are marked with another word than "Human"."""
     return TURN.sub(lambda mark: f"\n\n{human}:" if mark[1] == "Human" else mark[0], text) if human != "Human" else text
 
 
-def _render(tokenizer: Any, text: str) -> str:
+def render(tokenizer: Any, text: str) -> str:
     """Render a dialogue, or one turn of the user, with the chat template."""
     _, *parts = TURN.split(text) if TURN.match(text) else ("", "Human", text)
     messages: list[dict[str, str]] = []

@@ -9,7 +9,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_lines, read_manifest, read_offsets, read_scores, shard_path
+from recontrol.data.batches import RolloutBatch, some
+from recontrol.data.checksums import changed_files
+from recontrol.data.locking import writing_lock
+from recontrol.data.shards import (
+    MANIFEST_NAME,
+    RELABELLED_NAME,
+    RolloutWriter,
+    read_lines,
+    read_manifest,
+    read_offsets,
+    read_scores,
+    shard_checksums,
+    shard_paths,
+)
+from recontrol.data.storage import STORED, check_storage, decode
+from recontrol.files import interrupts_wait
 
 
 class Rollouts:
@@ -20,11 +35,13 @@ class Rollouts:
     token where the response was cut.
 
     Args:
-        path: a folder written by `collect` or `Rollouts.write`.
+        path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`.
         allow_partial: accept a folder whose collection was interrupted, and use what is there.
 
     Attributes:
         manifest: the settings the rollouts were made with.
+        shards: the files of the states, in the order of the responses; texts and rewards are beside them, with the suffix `.jsonl`.
+        checksums: SHA-256 by file name, of these files.
         num_tokens: how many states there are in all.
         hidden_size: width of a state.
         num_heads: how many rewards a response has.
@@ -34,29 +51,37 @@ class Rollouts:
 
     Raises:
         ValueError: the folder is none of ours, interrupted, or a file in it is damaged, foreign, or disagrees with the others.
+            Texts and rewards are compared with their checksums; `verify` does so with the states too.
     """
 
     def __init__(self, path: str | os.PathLike, *, allow_partial: bool = False):
         self.path = Path(path)
+        if (self.path / RELABELLED_NAME).exists():
+            raise ValueError(f"the rewards of {self.path} were being replaced when the run was killed: the same call of relabel finishes it")
         self.manifest = read_manifest(self.path)
         self.hidden_size: int = self.manifest["hidden_size"]
         self.num_heads: int = self.manifest["num_heads"] or 1
         total = self.manifest["num_shards"]
-        numbers = [number for number in range(total) if shard_path(self.path, number).exists()]
-        if len(numbers) < total and not allow_partial:
+        self.shards = shard_paths(self.path, total)
+        if len(self.shards) < total and not allow_partial:
             raise ValueError(
-                f"{self.path} is not complete: found {len(numbers)} of {total} shards; collect again into it with the same settings to finish it, "
+                f"{self.path} is not complete: found {len(self.shards)} of {total} shards; collect again into it with the same settings to finish it, "
                 "or open it with Rollouts(path, allow_partial=True)"
             )
-        self._shards = [shard_path(self.path, number) for number in numbers]
-        offsets = [read_offsets(shard, self.manifest) for shard in self._shards]
-        records = [read_scores(shard, len(of_shard) - 1, self.num_heads) for shard, of_shard in zip(self._shards, offsets, strict=True)]
+        if self.hidden_size is None:
+            raise ValueError(f"{self.path} has no shard yet")
+        self.checksums = shard_checksums(self.path, self.manifest)
+        offsets = [read_offsets(shard, self.manifest) for shard in self.shards]
+        scores = [
+            read_scores(shard, len(of_shard) - 1, self.num_heads, self.checksums.get(shard.with_suffix(".jsonl").name))
+            for shard, of_shard in zip(self.shards, offsets, strict=True)
+        ]
         counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets], dtype=torch.int64)
         self.lengths = torch.cat([of_shard.diff() for of_shard in offsets] or [torch.empty(0, dtype=torch.int64)])
         self._starts = torch.cat([of_shard[:-1] for of_shard in offsets] or [torch.empty(0, dtype=torch.int64)])
         self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        self.rewards = torch.tensor([reward for shard in records for _, reward in shard], dtype=torch.float32).reshape(-1, self.num_heads)
-        self.groups = torch.tensor([group for shard in records for group, _ in shard], dtype=torch.int64)
+        self.rewards = torch.cat([rewards for _, rewards in scores] or [torch.empty(0, self.num_heads)])
+        self.groups = torch.cat([groups for groups, _ in scores] or [torch.empty(0, dtype=torch.int64)])
         self.num_tokens = int(self.lengths.sum())
 
     def __len__(self) -> int:
@@ -67,18 +92,19 @@ class Rollouts:
         """Name the folder and its size."""
         return f"Rollouts({str(self.path)!r}, responses={len(self)}, num_tokens={self.num_tokens}, hidden_size={self.hidden_size})"
 
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
         """Read some responses, and nothing else, from disk.
 
         Args:
             indices: which responses, in the order wanted.
 
         Returns:
-            states (tokens, hidden_size) in the stored dtype, packed one response after the other; lengths (len(indices),),
-            int64; rewards (len(indices), num_heads), float32.
+            states (tokens, hidden_size), packed one response after the other, in the dtype that they were stored in (those of 8
+            bits as float32); lengths (len(indices),), int64; rewards (len(indices), num_heads), float32.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return self._rows(indices, "states"), self.lengths[indices], self.rewards[indices]
+        scales = self._rows(indices, "scales") if self.storage == "int8" else None
+        return RolloutBatch(decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
 
     def token_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The tokens of some responses, packed: (tokens,), int64. Entry t was sampled from row t of `batch(indices)`.
@@ -89,22 +115,56 @@ class Rollouts:
         return self._rows(torch.as_tensor(indices, dtype=torch.int64), "token_ids")
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish."""
-        for shard in self._shards:
+        """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish.
+
+        Those of `collect` have `sample` too, those of `collect_pairs` `pair` and `preference`, "chosen" or "rejected".
+        """
+        for shard in self.shards:
             yield from read_lines(shard.with_suffix(".jsonl"))
+
+    def verify(self) -> None:
+        """Read every file and compare it with its checksum.
+
+        Raises:
+            ValueError: files have changed, are missing or have no checksum (those of format version 1 have none); they are named.
+        """
+        names = [path.name for shard in self.shards for path in (shard, shard.with_suffix(".jsonl"))]
+        wrong = changed_files(self.path, self.checksums, names)
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(names)} files of {self.path} are not those that were written: {some(wrong)}")
+
+    @property
+    def storage(self) -> str:
+        """How states are kept on disk: the name of a dtype, or "int8"."""
+        return self.manifest.get("storage") or self.manifest["dtype"]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the shards on disk, texts and rewards included."""
+        return sum(path.stat().st_size for shard in self.shards for path in (shard, shard.with_suffix(".jsonl")))
+
+    def describe(self) -> str:
+        """One line: how much there is, and what a token takes on disk."""
+        total = self.disk_bytes
+        states = self.hidden_size * STORED[self.storage].itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
+        return (
+            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
+            f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
+        )
 
     def _rows(self, indices: Tensor, name: str) -> Tensor:
         parts: list[Tensor] = [torch.empty(0)] * len(indices)
         shards = self._shard_of[indices]
         for number in shards.unique().tolist():
             # Opened and closed here: a handle costs a tenth of a millisecond, and thousands of open ones would not do.
-            with safe_open(self._shards[number], "pt") as file:
+            with interrupts_wait(), safe_open(self.shards[number], "pt") as file:
                 rows = file.get_slice(name)
                 for place in (shards == number).nonzero()[:, 0].tolist():
                     start = int(self._starts[indices[place]])
                     parts[place] = rows[start : start + int(self.lengths[indices[place]])]
         if not parts:
-            return torch.empty(0, dtype=torch.int64) if name == "token_ids" else torch.empty(0, self.hidden_size, dtype=getattr(torch, self.manifest["dtype"]))
+            empty = {"token_ids": ((0,), torch.int64), "scales": ((0,), torch.float32), "states": ((0, self.hidden_size), STORED[self.storage])}
+            return torch.empty(empty[name][0], dtype=empty[name][1])
         return torch.cat(parts)
 
     @classmethod
@@ -120,6 +180,7 @@ class Rollouts:
         token_ids: Sequence[Tensor] | None = None,
         finish: Sequence[str] | None = None,
         base_model: dict[str, Any] | None = None,
+        storage: str | None = None,
         shard_size: int = 256,
     ) -> "Rollouts":
         """Write rollouts that are in memory, for pipelines that have their own way of generating.
@@ -134,6 +195,7 @@ class Rollouts:
             token_ids: one (tokens,) integer tensor a response; -1, for unknown, by default.
             finish: why each response ended, "eos", "length" or "stop"; "eos" by default.
             base_model: `model_fingerprint` of the language model.
+            storage: how states are kept: a dtype ("bfloat16", "float32", ...) or "int8", with a scale for each token; None is the dtype they have.
             shard_size: responses in a file.
 
         Returns:
@@ -141,8 +203,11 @@ class Rollouts:
 
         Raises:
             OSError: the folder cannot be written.
-            ValueError: no response, counts that differ, rewards that are not finite, an empty response, or a folder that holds rollouts already.
+            RuntimeError: another run is writing into the folder.
+            ValueError: no response, counts that differ, rewards that are not finite, an empty response, an unknown storage, or a
+                folder that holds rollouts already.
         """
+        check_storage(storage)
         count = len(states)
         if not count:
             raise ValueError("there are no responses to write")
@@ -161,12 +226,15 @@ class Rollouts:
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:
                 raise ValueError(f"found {len(column)} entries of {name}, wanted {count}, one a response")
-        if (Path(path) / MANIFEST_NAME).exists():
-            raise ValueError(f"{path} already holds rollouts; use another folder")
         starts = range(0, count, shard_size)
-        writer = RolloutWriter(path, {"base_model": base_model, "num_prompts": len(set(columns["index"])), "num_shards": len(starts)})
-        for number, start in enumerate(starts):
-            part = slice(start, start + shard_size)
-            records = [dict(zip(columns, row, strict=True)) for row in zip(*(column[part] for column in columns.values()), strict=True)]
-            writer.write(number, torch.cat(list(states[part])), torch.cat(ids[part]), [len(rows) for rows in states[part]], records)
+        manifest = {"base_model": base_model, "num_prompts": len(set(columns["index"])), "num_shards": len(starts)}
+        with writing_lock(Path(path)):
+            if (Path(path) / MANIFEST_NAME).exists():
+                raise ValueError(f"{path} already holds rollouts; use another folder")
+            writer = RolloutWriter(path, manifest, storage=storage)
+            for number, start in enumerate(starts):
+                part = slice(start, start + shard_size)
+                records = [dict(zip(columns, row, strict=True)) for row in zip(*(column[part] for column in columns.values()), strict=True)]
+                writer.write(number, torch.cat(list(states[part])), torch.cat(ids[part]), [len(rows) for rows in states[part]], records)
+            writer.finish()
         return cls(path)

@@ -1,4 +1,4 @@
-"""The files of a rollout folder: a manifest, and for each batch of prompts one shard of tensors with its lines beside it."""
+"""The files of a rollout folder: a manifest, for each batch of prompts one shard of tensors with its lines beside it, and checksums."""
 
 import json
 import math
@@ -13,14 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from recontrol.files import read_json, remove_leftovers, write_aside, write_json
+from recontrol.data.checksums import CHECKSUMS_NAME, checksum, file_checksum, listing, read_checksums, write_checksums
+from recontrol.data.storage import encode
+from recontrol.files import interrupts_wait, read_json, remove_leftovers, write_aside, write_json
 
 FORMAT = "recontrol.rollouts"
-FORMAT_VERSION = 1
+# Version 1 had no checksums, and states in their own dtype only.
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+# Inside a rollout folder: new lines that are being put in place of the old ones.
+RELABELLED_NAME = ".relabelled"
 # Known only once the first batch has been generated and scored, hence filled in by the writer.
 MEASURED = ("hidden_size", "dtype", "num_heads")
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# What a header of safetensors calls them.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8"}
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -28,42 +34,64 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
+def shard_paths(folder: Path, count: int) -> list[Path]:
+    """The shards that are there, of `count` in all, in the order of their numbers.
+
+    Raises:
+        ValueError: there are others, with numbers from `count`: the manifest is that of other rollouts.
+    """
+    wanted = [shard_path(folder, number) for number in range(count)]
+    others = sorted(set(folder.glob("shard-*.safetensors")) - set(wanted))
+    if others:
+        raise ValueError(f"{folder / MANIFEST_NAME} does not match its shards: found {others[0].name}, wanted {count} shards, numbered from 0")
+    return [path for path in wanted if path.exists()]
+
+
 class RolloutWriter:
     """Writes a rollout folder one shard at a time, so that a kill loses at most the shard being written.
 
-    The lines of a shard are renamed into place first and its tensors last: a shard exists if and only if its
-    `.safetensors` does.
+    The lines of a shard are renamed into place first, then its checksums, and its tensors last: a shard exists if and only if
+    its `.safetensors` does. Hold `writing_lock` meanwhile.
 
     Args:
         path: the folder, made if absent; temporary files of dead processes in it are removed.
-        manifest: the settings, compared with those of an existing folder; `hidden_size`, `dtype` and `num_heads` are
-            taken from the first shard.
+        manifest: the settings, compared with those of an existing folder that has shards; `hidden_size`, `dtype` and
+            `num_heads` are taken from the first shard where they are not given.
         ignored: names in `manifest` that may differ from those of an existing folder.
+        storage: how states are kept, one of `storage.STORED`; None is the dtype of the states.
+        first: whether this process sets the folder up, or joins others that write other shards of it.
 
     Raises:
         OSError: the folder cannot be made.
         ValueError: the folder holds rollouts with other settings; the setting is named, with what was found and wanted.
     """
 
-    def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = ()):
+    def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; rollouts are written into a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
         # As it will read back: tuples become lists.
-        self.manifest: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **manifest}))
-        if (self.path / MANIFEST_NAME).exists():
+        self.manifest: dict[str, Any] = json.loads(
+            json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dict.fromkeys(MEASURED), **manifest, "storage": storage})
+        )
+        if first:
+            remove_leftovers(self.path)
+        has_shards = any(self.path.glob("shard-*.safetensors"))
+        if (self.path / MANIFEST_NAME).exists() and (has_shards or not first):
             found = read_manifest(self.path)
-            for name in sorted((self.manifest.keys() | found.keys()) - {*ignored, *MEASURED}):
+            for name in sorted((self.manifest.keys() | found.keys()) - {*ignored, *MEASURED, "checksums_sha256"}):
                 if found.get(name) != self.manifest.get(name):
                     raise ValueError(
                         f"{self.path} holds rollouts with another {name}: found {found.get(name)!r}, wanted {self.manifest.get(name)!r}; "
                         "use the same settings to go on with it, or another folder"
                     )
             self.manifest = found
-        elif any(self.path.glob("shard-*.safetensors")):
+        elif has_shards or not first:
             raise ValueError(f"{self.path} holds shards but no {MANIFEST_NAME}; use another folder")
+        else:
+            # Also over that of a run that failed before its first shard: nothing goes with it.
+            write_json(self.path / MANIFEST_NAME, self.manifest)
 
     def has(self, number: int) -> bool:
         """Whether shard `number` has been written."""
@@ -81,37 +109,106 @@ class RolloutWriter:
 
         Raises:
             OSError: the disk is full or the folder cannot be written; the message names the file.
-            ValueError: lengths that do not add up, or a width, dtype or number of rewards other than the shards before.
+            ValueError: lengths that do not add up, a width, dtype or number of rewards other than the shards before, or states
+                that the storage cannot hold.
         """
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         if len(lengths) != len(records) or min(lengths, default=1) < 1 or not len(states) == len(token_ids) == offsets[-1]:
             raise ValueError(
                 f"{len(records)} records, {len(states)} states and {len(token_ids)} token ids do not go with {len(lengths)} lengths adding up to {offsets[-1]}"
             )
-        self._measure(states, records)
-        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        tensors = {"states": states.detach().cpu().contiguous(), "token_ids": token_ids.cpu().long(), "offsets": offsets}
+        encoded = encode(states.detach().cpu(), self.manifest.get("storage") or _name(states.dtype))
+        self._measure(encoded, records)
+        tensors = {**encoded, "token_ids": token_ids.cpu().long(), "offsets": offsets}
+        # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
+        self.put(number, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": FORMAT}), records)
+
+    def put(self, number: int, content: bytes, records: Sequence[dict[str, Any]]) -> None:
+        """Write one shard whose tensors are bytes already, those of a shard of other rollouts of the same kind.
+
+        Args:
+            number: which shard.
+            content: of its `.safetensors`.
+            records: one dict a response.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; the message names the file.
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
         path = shard_path(self.path, number)
         with write_aside(path.with_suffix(".jsonl")) as aside:
-            aside.write_text(lines, encoding="utf-8")
-        # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
+            aside.write_bytes(lines)
+        write_checksums(path.with_suffix(".sha256"), {path.name: checksum(content), path.with_suffix(".jsonl").name: checksum(lines)})
         with write_aside(path) as aside:
-            aside.write_bytes(save(tensors, metadata={"format": FORMAT}))
+            aside.write_bytes(content)
 
-    def _measure(self, states: Tensor, records: Sequence[dict[str, Any]]) -> None:
+    def finish(self) -> None:
+        """Once all shards are there, by one process: join their checksums into one list, and note in the manifest what it is.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; the message names the file.
+            ValueError: the folder is not complete.
+        """
+        shards = [shard_path(self.path, number) for number in range(self.manifest["num_shards"])]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise ValueError(f"{self.path} is not complete: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}")
+        # Another process may have measured what this one has not, and the other way round.
+        found = read_manifest(self.path)
+        self.manifest = {**found, **{name: self.manifest[name] for name in MEASURED if found[name] is None}}
+        known = shard_checksums(self.path, self.manifest)
+        names = [path.name for shard in shards for path in (shard, shard.with_suffix(".jsonl"))]
+        checksums = {name: known.get(name) or file_checksum(self.path / name) for name in names}
+        listed = checksum(listing(checksums))
+        if self.manifest.get("checksums_sha256") not in (None, listed):
+            # A kill between the two files must not leave a manifest that refuses the list.
+            write_json(self.path / MANIFEST_NAME, {**self.manifest, "checksums_sha256": None})
+        if self.manifest.get("checksums_sha256") != listed or not (self.path / CHECKSUMS_NAME).exists():
+            write_checksums(self.path / CHECKSUMS_NAME, checksums)
+            self.manifest["checksums_sha256"] = listed
+            write_json(self.path / MANIFEST_NAME, self.manifest)
+        for shard in shards:
+            shard.with_suffix(".sha256").unlink(missing_ok=True)
+
+    def _measure(self, encoded: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
         """Put what the data show into the manifest, or compare it with what is there."""
-        measured = dict(zip(MEASURED, (states.shape[-1], str(states.dtype).removeprefix("torch."), None), strict=True))
         counts = {len(record["reward"]) for record in records}
         if len(counts) > 1:
             raise ValueError(f"every response must have the same number of rewards, found {sorted(counts)}")
-        measured["num_heads"] = counts.pop() if counts else self.manifest.get("num_heads")
-        before = {name: self.manifest.get(name) for name in MEASURED}
+        states = encoded["states"]
+        # What states are read back as.
+        dtype = "float32" if "scales" in encoded else _name(states.dtype)
+        measured = dict(zip(MEASURED, (states.shape[-1], dtype, counts.pop() if counts else self.manifest.get("num_heads")), strict=True))
+        if any(self.manifest[name] is None for name in MEASURED):
+            # Another process may have been faster.
+            self.manifest.update({name: entry for name, entry in read_manifest(self.path).items() if name in MEASURED})
+            measured["num_heads"] = self.manifest["num_heads"] if measured["num_heads"] is None else measured["num_heads"]
+        before = {name: self.manifest[name] for name in MEASURED}
         for name, value in measured.items():
             if before[name] not in (None, value):
                 raise ValueError(f"{self.path} holds rollouts with another {name}: found {before[name]!r}, wanted {value!r}")
         if before != measured:
             self.manifest.update(measured)
             write_json(self.path / MANIFEST_NAME, self.manifest)
+
+
+def shard_checksums(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """The checksums known of a folder's shards, by file name: those in its list and those beside single shards.
+
+    Raises:
+        ValueError: a list is damaged, or is not the one that the manifest was written with.
+    """
+    known: dict[str, str] = {}
+    if manifest.get("checksums_sha256"):
+        known, found = read_checksums(folder / CHECKSUMS_NAME)
+        if found != manifest["checksums_sha256"]:
+            raise ValueError(
+                f"{folder / MANIFEST_NAME} does not match {CHECKSUMS_NAME}: found SHA-256 {found[:12]}..., wanted {manifest['checksums_sha256'][:12]}...; "
+                "one of them is of other rollouts"
+            )
+    for path in sorted(folder.glob("shard-*.sha256")):
+        known |= read_checksums(path)[0]
+    return known
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -156,11 +253,13 @@ def read_offsets(shard: Path, manifest: dict[str, Any]) -> Tensor:
         raise ValueError(f"{shard} is damaged: found {size} bytes, wanted {wanted_size}; delete it and collect again to make it anew")
     tokens = layout["states"][1][0] if layout.get("states", ("", []))[1] else None
     responses = layout["offsets"][1][0] if layout.get("offsets", ("", []))[1] else None
-    dtype = next((name for name, kind in DTYPES.items() if str(kind) == f"torch.{manifest['dtype']}"), None)
-    wanted = {"states": (dtype, [tokens, manifest["hidden_size"]]), "token_ids": ("I64", [tokens]), "offsets": ("I64", [responses])}
+    storage = manifest.get("storage") or manifest["dtype"]
+    wanted = {"states": (DTYPES.get(storage), [tokens, manifest["hidden_size"]]), "token_ids": ("I64", [tokens]), "offsets": ("I64", [responses])}
+    if storage == "int8":
+        wanted["scales"] = ("F32", [tokens])
     if layout != wanted:
         raise ValueError(f"{shard} is not a shard of these rollouts: found {layout}, wanted {wanted}")
-    with safe_open(shard, "pt") as file:
+    with interrupts_wait(), safe_open(shard, "pt") as file:
         # Cloned, or the whole file would stay mapped.
         offsets = file.get_tensor("offsets").clone()
     # A batch whose responses were all empty has one offset and no token.
@@ -175,25 +274,28 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: the file is missing, or a line is not JSON (for example cut in the middle).
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing beside its shard") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    yield from _parsed(path, _content(path))
 
 
-def read_scores(shard: Path, responses: int, num_heads: int) -> list[tuple[int, list[float]]]:
+def read_scores(shard: Path, responses: int, num_heads: int, wanted: str | None = None) -> tuple[Tensor, Tensor]:
     """The prompt's index and the rewards of each line beside a shard.
 
+    Args:
+        shard: the tensors.
+        responses: how many lines there should be.
+        num_heads: how many rewards a line should have.
+        wanted: the checksum of the lines, or None where it is not known.
+
+    Returns:
+        (responses,), int64, and (responses, num_heads), float32.
+
     Raises:
-        ValueError: the lines are damaged, or their number is not `responses`.
+        ValueError: the lines are missing or damaged, their number is not `responses`, or they have another checksum.
     """
     path = shard.with_suffix(".jsonl")
+    content = _content(path)
     try:
-        scores = [(int(record["index"]), [float(score) for score in record["reward"]]) for record in read_lines(path)]
+        scores = [(int(record["index"]), [float(score) for score in record["reward"]]) for record in _parsed(path, content)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the lines of a shard: every line needs an index and a list of rewards ({error!r})") from error
     if len(scores) != responses:
@@ -201,4 +303,29 @@ def read_scores(shard: Path, responses: int, num_heads: int) -> list[tuple[int, 
     for line, (_, reward) in enumerate(scores, start=1):
         if len(reward) != num_heads or not all(map(math.isfinite, reward)):
             raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards, found {reward}")
-    return scores
+    # Last, since the errors above say more.
+    if wanted is not None and (found := checksum(content)) != wanted:
+        raise ValueError(f"{path} has changed since it was written: found SHA-256 {found[:12]}..., wanted {wanted[:12]}...")
+    indices = torch.tensor([index for index, _ in scores], dtype=torch.int64)
+    return indices, torch.tensor([reward for _, reward in scores], dtype=torch.float32).reshape(-1, num_heads)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing beside its shard") from None
+
+
+def _parsed(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    try:
+        # Not splitlines, which also cuts at separators that JSON leaves inside a text.
+        for line in content.decode("utf-8").split("\n"):
+            if line:
+                yield json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,45 @@
+"""`recontrol push`."""
+
+import argparse
+
+HELP = "upload a value function to the hub"
+DESCRIPTION = """\
+Upload a value function to the hub of Hugging Face, with a model card that says what it was trained on and how. Log in before
+(`hf auth login`), or set HF_TOKEN."""
+EPILOG = """\
+example:
+  recontrol push --value value/hh --repo me/recontrol-hh-vicuna-7b --private"""
+AFTER_INTERRUPT = "nothing was committed, unless the address of the commit was printed"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this subcommand."""
+    parser.add_argument("--value", required=True, metavar="FOLDER", help="written by `recontrol train`")
+    parser.add_argument("--repo", metavar="NAME", help="owner/name on the hub; made if there is none (default: none, with --card)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private (default: as the owner's settings say)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if there is none (default: main)")
+    parser.add_argument("--pull-request", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--message", default="Upload value function", metavar="TEXT", help="of the commit (default: Upload value function)")
+    parser.add_argument("--card", action="store_true", help="print the model card and upload nothing")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Upload, or print the card."""
+    from recontrol.value import ValueFunction
+
+    if not options.card and not options.repo:
+        raise ValueError("give --repo, or --card to print the model card")
+    value = ValueFunction.from_pretrained(options.value)
+    if options.card:
+        from recontrol.value_card import model_card
+
+        print(model_card(value, options.repo))
+        return
+    address = value.push_to_hub(
+        options.repo,
+        private=options.private or None,
+        revision=options.revision,
+        create_pr=options.pull_request,
+        commit_message=options.message,
+    )
+    print(address)

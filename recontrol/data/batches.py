@@ -1,0 +1,106 @@
+"""What passes between those who make rollouts, those who keep them, and those who train on them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class RolloutBatch(NamedTuple):
+    """Some responses, as training reads them: from disk (`Rollouts.batch`) or straight from the model (`OnlineRollouts`).
+
+    Tensors:
+        states: (tokens, hidden_size), floating point, packed one response after the other; row t of a response is the state
+            whose logits sampled its token t.
+        lengths: (responses,), int64, tokens of each response, at least 1 each, adding up to `tokens`.
+        rewards: (responses, num_heads), float32.
+    """
+
+    states: Tensor
+    lengths: Tensor
+    rewards: Tensor
+
+
+class MemoryRollouts:
+    """A batch in memory, read as `Rollouts` are: some of its responses at a time.
+
+    Args:
+        batch: the responses.
+
+    Attributes:
+        lengths: (responses,), int64, tokens of each response.
+        rewards: (responses, num_heads), float32.
+        num_heads: how many rewards a response has.
+    """
+
+    def __init__(self, batch: RolloutBatch):
+        self._states = batch.states.split(batch.lengths.tolist())
+        self.lengths, self.rewards, self.num_heads = batch.lengths, batch.rewards, batch.rewards.shape[1]
+
+    def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
+        """Some responses, as `Rollouts.batch` returns them.
+
+        Args:
+            indices: which responses, in the order wanted.
+        """
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        return RolloutBatch(torch.cat([self._states[index] for index in indices.tolist()]), self.lengths[indices], self.rewards[indices])
+
+
+@dataclass
+class ScoredResponses:
+    """The responses to some prompts, with all that a shard keeps of them.
+
+    Tensors:
+        states: (tokens, hidden_size), floating point, packed one response after the other, on the CPU.
+        token_ids: (tokens,), int64; entry t was sampled from row t of `states`.
+        lengths: tokens of each response.
+        records: one dict a response: index (of the prompt), prompt, response, reward (list of floats), finish.
+        left_out: how many responses are not among them, by the reason.
+    """
+
+    states: Tensor
+    token_ids: Tensor
+    lengths: list[int]
+    records: list[dict[str, Any]]
+    left_out: dict[str, int]
+
+    def batch(self) -> RolloutBatch:
+        """What training reads of them."""
+        heads = len(self.records[0]["reward"]) if self.records else 1
+        rewards = torch.tensor([record["reward"] for record in self.records], dtype=torch.float32).reshape(-1, heads)
+        return RolloutBatch(self.states, torch.tensor(self.lengths, dtype=torch.int64), rewards)
+
+
+class Source(Protocol):
+    """Makes rollouts batch by batch; what a batch holds depends on its number alone, not on the batches before.
+
+    Attributes:
+        settings: all that the result depends on, for the manifest.
+        ignored: names in `settings` that may differ between runs that go on with one another.
+        batches: the entries (prompts or texts) of each batch, as places in the caller's list.
+        model: the language model.
+    """
+
+    settings: dict[str, Any]
+    ignored: Sequence[str]
+    batches: list[list[int]]
+    model: Any
+
+    def opened(self) -> AbstractContextManager[Callable[[int], ScoredResponses]]:
+        """Get the model ready inside the block, for a function from the number of a batch to its responses."""
+
+
+def some(items: Sequence[Any]) -> str:
+    """The first few items, for a message."""
+    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
+
+
+def named(entries: Sequence[int]) -> str:
+    """Which entries, for a message: "4 to 7", or the first few of them."""
+    if list(entries) == list(range(entries[0], entries[0] + len(entries))):
+        return f"{entries[0]} to {entries[-1]}"
+    return some(entries)

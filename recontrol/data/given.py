@@ -1,0 +1,231 @@
+"""Responses that exist already, run through the model batch by batch: the states at their positions, and their rewards."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recontrol.data.batches import ScoredResponses, named, some
+from recontrol.data.packing import Packing
+from recontrol.data.rewards import as_reward, checked_rewards, reward_name
+from recontrol.data.settings import IGNORED, model_settings, texts_checksum
+from recontrol.decoding.generation import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
+from recontrol.decoding.hooks import Attachment
+from recontrol.decoding.responses import decode_after
+
+logger = logging.getLogger(__name__)
+
+
+class GivenResponses:
+    """A `Source` of responses that exist already; see `collect_texts` for the arguments.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: one a response.
+        responses: the texts that follow the prompts.
+        reward: what scores prompts and responses.
+        rewards: instead of `reward`, the scores.
+        append_eos: put the end-of-sequence token behind each response.
+        max_new_tokens: cut longer responses.
+        batch_size: entries in a batch.
+        cache_budget: bytes.
+        paired: whether an entry is two responses, the chosen and the rejected one, instead of one.
+        skip_equal: leave out pairs whose two responses have the same tokens, instead of refusing them.
+    """
+
+    ignored: Sequence[str] = IGNORED
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        *,
+        reward: Any,
+        rewards: Any,
+        append_eos: bool,
+        max_new_tokens: int | None,
+        batch_size: int | None,
+        cache_budget: int | str | None,
+        paired: bool = False,
+        skip_equal: bool = False,
+    ):
+        self.model, self.tokenizer, self.prompts, self.responses, self.paired = model, tokenizer, prompts, responses, paired
+        self.rows_per_entry = 2 if paired else 1
+        if len(prompts) != len(responses):
+            raise ValueError(f"found {len(responses)} responses to {len(prompts)} prompts, wanted one prompt a response")
+        if (reward is None) == (rewards is None):
+            raise ValueError("give either reward, which scores the responses, or rewards, their scores")
+        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+            raise ValueError(f"max_new_tokens must be an integer of at least 1, found {max_new_tokens!r}")
+        packing = Packing(batch_size, cache_budget)
+        self.score = None if reward is None else as_reward(reward)
+        self.rewards = None if rewards is None else _checked_scores(rewards, prompts, responses)
+        check_lengths(model, tokenizer, prompts, 1)
+        others = [row for row, response in enumerate(responses) if not isinstance(response, str)]
+        if others:
+            raise TypeError(f"responses must be a list of texts, found {type(responses[others[0]]).__name__} at {some(others)}")
+        self.eos, self.max_new_tokens = _end_of_sequence(model, tokenizer) if append_eos else None, max_new_tokens
+        lengths, equal = self._checked_lengths()
+        if equal and not skip_equal:
+            raise ValueError(
+                f"the tokens of the chosen and the rejected response are the same in {len(equal)} pairs: {some(equal)}; there is nothing to prefer"
+            )
+        left_out = set(equal)
+        kept = [entry for entry in range(len(lengths) // self.rows_per_entry) if entry not in left_out]
+        if not kept:
+            raise ValueError("no pair is left: the two responses of each are the same")
+        if left_out:
+            logger.warning("left out %d pairs whose two responses have the same tokens", len(left_out))
+        longest = [max(lengths[entry * self.rows_per_entry : (entry + 1) * self.rows_per_entry]) for entry in kept]
+        self.batches = packing.batches(model, kept, lambda: longest, self.rows_per_entry)
+        first: dict[str, int] = {}
+        self.groups = [first.setdefault(prompt, row // self.rows_per_entry) for row, prompt in enumerate(prompts)]
+        self.settings = {
+            **model_settings(model, tokenizer),
+            "reward": ("1 chosen, 0 rejected" if paired else "given") if self.score is None else reward_name(self.score),
+            "rewards_sha256": None if self.rewards is None else texts_checksum(self.rewards.tolist()),
+            "prompts_sha256": texts_checksum(prompts),
+            "responses_sha256": texts_checksum(responses),
+            "num_prompts": len(first),
+            "left_out": len(left_out),
+            "responses": "chosen and rejected" if paired else "given",
+            "append_eos": append_eos,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": packing.batch_size,
+            "cache_budget": packing.cache_budget,
+            "num_shards": len(self.batches),
+        }
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
+        """Attach a recorder and put the model into evaluation mode inside the block, for a function from a batch's number to its responses."""
+        with evaluation_mode(self.model), _PositionRecorder(self.model) as recorder:
+            yield partial(self._make, recorder)
+
+    def _make(self, recorder: "_PositionRecorder", number: int) -> ScoredResponses:
+        entries = self.batches[number]
+        rows = [entry * self.rows_per_entry + place for entry in entries for place in range(self.rows_per_entry)]
+        prompts = [self.prompts[row] for row in rows]
+        prompt_ids, new_ids, texts = self._tokens(rows)
+        states = recorder.record([(prompt, new) for prompt, new in zip(prompt_ids, new_ids, strict=True)])
+        try:
+            if self.rewards is not None:
+                rewards = self.rewards[rows]
+            else:
+                # Batch by batch, so that a reward that draws numbers gives the same in a run that was taken up again.
+                with seeded(number):
+                    rewards = checked_rewards(self.score, prompts, texts)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {named(entries)}): {error}") from error
+        records = [
+            {
+                "index": self.groups[row],
+                "prompt": prompt,
+                "response": text,
+                "reward": reward,
+                "finish": "eos" if self.eos is not None and new[-1] == self.eos else "length",
+                **({"pair": row // 2, "preference": ("chosen", "rejected")[row % 2]} if self.paired else {}),
+            }
+            for row, prompt, text, reward, new in zip(rows, prompts, texts, rewards.tolist(), new_ids, strict=True)
+        ]
+        token_ids = torch.tensor([token for new in new_ids for token in new], dtype=torch.int64)
+        return ScoredResponses(states, token_ids, list(map(len, new_ids)), records, {})
+
+    def _tokens(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[str]]:
+        """The tokens of prompts and responses, and the responses as they are scored, for some rows."""
+        prompts = self.tokenizer([self.prompts[row] for row in rows]).input_ids
+        texts = [self.responses[row] for row in rows]
+        new = self.tokenizer(texts, add_special_tokens=False).input_ids
+        for place, ids in enumerate(new):
+            if self.eos is not None and ids[-1:] != [self.eos]:
+                ids = [*ids, self.eos]
+            if self.max_new_tokens is not None and len(ids) > self.max_new_tokens:
+                ids = ids[: self.max_new_tokens]
+                texts[place] = decode_after(self.tokenizer, prompts[place], ids, skip_special_tokens=True)
+            new[place] = list(ids)
+        return prompts, new, texts
+
+    def _checked_lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of each row that the model reads, after refusing those that it cannot, and the pairs of equal responses."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        lengths: list[int] = []
+        empty: list[int] = []
+        equal: list[int] = []
+        for start in range(0, len(self.prompts), TOKENISED_AT_ONCE):
+            rows = range(start, min(start + TOKENISED_AT_ONCE, len(self.prompts)))
+            prompts, new, _ = self._tokens(rows)
+            empty += [row for row, ids in zip(rows, new, strict=True) if not ids]
+            # The last token of a row is never read.
+            lengths += [len(prompt) + len(ids) - 1 for prompt, ids in zip(prompts, new, strict=True)]
+            if self.paired:
+                equal += [rows[place] // 2 for place in range(0, len(rows), 2) if new[place] == new[place + 1]]
+        if empty:
+            raise ValueError(f"{len(empty)} responses have no tokens: {some(empty)}")
+        if context is not None:
+            too_long = [f"{row} ({length} tokens)" for row, length in enumerate(lengths) if length > context]
+            if too_long:
+                raise ValueError(f"{len(too_long)} prompts with their responses are longer than the model's context of {context}: {some(too_long)}")
+        return lengths, equal
+
+
+class _PositionRecorder(Attachment):
+    """Keeps the input of the output embedding at the positions of given responses, and lets logits be made at one position only."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self._seen: list[Tensor] = []
+        self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
+
+    def record(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Run rows of (prompt, new tokens) in one forward call.
+
+        Returns:
+            (new tokens, hidden_size), row after row, on the CPU: the state that reads position t - 1 goes with token t.
+        """
+        ids = [(prompt + new)[:-1] for prompt, new in rows]
+        width = max(map(len, ids))
+        # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
+        inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.model.device)
+        self._seen.clear()
+        # Compiled code would not run the hook; where nothing is compiled, asking for it would load the compiler.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        with torch.no_grad(), eager:
+            self.model(input_ids=inputs, attention_mask=mask, use_cache=False)
+        if len(self._seen) != 1 or self._seen[0].shape[:2] != inputs.shape:
+            shapes = [tuple(seen.shape) for seen in self._seen]
+            raise RuntimeError(
+                f"the model ran its output embedding on states of shapes {shapes} in one forward call, wanted once on {tuple(inputs.shape)} positions"
+            )
+        hidden = self._seen.pop()
+        return torch.cat([hidden[place, len(prompt) - 1 : len(prompt) + len(new) - 1].cpu() for place, (prompt, new) in enumerate(rows)])
+
+    def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._seen.append(args[0].detach())
+        return args[0][:, -1:], *args[1:]
+
+
+def _checked_scores(rewards: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    try:
+        return checked_rewards(lambda *_: rewards, prompts, responses)
+    except ValueError as error:
+        raise ValueError(f"rewards that are given must be as if a reward had returned them: {error}") from error
+
+
+def _end_of_sequence(model: Any, tokenizer: Any) -> int:
+    """The token that ends a response: the tokenizer's own where the model stops at it, else the first that the model stops at."""
+    eos = effective(model, {}, "eos_token_id")
+    stops = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
+    if not stops or tokenizer.eos_token_id in stops:
+        stops = [tokenizer.eos_token_id]
+    if stops[0] is None:
+        raise ValueError("neither the model nor its tokenizer has an end-of-sequence token to put behind the responses; use append_eos=False")
+    return stops[0]

@@ -1,0 +1,83 @@
+"""Rollouts that are trained on as they are sampled, and never kept."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from recontrol.data.batches import RolloutBatch, ScoredResponses
+from recontrol.data.sampling import SampledResponses
+from recontrol.decoding.hooks import input_width, output_embedding
+
+
+class OnlineRollouts:
+    """Batches of rollouts straight from the model: those that `collect` would write as shards with the same arguments.
+
+        batch number n of pass p is that of seed + p * (batches of a pass) + n
+
+    so that the first pass has, bit for bit, the states, lengths and rewards of the shards of `collect`, and later passes have
+    other responses to the same prompts. What a batch holds depends on its number alone: a run that was killed goes on from any.
+
+    A batch is a `RolloutBatch`, as `Rollouts.batch` returns it. One batch is in memory at a time, and nothing is written. While an iterator is
+    in use, the model is in evaluation mode.
+
+    Args:
+        model: a causal language model, on any device, of any dtype.
+        tokenizer: its tokenizer.
+        prompts: the texts to respond to.
+        reward: as for `collect`.
+        options: those of `collect`, except `storage` and `progress`: max_new_tokens, num_samples, batch_size, cache_budget, seed, ...
+
+    Attributes:
+        model: the language model.
+        settings: all that the batches depend on, for the provenance of what is trained on them.
+        hidden_size: width of a state.
+
+    Raises:
+        TypeError, ValueError: as for `collect`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str], reward: Any, **options: Any):
+        self._source = SampledResponses(model, tokenizer, prompts, reward, **options)
+        self.model = model
+        self.settings = self._source.settings
+        self.hidden_size = input_width(model, output_embedding(model))
+
+    def __len__(self) -> int:
+        """Batches of one pass over the prompts."""
+        return len(self._source.batches)
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        """The batches of the first pass."""
+        return self.batches(0, len(self))
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[RolloutBatch]:
+        """The batches from number `start` to before `stop`, over as many passes as that takes; without end if `stop` is None.
+
+        A batch of which stop strings left no response is passed over.
+
+        Args:
+            start: number of the first batch, from 0.
+            stop: number of the batch after the last one.
+        """
+        for scored in self.responses(start, stop):
+            if scored.records:
+                yield scored.batch()
+
+    def responses(self, start: int = 0, stop: int | None = None) -> Iterator[ScoredResponses]:
+        """As `batches`, with the texts and tokens of the responses.
+
+        Args:
+            start: number of the first batch, from 0.
+            stop: number of the batch after the last one.
+        """
+        with self.opened() as make:
+            number = start
+            while stop is None or number < stop:
+                yield make(number)
+                number += 1
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
+        """Get the model ready inside the block, for a function from the number of a batch, from 0 on, to its responses."""
+        with self._source.opened() as make:
+            yield make

@@ -1,0 +1,147 @@
+"""Rewards from a sequence classifier of transformers, UltraRM's architecture included."""
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recontrol.data.rewards.templates import text_writer
+
+
+class RewardModel:
+    """Scores prompt and response, read together as one text, with a sequence classifier. One label is one reward.
+
+    Texts are padded on the right. A text longer than `max_length` loses its beginning, that is, the oldest part of the
+    prompt: the response is what is scored. The tokenizer is copied, so that its settings stay as they are.
+
+    Args:
+        model: a model with a sequence-classification head: `logits` of (batch, labels).
+        tokenizer: its tokenizer.
+        batch_size: texts in one forward call.
+        max_length: tokens of a text at most, special tokens included; by default what the model and its tokenizer allow.
+        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response} in it,
+            which is left out where the prompt starts with its first mark already; or "chat", the tokenizer's chat template.
+
+    Raises:
+        ValueError: `batch_size` or `max_length` is not positive, the template lacks a field, or the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 16, max_length: int | None = None, template: str | None = None):
+        if batch_size < 1 or (max_length is not None and max_length < 1):
+            raise ValueError(f"batch_size and max_length must be at least 1, found {batch_size} and {max_length}")
+        self.model = model
+        self.batch_size = batch_size
+        self.template = template
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.padding_side = "right"
+        self.tokenizer.truncation_side = "left"
+        config: Any = model.config
+        if getattr(config, "pad_token_id", None) is not None:
+            # The classifier finds the end of a text by its own padding token.
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        elif self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        config.pad_token_id = self.tokenizer.pad_token_id
+        limits = [getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length, max_length]
+        limit = min(limit for limit in limits if limit is not None)
+        # A tokenizer that knows no limit says 1e30.
+        self.max_length = limit if limit < 1e9 else None
+        self._write = text_writer(template, self.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        template: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        **kwargs: Any,
+    ) -> "RewardModel":
+        r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer.
+
+        Args:
+            name_or_path: a local folder, or `owner/name` on the hub.
+            batch_size: texts in one forward call.
+            max_length: tokens of a text at most.
+            template: as for the class; for UltraRM's architecture None is "Human: {prompt}\nAssistant: {response}".
+            device: where to put the model; the CPU by default.
+            dtype: of the weights; by default the one they were saved in.
+            kwargs: passed on to the model's `from_pretrained`, for example `device_map`.
+
+        Raises:
+            OSError: there is no such model.
+            ValueError: the checkpoint has no head that scores a text, or as for the class.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from recontrol.data.rewards.regression import HEAD, TEMPLATE, LlamaRegressionModel
+
+        model, report = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
+        missing = set(report["missing_keys"])
+        if missing and HEAD in report["unexpected_keys"] and model.config.model_type == "llama":
+            # Two of them may not fit into memory.
+            del model
+            load: Any = LlamaRegressionModel.from_pretrained
+            model, report = load(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
+            missing, template = set(report["missing_keys"]), TEMPLATE if template is None else template
+        # Where an adapter brings the head, it is loaded after this report was made.
+        if missing and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{name_or_path} is no reward model: its checkpoint has no weights for {', '.join(sorted(missing)[:4])}, which would be random numbers; "
+                "wanted a sequence classifier, or a Llama model with a regression_head"
+            )
+        return cls(model if device is None else model.to(device), AutoTokenizer.from_pretrained(name_or_path), batch_size, max_length, template)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float] | list[list[float]]:
+        """Score each response together with its prompt.
+
+        Args:
+            prompts: one a response.
+            responses: the texts that follow the prompts.
+
+        Returns:
+            One float a response; with several labels one list of floats a response.
+
+        Raises:
+            ValueError: the tokenizer makes tokens that the model does not have.
+        """
+        texts = [self._write(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        device = next(self.model.parameters()).device
+        training = self.model.training
+        self.model.eval()
+        scores: list[Tensor] = []
+        try:
+            with torch.no_grad():
+                for start in range(0, len(texts), self.batch_size):
+                    batch = texts[start : start + self.batch_size]
+                    inputs = self.tokenizer(batch, padding=True, truncation=self.max_length is not None, max_length=self.max_length, return_tensors="pt")
+                    self._check_tokens(inputs.input_ids)
+                    scores.append(self.model(**inputs.to(device)).logits.float().cpu())
+        finally:
+            self.model.train(training)
+        table = torch.cat(scores) if scores else torch.empty(0, len(self.head_names))
+        return table[:, 0].tolist() if table.shape[1] == 1 else table.tolist()
+
+    def _check_tokens(self, ids: Tensor) -> None:
+        # On a GPU the embedding would not say what is wrong, and would leave the device unusable.
+        known = getattr(self.model.config, "vocab_size", None)
+        if isinstance(known, int) and ids.numel() and int(ids.max()) >= known:
+            raise ValueError(f"the tokenizer of the reward model {self.name} makes token {int(ids.max())}, the model has {known}: it is another model's")
+
+    @property
+    def name(self) -> str:
+        """What the model was loaded from, and the template if there is one."""
+        name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+        return name if self.template is None else f"{name}, template {self.template!r}"
+
+    @property
+    def head_names(self) -> list[str]:
+        """One name a label: that of the model, with several labels followed by the label's."""
+        labels = getattr(self.model.config, "id2label", None) or {0: ""}
+        return [f"{self.name}: {labels[key]}" for key in sorted(labels, key=int)] if len(labels) > 1 else [self.name]

@@ -1,0 +1,140 @@
+"""The model card of a value function, written from its provenance."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recontrol.data.rewards.checks import names_of_heads
+from recontrol.decoding.fingerprint import fingerprint_hash
+from recontrol.value import ValueFunction
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# At the start of an entry, or after a name given to it.
+ABSOLUTE_PATH = re.compile(r"(?:^|(?<=: ))(?:/[^/,\n]+)+")
+# Rows of the learning curve at most; the best and the last epoch are among them.
+CURVE_ROWS = 20
+# What the rollouts' manifest says that a reader of the card may want to know.
+ROLLOUTS = ("num_prompts", "prompts_sha256", "num_samples", "generation", "stop_strings", "seed", "tokenizer", "model_dtype", "storage", "checksums_sha256")
+
+
+def model_card(value: ValueFunction, repo_id: str | None = None) -> str:
+    """Markdown with YAML front matter: what the value function is for, how to use it, and where it comes from.
+
+    Args:
+        value: the value function; what its provenance does not say is left out.
+        repo_id: its name on the hub.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    provenance = value.provenance
+    recorded = provenance.get("base_model")
+    base: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {} if recorded is None else {"name": str(recorded)}
+    base_name = str(base.get("name") or "")
+    on_hub = bool(HUB_NAME.fullmatch(base_name)) and not Path(base_name).exists()
+    data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
+    shown = _without_folders(base_name) or "the language model it was trained with"
+    sections = [
+        f"# {repo_id or 'Value function'}",
+        f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
+        f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
+        _usage(repo_id or "path/to/this/folder", base_name if on_hub else "path/to/the/model", value.num_heads),
+        "## What it is",
+        _table(("", ""), _identity(value, base, shown)),
+    ]
+    rollouts = provenance.get("rollouts")
+    about = {**_mapping(provenance.get("data")), **{name: entry for name, entry in _mapping(rollouts).items() if name in ROLLOUTS}}
+    training = {"objective": None, **_mapping(provenance.get("training"))}
+    # A digest of the same data that is told from others better by its checksums.
+    training.pop("rollouts", None)
+    # The provenance says in words what the settings name.
+    training["objective"] = provenance.get("objective", training["objective"])
+    for title, content in (("Data", about), ("Training", training)):
+        rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
+        if rows:
+            sections += [f"## {title}", _table(("", ""), rows)]
+    curve = _curve(provenance.get("history"), provenance.get("best_epoch"))
+    if curve:
+        sections += ["## Learning curve", curve]
+    sections += [
+        "## Limits",
+        "The reward is what was trained on, not quality: with a step size that is too large V keeps rising while the text collapses. Choose step size and "
+        "steps on prompts that were not trained on, and read the responses.",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _usage(value: str, model: str, num_heads: int) -> str:
+    weights = "" if num_heads == 1 else f", head_weights={[1.0] * num_heads}"
+    return f"""```python
+import recontrol as rc
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+value = rc.ValueFunction.from_pretrained("{value}")
+inputs = tokenizer("Hello", return_tensors="pt")
+with rc.Controller(value, step_size=0.5, steps=30{weights}).attach(model):
+    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+```"""
+
+
+def _identity(value: ValueFunction, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
+    """What it is, row by row."""
+    parameters = sum(parameter.numel() for parameter in value.parameters())
+    rows: list[tuple[str, Any]] = [("base model", _code(shown))]
+    if "samples" in base:
+        rows.append(("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base)))))
+    widths = " -> ".join(map(str, (value.hidden_size, *value.hidden_dims, value.num_heads)))
+    rows.append(("network", f"ReLU perceptron {widths}, {parameters:,} parameters, {str(value.dtype).removeprefix('torch.')}"))
+    names = names_of_heads(value.provenance.get("reward"), value.num_heads)
+    for head, name in enumerate(names):
+        rows.append(("reward" if value.num_heads == 1 else f"reward of head {head}", _code(_without_folders(name))))
+        if value.reward_mean is not None and value.reward_std is not None:
+            rows.append(("unit of V", f"standard deviations of {value.reward_std[head]:.6g} from a mean reward of {value.reward_mean[head]:.6g}"))
+    made_with = _mapping(value.provenance.get("made_with"))
+    if made_with:
+        rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made_with.items())))
+    return rows
+
+
+def _curve(history: Any, best: Any) -> str:
+    """The learning curve as a table; empty without one."""
+    epochs = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
+    if not epochs and isinstance(best, Mapping):
+        epochs = [best]
+    if not epochs:
+        return ""
+    best_at = next((place for place, entry in enumerate(epochs) if entry == best), None)
+    step = max(1, -(-len(epochs) // (CURVE_ROWS - 2)))
+    places = sorted({*range(0, len(epochs), step), len(epochs) - 1, *([] if best_at is None else [best_at])})
+    names = list(dict.fromkeys(name for entry in epochs for name in entry))
+    rows = [[_number(epochs[place].get(name)) + (" (best)" if place == best_at and name == names[0] else "") for name in names] for place in places]
+    return _table([name.replace("_", " ") for name in names], rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(entry) for entry in line)} |" for line in lines)
+
+
+def _cell(entry: Any) -> str:
+    text = ", ".join(f"{name} {content}" for name, content in entry.items()) if isinstance(entry, Mapping) else _without_folders(str(entry))
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _without_folders(text: str) -> str:
+    """An absolute path says more about a machine than about what lies there."""
+    return ABSOLUTE_PATH.sub(lambda path: path[0].rsplit("/", 1)[1], text)
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'") + "`"
+
+
+def _number(entry: Any) -> str:
+    return f"{entry:.4g}" if isinstance(entry, float) else "" if entry is None else str(entry)
+
+
+def _mapping(entry: Any) -> Mapping[str, Any]:
+    return entry if isinstance(entry, Mapping) else {}

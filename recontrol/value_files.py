@@ -1,0 +1,162 @@
+"""Reading a value function's files: its folder, on this machine or on the hub, and the state dicts of the released code."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from recontrol.files import read_json
+
+FORMAT = "recontrol.value_function"
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) -> list[int]:
+    """The widths from the hidden state to the heads.
+
+    Raises:
+        ValueError: one of them is not a positive integer.
+    """
+    if not isinstance(hidden_dims, Sequence) or any(type(size) is not int or size < 1 for size in (hidden_size, *hidden_dims, num_heads)):
+        found = f"hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}"
+        raise ValueError(f"hidden_size, hidden_dims and num_heads must be positive integers, found {found}")
+    return [hidden_size, *hidden_dims, num_heads]
+
+
+def checked_statistics(mean: Any, std: Any, num_heads: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation of each head's rewards, or None for both.
+
+    Raises:
+        ValueError: one without the other, not one finite number a head, or a standard deviation that is not above 0.
+    """
+    if mean is None and std is None:
+        return None, None
+    if mean is None or std is None:
+        raise ValueError(f"reward_mean and reward_std go together, found reward_mean={mean!r}, reward_std={std!r}")
+    return _statistic("reward_mean", mean, num_heads), _statistic("reward_std", std, num_heads, minimum=0.0)
+
+
+def _statistic(name: str, given: Any, num_heads: int, minimum: float = -math.inf) -> tuple[float, ...]:
+    listed = given.tolist() if isinstance(given, Tensor) else given
+    try:
+        numbers = tuple(map(float, listed))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers, one a head, found {given!r}") from None
+    if len(numbers) != num_heads or not all(math.isfinite(number) and number > minimum for number in numbers):
+        raise ValueError(f"{name} must be {num_heads} finite numbers{' above 0' if minimum == 0 else ''}, one a head, found {list(numbers)}")
+    return numbers
+
+
+def local_folder(path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """A folder on this machine that holds the value function, fetched from the hub when it is not one already.
+
+    Args:
+        path: a local folder, or `owner/name` on the hub.
+        revision: branch, tag or commit on the hub.
+        token: for a private repository of the hub.
+
+    Raises:
+        FileNotFoundError: `path` is neither a folder nor found on the hub.
+        ValueError: `path` is a file, or a local folder of which a revision is asked.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a local folder and has no revision {revision!r}; a revision is of a repository on the hub")
+        return folder
+    if folder.exists():
+        raise ValueError(
+            f"{folder} is a file; a value function is a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (for a .pth file of the released code use from_reference)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        asked = f"{str(path)!r}" if revision is None else f"{str(path)!r}, revision {revision!r}"
+        offline = HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
+        hub = "the hub is not asked (HF_HUB_OFFLINE is set) and its cache on this machine has none" if offline else "the hub did not answer with one"
+        raise FileNotFoundError(f"no value function at {asked}: it is no local folder, and {hub} ({type(error).__name__}: {error})") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a value function's config.
+
+    Raises:
+        ValueError: it is missing or damaged, or what it describes is not a ReLU MLP of ours.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") or config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} is not the config of a value function: found format {found!r}, wanted {FORMAT!r}")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
+    if config.get("architecture") != "mlp" or config.get("activation") != "relu":
+        raise ValueError(
+            f"{path}: only ReLU MLPs are supported, found architecture {config.get('architecture')!r} with activation {config.get('activation')!r}"
+        )
+    missing = [key for key in ("hidden_size", "hidden_dims", "num_heads") if key not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    try:
+        checked_sizes(config["hidden_size"], config["hidden_dims"], config["num_heads"])
+        checked_statistics(config.get("reward_mean"), config.get("reward_std"), config["num_heads"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(config.get("provenance"), dict | None):
+        raise ValueError(f"{path}: provenance must be an object, found {config['provenance']!r}")
+    return config
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a value function's weights.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format") from error
+
+
+def read_reference(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Read a state dict of the released code: weight and bias of each linear layer, first layer first.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or its keys are not those of the released code.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; the released code writes a .pth file (for a folder use from_pretrained)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        # Fed with damaged bytes, an unpickler raises nearly anything.
+        raise ValueError(f"{path} is no readable torch state dict ({type(error).__name__}): it is damaged, or holds other things than tensors") from error
+    names = ("fc1", "fc2", "fc3") if isinstance(state, dict) and "fc2.weight" in state else ("fc1", "fc3")
+    wanted = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    found = set(state) if isinstance(state, dict) else {type(state).__name__}
+    if found != wanted:
+        raise ValueError(f"{path} is no value function of the released code: found keys {sorted(map(str, found))}, wanted fc1, fc3 and optionally fc2")
+    shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else (type(tensor).__name__,) for name, tensor in state.items()}
+    if any(len(shape) != (2 if name.endswith("weight") else 1) or not all(isinstance(n, int) and n > 0 for n in shape) for name, shape in shapes.items()):
+        raise ValueError(f"{path} is no value function of the released code: found {shapes}, wanted matrices as weights and vectors as biases")
+    return [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]
