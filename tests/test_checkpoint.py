@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.training import train as module
 from recontrol.training.checkpoint import Progress, RunFolder
+from recontrol.training.loop import Learner
+from recontrol.training.tasks import TokenTask
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
@@ -45,13 +46,14 @@ def uninterrupted(rollouts, tmp_path_factory):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, but for the lock that a run has held."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def count_updates(monkeypatch, at=None, then=None):
     """A list that grows with each mini-batch; after `at` of them, `then()` is called in the middle of the next."""
     done = []
-    update = module._update
+    update = Learner.update
 
     def counting(*arguments):
         if at is not None and len(done) == at:
@@ -59,7 +61,7 @@ def count_updates(monkeypatch, at=None, then=None):
         done.append(1)
         return update(*arguments)
 
-    monkeypatch.setattr(module, "_update", counting)
+    monkeypatch.setattr(Learner, "update", counting)
     return done
 
 
@@ -81,12 +83,13 @@ CHILD = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-from recontrol.training import train as module
+from recontrol.training.loop import Learner
+from recontrol.training.train import train
 
 rollouts, folder, how, at, settings = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5])
 torch.set_num_threads(1)
 updates, written = 0, 0
-update, replace = module._update, os.replace
+update, replace = Learner.update, os.replace
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -110,8 +113,8 @@ def replace_or_die(source, target):
         die()
     replace(source, target)
 
-module._update, os.replace = counting, replace_or_die
-module.train(rollouts, out=folder, **settings)
+Learner.update, os.replace = counting, replace_or_die
+train(rollouts, out=folder, **settings)
 """
 
 
@@ -186,7 +189,7 @@ def test_ctrl_c_in_the_middle_of_validation_loses_no_mini_batch(rollouts, uninte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_validate", interrupted)
+        patch.setattr(TokenTask, "validate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(rollouts, out=tmp_path / "v", **SETTINGS)
     assert_goes_on(tmp_path / "v", rollouts, uninterrupted, monkeypatch, left=12)
@@ -197,6 +200,22 @@ def test_ctrl_c_without_a_folder_says_that_nothing_is_kept(rollouts, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         train(rollouts, **SETTINGS)
     assert "interrupted in epoch 0 after 2 of 6 mini-batches; nothing was kept: there is no out folder" in caplog.text
+
+
+def test_two_runs_do_not_write_one_folder(rollouts, uninterrupted, tmp_path, monkeypatch):
+    refused = []
+
+    def second():
+        with pytest.raises(RuntimeError, match=f"another run is writing into {tmp_path / 'v'}") as raised:
+            train(rollouts, out=tmp_path / "v", **SETTINGS)
+        refused.append(raised.value)
+
+    with monkeypatch.context() as patch:
+        count_updates(patch, 8, second)
+        value, history = train(rollouts, out=tmp_path / "v", **SETTINGS)
+    # The first is not disturbed.
+    assert len(refused) == 1 and history == uninterrupted[2]
+    assert all(torch.equal(tensor, uninterrupted[1].state_dict()[name]) for name, tensor in value.state_dict().items())
 
 
 def test_a_run_may_be_stopped_many_times(rollouts, uninterrupted, tmp_path, monkeypatch):
@@ -249,7 +268,7 @@ def test_a_finished_run_is_returned_without_work(rollouts, uninterrupted, monkey
         ({"epochs": 4}, "another epochs: found 3, wanted 4"),
         ({"patience": None}, "another patience: found 10, wanted None"),
         ({"validation_fraction": 0.2}, "another validation_fraction: found 0.1, wanted 0.2"),
-        ({"td_lambda": 0.5}, "another td_lambda: found 0.0, wanted 0.5"),
+        ({"td_lambda": 0.5}, "another objective: found 'td', wanted 'td-lambda'"),
         ({"dtype": torch.float64}, "another dtype: found 'float32', wanted 'float64'"),
     ],
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
@@ -372,7 +391,9 @@ def test_a_checkpoint_reads_back_to_the_bit(tmp_path):
     layer, optimizer = trained_a_little()
     best = {name: tensor + 1 for name, tensor in layer.state_dict().items()}
     # Numbers that a decimal of few digits would not keep.
-    progress = Progress(epoch=1, position=2, td_sum=0.1 + 0.2, best_epoch=0, history=[{"epoch": 0, "train_td_loss": 1 / 3, "validation_correlation": None}])
+    progress = Progress(
+        epoch=1, position=2, loss=0.1 + 0.2, count=7, best_epoch=0, history=[{"epoch": 0, "train_td_loss": 1 / 3, "validation_correlation": None}]
+    )
     RunFolder(tmp_path / "v", {"a": (1, 2)}).save(progress, layer.state_dict(), best, optimizer)
     other, other_optimizer = trained_a_little()
     found, found_best = RunFolder(tmp_path / "v", {"a": [1, 2]}).load(other.state_dict(), other_optimizer)

@@ -2,15 +2,21 @@ import copy
 import json
 import weakref
 
-import numpy as np
 import pytest
 import torch
 
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import RolloutWriter
+from recontrol.training import data
 from recontrol.training import train as module
-from recontrol.training.objectives import HeldOutError, bellman_targets, td_loss
-from recontrol.training.train import split_by_prompt, train
+from recontrol.training.data import Standardisation, split_by_prompt
+from recontrol.training.distributed import Processes
+from recontrol.training.held_out import HeldOutError
+from recontrol.training.initial import initial_value
+from recontrol.training.loop import Learner
+from recontrol.training.objectives import Objective, reference_loss, td_loss
+from recontrol.training.tasks import TokenTask
+from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
 SETTINGS = {"hidden_dims": (8,), "learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "progress": False, "device": "cpu"}
@@ -44,95 +50,6 @@ def same(value, other):
     return value.state_dict().keys() == other.state_dict().keys() and torch.equal(weights_of(value), weights_of(other))
 
 
-# A Markov reward process whose value function is known: six places in a row and three ends with a reward.
-PLACES, REWARDS = 6, np.array([-2.0, 0.5, 4.0])
-STATES = PLACES + len(REWARDS)
-RESPONSES = 200
-# Of Adam on mini-batches, which never comes to rest: measured at most 0.10 over five seeds of the data, lambda 0 and 1; the reward's
-# standard deviation is 1.7.
-OPTIMISATION = 0.15
-
-
-def transitions():
-    matrix = np.zeros((PLACES, STATES))
-    for place in range(PLACES):
-        matrix[place, place - 1 if place else PLACES] += 0.3
-        matrix[place, place + 1 if place < PLACES - 1 else PLACES + 2] += 0.45
-        matrix[place, PLACES + 1] += 0.25
-    return matrix
-
-
-def solved(matrix):
-    """V = E[final reward | state]: the solution of V = P V in the places, with V known at the ends."""
-    places = np.linalg.solve(np.eye(PLACES) - matrix[:, :PLACES], matrix[:, PLACES:] @ REWARDS)
-    return np.concatenate([places, REWARDS])
-
-
-class Chain:
-    """Rollouts sampled from the process; the hidden state of a state is its unit vector."""
-
-    def __init__(self, path):
-        random = np.random.default_rng(0)
-        walks = []
-        for _ in range(RESPONSES):
-            walks.append([int(random.integers(PLACES))])
-            while walks[-1][-1] < PLACES:
-                walks[-1].append(int(random.choice(STATES, p=transitions()[walks[-1][-1]])))
-        rewards = np.array([REWARDS[walk[-1] - PLACES] for walk in walks])
-        self.rollouts = Rollouts.write(path, [torch.eye(STATES)[walk] for walk in walks], rewards.tolist())
-        self.exact = solved(transitions())
-        visits = np.array([[walk.count(state) for state in range(STATES)] for walk in walks])
-        counted = np.zeros((PLACES, STATES))
-        for walk in walks:
-            np.add.at(counted, (walk[:-1], walk[1:]), 1)
-        # What the rollouts say: for lambda = 0 the V of the transitions as counted, for lambda = 1 the mean reward over visits.
-        self.of_sample = {0.0: solved(counted / counted.sum(1, keepdims=True)), 1.0: rewards @ visits / visits.sum(0)}
-        # Standard error of that mean, a response being one observation however often it visits a state; the V of the counted
-        # transitions is the maximum-likelihood estimate, hence no further off. 5 of them: once in 10^6 states.
-        deviations = visits * (rewards[:, None] - self.exact)
-        self.sampling = 5 * np.sqrt((deviations**2).sum(0)) / visits.sum(0)
-
-    def distances(self, td_lambda):
-        """How far the trained V is from that of the process and that of the sample, in units of what is tolerated, in the worst state."""
-        options = {"learning_rate": 3e-3, "batch_size": 50, "epochs": 80, "validation_fraction": 0, "progress": False, "device": "cpu"}
-        value, _ = train(self.rollouts, (64,), td_lambda=td_lambda, **options)
-        with torch.no_grad():
-            found = value(torch.eye(STATES))[:, 0].numpy()
-        from_process = np.abs(found - self.exact) / (self.sampling + OPTIMISATION)
-        return from_process.max(), np.abs(found - self.of_sample[td_lambda]).max() / OPTIMISATION
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return Chain(tmp_path_factory.mktemp("chain") / "r")
-
-
-@pytest.mark.parametrize("td_lambda", [0.0, 1.0])
-def test_the_known_value_function_of_a_markov_reward_process_is_found(chain, td_lambda):
-    from_process, from_sample = chain.distances(td_lambda)
-    assert from_process <= 1 and from_sample <= 1
-
-
-def reward_at_the_first_token(values, rewards, lengths, td_lambda=0.0):
-    targets = bellman_targets(values, rewards, lengths, td_lambda)
-    last = lengths.cumsum(0) - 1
-    targets[last] = values.detach()[last]
-    targets[last - lengths + 1] = rewards.to(values)
-    return (values - targets).square().mean()
-
-
-def no_stop_gradient(values, rewards, lengths, td_lambda=0.0):
-    targets = values.roll(-1, dims=0).index_copy(0, lengths.cumsum(0) - 1, rewards.to(values))
-    return (values - targets).square().mean()
-
-
-@pytest.mark.parametrize("mistake", [reward_at_the_first_token, no_stop_gradient])
-def test_with_a_mistake_of_the_released_code_another_value_function_is_found(chain, monkeypatch, mistake):
-    monkeypatch.setattr(module, "td_loss", mistake)
-    from_process, from_sample = chain.distances(0.0)
-    assert from_process > 3 and from_sample > 3
-
-
 def test_one_seed_one_result_and_the_callers_generator_is_left_alone(rollouts):
     before = torch.get_rng_state()
     value, history = train(rollouts, seed=3, **SETTINGS)
@@ -150,18 +67,18 @@ def flat(batches):
 
 def recorded_updates(monkeypatch):
     batches = []
-    update = module._update
+    update = Learner.update
 
-    def recording(value, optimizer, rollouts, batch, *rest):
+    def recording(self, task, batch, learning_rate):
         batches.append(batch.tolist())
-        return update(value, optimizer, rollouts, batch, *rest)
+        return update(self, task, batch, learning_rate)
 
-    monkeypatch.setattr(module, "_update", recording)
+    monkeypatch.setattr(Learner, "update", recording)
     return batches
 
 
 def test_the_seed_decides_the_weights_and_the_order(rollouts, monkeypatch):
-    starts = [module._initial_value(rollouts, (8,), seed) for seed in (0, 0, 1)]
+    starts = [initial_value(WIDTH, (8,), 1, seed) for seed in (0, 0, 1)]
     assert same(starts[0], starts[1]) and not same(starts[0], starts[2])
     orders = []
     for seed in (0, 0, 1):
@@ -352,7 +269,7 @@ def test_states_are_read_a_few_at_a_time_and_let_go(rollouts, monkeypatch, at_on
         return states, lengths, rewards
 
     monkeypatch.setattr(Rollouts, "batch", recording)
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(data, "TOKENS_AT_ONCE", at_once)
     train(rollouts, **{**SETTINGS, "batch_size": 40})
     # The first and the last response, to tell rollouts apart.
     assert reads[0][0] == rollouts.lengths[[0, -1]].tolist()
@@ -365,27 +282,30 @@ def test_states_are_read_a_few_at_a_time_and_let_go(rollouts, monkeypatch, at_on
     assert sum(sum(lengths) for lengths, _ in reads[1:]) == 4 * rollouts.num_tokens
 
 
-@pytest.mark.parametrize("td_lambda", [0.0, 0.5])
-def test_the_gradient_of_a_mini_batch_does_not_depend_on_how_it_is_cut(tmp_path, monkeypatch, td_lambda):
-    data = made(tmp_path / "r", heads=2)
+@pytest.mark.parametrize("objective", [Objective("td"), Objective("td-lambda", 0.5), Objective("mc"), Objective("reference")], ids=lambda aim: aim.name)
+def test_the_gradient_of_a_mini_batch_does_not_depend_on_how_it_is_cut(tmp_path, monkeypatch, objective):
+    rollouts = made(tmp_path / "r", heads=2)
     torch.manual_seed(0)
     start = ValueFunction(WIDTH, (8,), 2).double()
-    mean, scale = data.rewards.double().mean(0), data.rewards.double().std(0)
+    standardisation = Standardisation.of(rollouts.rewards.double())
     batch = torch.randperm(40)
-    states, lengths, rewards = data.batch(batch)
-    td_loss(start(states), (rewards - mean) / scale, lengths, td_lambda).backward()
+    states, lengths, rewards = rollouts.batch(batch)
+    by_response = objective.name == "reference"
+    loss = reference_loss if by_response else lambda *case: td_loss(*case, objective.td_lambda)
+    loss(start(states), standardisation.apply(rewards), lengths).backward()
     # Sums of 160 float64 terms in another order: 160 roundings of 1.1e-16.
     close = {"rtol": 1e-12, "atol": 1e-13}
-    squares = float(td_loss(start(states).detach() * scale, rewards - mean, lengths, td_lambda)) * len(states)
-    for at_once, parts in ((10_000, 1), (60, 3), (1, 40)):
-        monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
-        assert len(list(module._parts(batch, data.lengths))) >= parts
+    count = len(lengths) if by_response else len(states)
+    wanted = float(loss(standardisation.undo(start(states).detach()), rewards.double(), lengths)) * count
+    for at_once, pieces in ((10_000, 1), (60, 3), (1, 40)):
+        monkeypatch.setattr(data, "TOKENS_AT_ONCE", at_once)
+        assert len(list(data.parts(batch, rollouts.lengths))) >= pieces
         value = copy.deepcopy(start)
-        found = module._update(value, torch.optim.SGD(value.parameters(), lr=1.0), data, batch, mean, scale, td_lambda)
-        assert found == pytest.approx(squares, rel=1e-12)
+        value.zero_grad()
+        task = TokenTask(rollouts, objective, standardisation, batch, batch[:0], Processes())
+        assert task.backward(value, batch) == (pytest.approx(wanted, rel=1e-12), count)
         for parameter, before in zip(value.parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, before.grad, **close)
-            torch.testing.assert_close(parameter.detach(), before.detach() - before.grad, **close)
 
 
 def test_what_is_saved_is_what_is_returned(rollouts, tmp_path):
@@ -427,7 +347,7 @@ def test_no_rollouts_are_refused(tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_states_that_are_not_finite_are_refused_and_named_before_training(tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(module, "_update", None)
+    monkeypatch.setattr(Learner, "update", None)
     states = [torch.zeros(3, 4) for _ in range(12)]
     for index in (1, 7):
         states[index][2, 3] = bad
@@ -466,7 +386,8 @@ def test_one_prompt_cannot_be_split(tmp_path):
         ({"seed": -1}, "seed must be an integer of at least 0, found -1"),
         ({"dtype": torch.bfloat16}, r"dtype must be torch.float32 or torch.float64, found torch.bfloat16"),
         ({"hidden_dims": (8, 0)}, "must be positive integers"),
-        ({"kernel": "cuda"}, "unknown kernel 'cuda'; choose one of 'torch', 'triton'"),
+        ({"hidden_dims": 64}, r"hidden_dims must be a sequence of positive integers such as \(4096,\), found 64"),
+        ({"kernel": "cuda"}, "unknown kernel 'cuda'; choose one of 'auto', 'torch', 'closed-form', 'triton'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_and_nothing_is_written(rollouts, tmp_path, options, message):
@@ -483,11 +404,11 @@ def test_training_that_diverges_says_so(rollouts, epochs):
 
 
 def test_weights_that_are_not_finite_at_the_end_are_not_returned(rollouts, monkeypatch):
-    def breaking(value, *rest):
+    def breaking(learner, *rest):
         with torch.no_grad():
-            value.layers[0].weight[0, 0] = float("nan")
-        return 1.0
+            learner.value.layers[0].weight[0, 0] = float("nan")
+        return 1.0, 1
 
-    monkeypatch.setattr(module, "_update", breaking)
+    monkeypatch.setattr(Learner, "update", breaking)
     with pytest.raises(FloatingPointError, match="training diverged in epoch 0"):
         train(rollouts, **{**SETTINGS, "batch_size": 40, "epochs": 1, "validation_fraction": 0})

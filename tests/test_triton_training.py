@@ -271,7 +271,7 @@ def test_states_of_half_precision_are_trained_on(tmp_path):
 def test_what_the_kernels_cannot_do_is_said(tmp_path, hidden_dims, weights, states, message):
     value, hidden = ValueFunction(6, hidden_dims).to(DEVICE, weights), torch.zeros(2, 6, device=DEVICE).to(states)
     assert why_not(value, hidden) == message
-    with pytest.raises(RuntimeError, match=f"kernel 'triton' cannot run here: {message}; choose one of 'torch', 'triton'"):
+    with pytest.raises(RuntimeError, match=f"kernel 'triton' cannot run here: {message}; choose one of 'auto', 'torch', 'closed-form', 'triton'"):
         fused_values(value, hidden)
     if states.is_floating_point and weights != torch.bfloat16:
         options = {**SETTINGS, "hidden_dims": hidden_dims, "dtype": weights, "device": DEVICE, "out": tmp_path / "v"}

@@ -1,5 +1,6 @@
 """The folder of a training run: settings and history to read, and a checkpoint to go on from after a kill."""
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -11,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from recontrol.data.locking import writing_lock
 from recontrol.files import read_json, remove_leftovers, write_aside, write_json
-from recontrol.value import CONFIG_NAME, WEIGHTS_NAME
+from recontrol.value_files import CONFIG_NAME, WEIGHTS_NAME
 
 FORMAT = "recontrol.training"
 HISTORY_NAME = "history.json"
@@ -26,14 +28,16 @@ class Progress:
     Attributes:
         epoch: the epoch that is running, from 0.
         position: mini-batches of that epoch that are done.
-        td_sum: sum over the tokens of those mini-batches of the squared TD error.
+        loss: sum of the loss over the tokens, responses or pairs of those mini-batches.
+        count: how many tokens, responses or pairs those were.
         best_epoch: the epoch whose weights are the best so far, or -1.
         history: one dict for each epoch that is done.
     """
 
     epoch: int = 0
     position: int = 0
-    td_sum: float = 0.0
+    loss: float = 0.0
+    count: int = 0
     best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -47,6 +51,7 @@ class RunFolder:
     Args:
         path: the folder, made if absent, or None.
         settings: what decides the result, JSON-able; compared with that of the run already in the folder.
+        write: whether this process writes; of several processes that share the folder, one does.
 
     Raises:
         OSError: the folder cannot be written.
@@ -54,8 +59,9 @@ class RunFolder:
             found and wanted.
     """
 
-    def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any], *, write: bool = True):
         self.path = None if path is None else Path(path)
+        self.write = write
         # As it will read back: tuples become lists.
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.finished = False
@@ -70,11 +76,20 @@ class RunFolder:
             foreign = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CHECKPOINT_NAME) if (self.path / name).exists()]
             if foreign:
                 raise ValueError(f"{self.path} holds {', '.join(foreign)} but no {HISTORY_NAME}: it is not the folder of a training run; use another folder")
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write_history([], -1)
-        remove_leftovers(self.path)
+            if write:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._write_history([], -1)
+        if write:
+            remove_leftovers(self.path)
 
-    def save(self, progress: Progress, weights: dict[str, Tensor], best: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def save(
+        self,
+        progress: Progress,
+        weights: dict[str, Tensor],
+        best: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        average: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write the checkpoint, whole or not at all.
 
         Args:
@@ -82,13 +97,15 @@ class RunFolder:
             weights: the current state dict of the value function.
             best: the state dict of the best epoch so far; empty before the first epoch is done.
             optimizer: its moments are written, its settings are not.
+            average: the state dict of the moving average of the weights, if there is one.
 
         Raises:
             OSError: the disk is full; the message names the file, and the checkpoint before it stays.
         """
-        if self.path is None:
+        if self.path is None or not self.write:
             return
-        tensors = {f"weights.{name}": tensor for name, tensor in weights.items()} | {f"best.{name}": tensor for name, tensor in best.items()}
+        groups = {"weights": weights, "best": best, "average": average or {}}
+        tensors = {f"{group}.{name}": tensor for group, state in groups.items() for name, tensor in state.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -98,12 +115,15 @@ class RunFolder:
         if progress.position == 0:
             self._write_history(progress.history, progress.best_epoch)
 
-    def load(self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Tensor]]:
+    def load(
+        self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
+    ) -> tuple[Progress, dict[str, Tensor]]:
         """Go on from the checkpoint, if there is one.
 
         Args:
             weights: the state dict of the value function; filled in place.
             optimizer: its moments are filled in.
+            average: the state dict of the moving average of the weights, if there is one; filled in place.
 
         Returns:
             How far the run was, and the weights of its best epoch.
@@ -114,7 +134,7 @@ class RunFolder:
         if self.path is None or not (self.path / CHECKPOINT_NAME).exists():
             return Progress(), {}
         path = self.path / CHECKPOINT_NAME
-        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "best": {}, "optimizer": {}}
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "best": {}, "average": {}, "optimizer": {}}
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
@@ -126,19 +146,19 @@ class RunFolder:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole checkpoint ({error}); delete it to train from the beginning") from error
         self._compare(settings, path)
-        wanted = {name: tensor.shape for name, tensor in weights.items()}
-        for group in ("weights", "best"):
-            found = {name: tensor.shape for name, tensor in groups[group].items()}
+        for group, state in (("weights", weights), ("best", weights), ("average", average or {})):
+            found, wanted = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (groups[group], state))
             if found != wanted and not (group == "best" and progress.best_epoch < 0):
                 raise ValueError(f"{path} is of another value function: found {found}, wanted {wanted}; delete it to train from the beginning")
         with torch.no_grad():
-            for name, tensor in weights.items():
-                tensor.copy_(groups["weights"][name])
-        state: dict[int, dict[str, Tensor]] = {}
+            for group, state in (("weights", weights), ("average", average or {})):
+                for name, tensor in state.items():
+                    tensor.copy_(groups[group][name])
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups["optimizer"].items():
             index, kind = name.split(".", 1)
-            state.setdefault(int(index), {})[kind] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            moments.setdefault(int(index), {})[kind] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return progress, groups["best"]
 
     def finish(self, progress: Progress) -> None:
@@ -150,13 +170,21 @@ class RunFolder:
         Raises:
             OSError: the folder cannot be written.
         """
-        if self.path is not None:
+        if self.path is not None and self.write:
             self._write_history(progress.history, progress.best_epoch, finished=True)
             self.clear()
 
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Keep other runs out of the folder inside the block; of several processes, the one that writes holds the lock for all.
+
+        Raises:
+            RuntimeError: another run is writing into the folder; on entering the block.
+        """
+        return writing_lock(self.path) if self.path is not None and self.write else contextlib.nullcontext()
+
     def clear(self) -> None:
         """Remove the checkpoint of a finished run."""
-        if self.path is not None:
+        if self.path is not None and self.write:
             (self.path / CHECKPOINT_NAME).unlink(missing_ok=True)
 
     def _read_history(self, path: Path) -> None:

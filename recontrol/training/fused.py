@@ -1,4 +1,4 @@
-"""V of two linear layers for training, which keeps one bit a unit and token for its gradient instead of the activations."""
+"""V of two linear layers for training, which keeps a mask of active units for its gradient instead of the activations."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,23 +10,35 @@ from torch.autograd.function import once_differentiable
 
 from recontrol.value import ValueFunction
 
-KERNELS = ("torch", "triton")
+KERNELS = ("torch", "closed-form", "triton")
+# In one product: enough to be quick, few enough that their activations are read from the cache.
+TOKENS_IN_BLOCK = 1024
+# Weights of the first layer below which starting so many small operations takes longer than autograd does.
+SMALLEST_CLOSED_FORM = 2**16
 
 
 def values_by(kernel: str, value: ValueFunction, hidden: Tensor) -> Tensor:
     """V of packed hidden states, (tokens, hidden_size) -> (tokens, num_heads), by one of `KERNELS`."""
-    return fused_values(value, hidden) if kernel == "triton" else value(hidden)
+    if kernel == "triton":
+        return fused_values(value, hidden)
+    return closed_form_values(value, hidden) if kernel == "closed-form" else value(hidden)
 
 
-def check_kernel(kernel: str, value: ValueFunction, hidden: Tensor) -> None:
-    """Refuse a kernel that cannot evaluate this value function on states like these.
+def chosen_kernel(kernel: str, value: ValueFunction, hidden: Tensor) -> str:
+    """One of `KERNELS`: the one asked for, or for "auto" the one that is known to be the fastest.
+
+    On a CPU that is the closed form, where it can be and the first layer is no tiny one; else autograd.
 
     Raises:
-        RuntimeError: with the reason and the choices.
+        RuntimeError: the one asked for cannot evaluate this value function on states like these; with the reason and the choices.
     """
-    reason = why_not(value, hidden) if kernel == "triton" else None
+    if kernel == "auto":
+        large = value.parameters_by_kind[0][0].numel() >= SMALLEST_CLOSED_FORM
+        return "closed-form" if hidden.device.type == "cpu" and large and _why_no_closed_form(value) is None else "torch"
+    reason = why_not(value, hidden) if kernel == "triton" else _why_no_closed_form(value) if kernel == "closed-form" else None
     if reason is not None:
-        raise RuntimeError(f"kernel {kernel!r} cannot run here: {reason}; choose one of {', '.join(map(repr, KERNELS))}")
+        raise RuntimeError(f"kernel {kernel!r} cannot run here: {reason}; choose one of {', '.join(map(repr, ('auto', *KERNELS)))}")
+    return kernel
 
 
 def fused_values(value: ValueFunction, hidden: Tensor) -> Tensor:
@@ -44,10 +56,29 @@ def fused_values(value: ValueFunction, hidden: Tensor) -> Tensor:
 
     Source: the identities of `reference_backward`.
     """
-    check_kernel("triton", value, hidden)
+    chosen_kernel("triton", value, hidden)
     from recontrol.kernels import value_training
 
     return _apply(value, hidden, value_training.forward, value_training.backward)
+
+
+def closed_form_values(value: ValueFunction, hidden: Tensor) -> Tensor:
+    """As `fused_values`, in plain PyTorch, a block of tokens at a time; what is kept for the gradient is a byte a unit and token.
+
+    Beside autograd on a CPU, for one head: somewhat less time, and a fraction of the memory, since no activations of more than a block exist.
+
+    Args:
+        value: two linear layers and one head.
+        hidden: (tokens, hidden_size), floating point, taken as a constant.
+
+    Returns:
+        (tokens, 1), dtype of the weights.
+
+    Raises:
+        RuntimeError: the value function is another.
+    """
+    chosen_kernel("closed-form", value, hidden)
+    return _apply(value, hidden, blockwise_forward, blockwise_backward)
 
 
 def reference_values(value: ValueFunction, hidden: Tensor) -> Tensor:
@@ -129,6 +160,29 @@ def reference_backward(gradient: Tensor, mask: Tensor, hidden: Tensor, w1: Tenso
     return w1_gradient, (w2 * active).sum(0), w2_gradient, gradient.sum(0)
 
 
+def blockwise_forward(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference_forward`, for hidden states of any floating-point dtype."""
+    values, mask = hidden.new_empty(len(hidden), len(w2), dtype=w1.dtype), hidden.new_empty(len(hidden), len(w1), dtype=torch.bool)
+    z = hidden.new_empty(min(TOKENS_IN_BLOCK, len(hidden)), len(w1), dtype=w1.dtype)
+    for rows, out, active in zip(*(tensor.split(TOKENS_IN_BLOCK) for tensor in (hidden, values, mask)), strict=True):
+        block = torch.addmm(b1, rows.to(w1.dtype), w1.T, out=z[: len(rows)])
+        torch.le(block, 0, out=active).logical_not_()
+        torch.addmm(b2, block.relu_(), w2.T, out=out)
+    return values, mask
+
+
+def blockwise_backward(gradient: Tensor, mask: Tensor, hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference_backward`, for one head and hidden states of any floating-point dtype."""
+    products, active = torch.zeros_like(w1), torch.zeros_like(b1)
+    buffer = hidden.new_empty(min(TOKENS_IN_BLOCK, len(hidden)), len(w1), dtype=w1.dtype)
+    for rows, part, of_unit in zip(*(tensor.split(TOKENS_IN_BLOCK) for tensor in (hidden, gradient, mask)), strict=True):
+        masked = torch.mul(of_unit, part, out=buffer[: len(rows)])
+        products.addmm_(masked.T, rows.to(w1.dtype))
+        active += masked.sum(0)
+    w2_gradient = torch.linalg.vecdot(w1, products) + b1 * active
+    return products.mul_(w2.T), w2[0] * active, w2_gradient[None], gradient.sum(0)
+
+
 class _Values(torch.autograd.Function):
     """A forward and a backward with the signatures of `reference_forward` and `reference_backward` as one operation of autograd."""
 
@@ -148,6 +202,13 @@ class _Values(torch.autograd.Function):
 def _apply(value: ValueFunction, hidden: Tensor, forward: Callable, backward: Callable) -> Tensor:
     (w1, w2), (b1, b2) = value.parameters_by_kind
     return _Values.apply(hidden, w1, b1, w2, b2, forward, backward)
+
+
+def _why_no_closed_form(value: ValueFunction) -> str | None:
+    if len(value.hidden_dims) != 1:
+        return f"the closed form is for two linear layers, this value function has {len(value.hidden_dims) + 1}"
+    # With more it needs a product for each.
+    return None if value.num_heads == 1 else f"the closed form is for one head, this value function has {value.num_heads}"
 
 
 def _name(dtype: torch.dtype) -> str:

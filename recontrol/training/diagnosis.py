@@ -1,0 +1,177 @@
+"""What a value function knows as a response unfolds, and what it says that is not so: numbers, a table and a figure."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recontrol.data.rollouts import Rollouts
+from recontrol.files import write_aside, write_json
+from recontrol.training.data import parts
+from recontrol.value import ValueFunction
+
+FORMAT = "recontrol.diagnosis"
+# Told apart by readers who cannot tell red from green (Okabe and Ito's palette).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """V along responses, by relative position: bin i of n holds the tokens t of T with i <= n (t + 1/2) / T < i + 1.
+
+    Args:
+        responses: how many there were.
+        tokens: in each bin.
+        correlation: in each bin, of V(s_t) with the final reward over tokens; None where one of them does not vary.
+        explained_variance: in each bin, 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward, below it for worse; None where
+            rewards do not vary.
+        best_third: in each bin, the mean of V(s_t) over the third of the responses with the largest rewards.
+        worst_third: the same over the third with the smallest.
+        calibration: (mean V, mean reward, tokens) of the tokens in each bin of V, from the smallest V to the largest, as many tokens
+            in each; a calibrated V has the same in both.
+        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward: 0 where V says along the whole
+            response what it said after the prompt; None where rewards do not vary.
+    """
+
+    responses: int
+    tokens: list[int]
+    correlation: list[float | None]
+    explained_variance: list[float | None]
+    best_third: list[float | None]
+    worst_third: list[float | None]
+    calibration: list[tuple[float, float, int]]
+    movement: float | None
+
+
+@torch.no_grad()
+def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor | None = None, *, bins: int = 10, head: int = 0) -> Diagnosis:
+    """Compare V(s_t) with the final reward along responses, which should be of prompts that V was not trained on.
+
+    Args:
+        value: the value function; where it is standardised, its values are taken back to the unit of the reward.
+        rollouts: states and rewards.
+        responses: (n,), indices of the responses to take, at least 3; None takes all.
+        bins: of relative position, and of V for the calibration.
+        head: of V.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: fewer than three responses, states of another width, or a head or number of bins that cannot be.
+    """
+    responses = torch.arange(len(rollouts)) if responses is None else responses
+    if len(responses) < 3:
+        raise ValueError(f"found {len(responses)} responses to diagnose a value function on, wanted at least 3")
+    if (rollouts.hidden_size, rollouts.num_heads) != (value.hidden_size, value.num_heads):
+        has = f"states of {rollouts.hidden_size} numbers and {rollouts.num_heads} rewards"
+        raise ValueError(f"{rollouts.path} has {has}, the value function wants {value.hidden_size} and {value.num_heads}")
+    if type(bins) is not int or bins < 1 or not 0 <= head < value.num_heads:
+        raise ValueError(f"bins must be at least 1 and head one of {value.num_heads}, found bins={bins!r} and head={head!r}")
+    predicted = []
+    for part in parts(responses, rollouts.lengths):
+        states, _, _ = rollouts.batch(part)
+        predicted.append(value.to_reward(value(states.to(value.device)))[:, head].double().cpu())
+    v, lengths = torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy()
+    rewards = rollouts.rewards[responses, head].double().numpy()
+    r, starts = np.repeat(rewards, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
+    place = np.minimum(((np.arange(len(v)) - starts + 0.5) / np.repeat(lengths, lengths) * bins).astype(int), bins - 1)
+    low, high = np.quantile(rewards, [1 / 3, 2 / 3])
+    inside = [place == number for number in range(bins)]
+    calibration = [(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in np.array_split(np.argsort(v, kind="stable"), bins) if len(rows)]
+    return Diagnosis(
+        responses=len(responses),
+        tokens=[int(rows.sum()) for rows in inside],
+        correlation=[_correlation(v[rows], r[rows]) for rows in inside],
+        explained_variance=[_explained(v[rows], r[rows]) for rows in inside],
+        best_third=[_mean(v[rows & (r >= high)]) for rows in inside],
+        worst_third=[_mean(v[rows & (r <= low)]) for rows in inside],
+        calibration=calibration,
+        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / rewards.std()) if np.ptp(rewards) else None,
+    )
+
+
+def table(diagnoses: Mapping[str, Diagnosis]) -> str:
+    """Correlation and explained variance along the response, a line for each value function, as aligned plain text."""
+    lines = []
+    for title, attribute in (("correlation of V with the final reward", "correlation"), ("explained variance", "explained_variance")):
+        lines.append(f"{title}, by tenth of the response:" if _bins(diagnoses) == 10 else f"{title}, along the response:")
+        for name, found in diagnoses.items():
+            cells = ["   -  " if number is None else f"{number:6.2f}" for number in getattr(found, attribute)]
+            moves = "-" if found.movement is None else f"{found.movement:.2f}"
+            lines.append(f"  {name[:24]:<24}{''.join(cells)}" + (f"   moves {moves} sd" if attribute == "correlation" else ""))
+    return "\n".join(lines)
+
+
+def save_diagnosis(out: str | os.PathLike, diagnoses: Mapping[str, Diagnosis]) -> None:
+    """Write `diagnosis.json` and `diagnosis.png` into a folder, each whole or not at all.
+
+    Args:
+        out: the folder, made if absent.
+        diagnoses: by the name of the value function; up to five, to be told apart in the figure.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: none, or more than five.
+    """
+    if not 1 <= len(diagnoses) <= len(COLOURS):
+        raise ValueError(f"found {len(diagnoses)} value functions to draw, wanted 1 to {len(COLOURS)}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_aside(folder / "diagnosis.png") as aside:
+        draw(diagnoses).savefig(aside, format="png", dpi=130)
+    write_json(folder / "diagnosis.json", {"format": FORMAT, "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})
+
+
+def draw(diagnoses: Mapping[str, Diagnosis]) -> Any:
+    """A figure of three panels: correlation along the response, V of good and bad responses along it, and calibration."""
+    # Needs no display, and no state that a caller's own figures would share.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    along, thirds, calibration = figure.subplots(1, 3)
+    lines = []
+    for (name, found), colour in zip(diagnoses.items(), COLOURS, strict=False):
+        places = (np.arange(len(found.tokens)) + 0.5) / len(found.tokens)
+        lines += along.plot(places, _floats(found.correlation), color=colour, marker="o", label=name)
+        thirds.plot(places, _floats(found.best_third), color=colour)
+        thirds.plot(places, _floats(found.worst_third), color=colour, linestyle="--")
+        predicted, observed, _ = zip(*found.calibration, strict=True)
+        calibration.plot(predicted, observed, color=colour, marker="o")
+    along.axhline(0, color="grey", linewidth=0.8)
+    # Where predicted and observed reward are the same.
+    calibration.axline((predicted[0], predicted[0]), slope=1, color="grey", linewidth=0.8, linestyle=":")
+    along.set(title="Correlation of V with the final reward", xlabel="position in the response", ylim=(-1.05, 1.05))
+    thirds.set(title="V: best third by reward (solid), worst (dashed)", xlabel="position in the response")
+    calibration.set(title="Calibration: mean final reward against V", xlabel="V")
+    for axes in (along, thirds, calibration):
+        axes.grid(alpha=0.25)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    return figure
+
+
+def _bins(diagnoses: Mapping[str, Diagnosis]) -> int:
+    return len(next(iter(diagnoses.values())).tokens)
+
+
+def _correlation(v: np.ndarray, r: np.ndarray) -> float | None:
+    if not len(v) or not np.ptp(v) or not np.ptp(r):
+        return None
+    return float(np.corrcoef(v, r)[0, 1])
+
+
+def _explained(v: np.ndarray, r: np.ndarray) -> float | None:
+    return float(1 - np.square(v - r).mean() / r.var()) if len(r) and np.ptp(r) else None
+
+
+def _mean(v: np.ndarray) -> float | None:
+    return float(v.mean()) if len(v) else None
+
+
+def _floats(numbers: list[float | None]) -> np.ndarray:
+    """With NaN, which is not drawn, for None."""
+    return np.array(numbers, dtype=float)

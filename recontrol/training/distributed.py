@@ -1,0 +1,113 @@
+"""One process or several: what each of them does of a mini-batch, and how they agree."""
+
+import os
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+class Mergeable(Protocol):
+    """Counts that other processes' counts can be added to."""
+
+    def merge(self, other: Any) -> None:
+        """Add the counts of another process."""
+
+
+Counts = TypeVar("Counts", bound=Mergeable)
+
+
+class Processes:
+    """The processes that `accelerate launch` started, or this one alone.
+
+    All hold the same weights. Each computes the gradient of its share of a mini-batch; the gradients are added up, and all take
+    the same step. The main one alone writes files.
+
+    Args:
+        log_with: trackers of accelerate, by name ("tensorboard") or instance; None for none.
+        logging_dir: where trackers that write files write them.
+
+    Raises:
+        ImportError: a tracker that is not installed.
+        ValueError: a tracker that writes files, without a folder for them.
+    """
+
+    def __init__(self, log_with: Any = None, logging_dir: str | os.PathLike | None = None):
+        self.accelerator = Accelerator(log_with=log_with, project_dir=None if logging_dir is None else os.fspath(logging_dir))
+        asked = [] if log_with is None else [log_with] if not isinstance(log_with, list | tuple) else list(log_with)
+        if len(self.accelerator.log_with) < len(asked) and "all" not in asked:
+            raise ImportError(f"found {len(self.accelerator.log_with)} of the trackers {asked!r} installed, wanted all (for example pip install tensorboard)")
+        self._tracked = bool(self.accelerator.log_with)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes files and messages."""
+        return self.accelerator.is_main_process
+
+    def device(self, wanted: str | torch.device | None) -> torch.device:
+        """Where this process computes: what was asked for, or the device that was dealt to it, or a GPU if there is one.
+
+        Raises:
+            ValueError: there are several processes, and a device of another kind is asked for.
+        """
+        if self.count == 1:
+            return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if wanted is not None and torch.device(wanted).type != self.accelerator.device.type:
+            raise ValueError(f"accelerate launch has dealt {self.accelerator.device} to this process, found device {str(wanted)!r}; leave it out")
+        return self.accelerator.device
+
+    def share(self, indices: Tensor) -> Tensor:
+        """This process's part of a list of responses or prompts; the parts of all are the whole."""
+        return indices[self.accelerator.process_index :: self.count]
+
+    def add_up_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by the sum over the processes."""
+        if self.count > 1:
+            for parameter in parameters:
+                # A process whose share was empty has none.
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "sum")
+
+    def add_up(self, number: float) -> float:
+        """The sum of a number over the processes."""
+        if self.count == 1:
+            return number
+        return float(self.accelerator.reduce(torch.tensor([number], dtype=torch.float64, device=self.accelerator.device), "sum"))
+
+    def merged(self, counts: Counts) -> Counts:
+        """What all processes counted together, the same in each."""
+        if self.count == 1:
+            return counts
+        first, *others = gather_object([counts])
+        for other in others:
+            first.merge(other)
+        return first
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self.accelerator.wait_for_everyone()
+
+    def start_tracking(self, settings: dict[str, Any]) -> None:
+        """Begin a run in the trackers, if there are any."""
+        if self._tracked:
+            kept = {name: entry if isinstance(entry, bool | int | float | str) else str(entry) for name, entry in settings.items()}
+            self.accelerator.init_trackers("recontrol", config=kept)
+
+    def track(self, entry: dict[str, float | None], step: int) -> None:
+        """Hand one entry of the history to the trackers."""
+        if self._tracked:
+            self.accelerator.log({name: number for name, number in entry.items() if number is not None}, step=step)
+
+    def stop_tracking(self) -> None:
+        """End the run in the trackers, so that what they hold is written."""
+        if self._tracked:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()

@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from recontrol.data.collect import collect
+from recontrol.data.online import OnlineRollouts
+from recontrol.training.online import train_online
+from recontrol.value import ValueFunction
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
+PROMPTS = ["a film", "a very long story about the film that we saw", "it was", "the actors are good", "one", "I saw"]
+SAMPLING = {"max_new_tokens": 5, "batch_size": 2, "num_samples": 3, "do_sample": True}
+TRAINING = {"hidden_dims": (16,), "td_lambda": 0.95, "learning_rate": 1e-2, "passes": 3, "progress": False}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EXAMPLE / "lm")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8192, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).eval()
+
+
+def prompt_lengths(prompts, responses):
+    """A reward that the first state already tells."""
+    return [float(len(prompt)) for prompt in prompts]
+
+
+@pytest.fixture
+def online(model, tokenizer):
+    return OnlineRollouts(model, tokenizer, PROMPTS, prompt_lengths, **SAMPLING)
+
+
+def weights_of(value):
+    return torch.cat([parameter.detach().flatten() for parameter in value.parameters()])
+
+
+def test_it_learns_while_it_samples_and_keeps_no_shard(model, tokenizer, tmp_path):
+    sampling = {**SAMPLING, "max_new_tokens": 1}
+    validation = collect(model, tokenizer, PROMPTS, prompt_lengths, tmp_path / "v", progress=False, seed=100, **sampling)
+    online = OnlineRollouts(model, tokenizer, PROMPTS, prompt_lengths, **sampling)
+    value, history = train_online(online, validation=validation, out=tmp_path / "out", **{**TRAINING, "learning_rate": 0.05, "passes": 15})
+    errors = [entry["validation_mc_error"] for entry in history]
+    # Rewards of the prompts' lengths, whose variance is the error of a V that has learned nothing.
+    assert min(errors) < 0.5 * float(validation.rewards.var(correction=0))
+    assert min(errors) == value.provenance["best_epoch"]["validation_mc_error"]
+    assert value.provenance["reward"] == "prompt_lengths" and value.provenance["base_model"]["hidden_size"] == 16
+    assert not list((tmp_path / "out").rglob("shard-*"))
+    assert torch.equal(weights_of(ValueFunction.from_pretrained(tmp_path / "out")), weights_of(value))
+
+
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(model, tokenizer, online, tmp_path):
+    whole, history = train_online(online, out=tmp_path / "whole", **TRAINING)
+    calls = []
+
+    def interrupted(prompts, responses):
+        calls.append(len(prompts))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return prompt_lengths(prompts, responses)
+
+    interrupted.__qualname__ = "prompt_lengths"
+    with pytest.raises(KeyboardInterrupt):
+        train_online(OnlineRollouts(model, tokenizer, PROMPTS, interrupted, **SAMPLING), out=tmp_path / "r", **TRAINING)
+    value, again = train_online(online, out=tmp_path / "r", **TRAINING)
+    assert again == history and torch.equal(weights_of(value), weights_of(whole))
+    # A finished run is opened without work.
+    assert train_online(online, out=tmp_path / "r", **TRAINING)[1] == history
+    with pytest.raises(ValueError, match="another learning_rate"):
+        train_online(online, out=tmp_path / "r", **{**TRAINING, "learning_rate": 1e-3})
+
+
+def test_every_pass_samples_anew(model, tokenizer):
+    seen = []
+
+    def remembering(prompts, responses):
+        seen.append(list(responses))
+        return prompt_lengths(prompts, responses)
+
+    train_online(OnlineRollouts(model, tokenizer, PROMPTS[:2], remembering, **SAMPLING), **TRAINING)
+    # One batch a pass; the first is sampled once more for the unit of the reward.
+    assert len(seen) == 4 and seen[0] == seen[1] and seen[1] != seen[2] != seen[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "preference", "td_lambda": 0.0}, "needs pairs"),
+        ({"passes": 0}, "passes must be an integer of at least 1, found 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"td_lambda": 2.0}, "td_lambda must be between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(online, change, message):
+    with pytest.raises(ValueError, match=message):
+        train_online(online, **{**TRAINING, **change})
+
+
+def test_validation_of_another_model_or_reward_is_refused(model, tokenizer, online, tmp_path):
+    def other_reward(prompts, responses):
+        return [0.0] * len(prompts)
+
+    rollouts = collect(model, tokenizer, PROMPTS, other_reward, tmp_path / "a", progress=False, **SAMPLING)
+    with pytest.raises(ValueError, match=r"another reward than what is trained on: found '.*other_reward', wanted 'prompt_lengths'"):
+        train_online(online, validation=rollouts, **TRAINING)
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(model.config).eval()
+    rollouts = collect(other, tokenizer, PROMPTS, prompt_lengths, tmp_path / "b", progress=False, **SAMPLING)
+    with pytest.raises(ValueError, match="holds rollouts of another model"):
+        train_online(online, validation=rollouts, **TRAINING)
