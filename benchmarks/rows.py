@@ -39,7 +39,7 @@ class Row:
         threads: threads of torch and of the kernel.
         torch: version.
         recontrol: version.
-        suite: "ascend", "decode" or "training".
+        suite: "ascend", "decode", "training", "collect" or "train".
         case: what is measured, in words; variants of one case were interleaved.
         layers: linear layers of the value function.
         weights: "initialised" or "trained".
@@ -52,7 +52,8 @@ class Row:
         variant: what ran, for example "recontrol" or "released_loop".
         detail: which form of it.
         rounds: how many rounds the percentiles are of.
-        p20_ms: 20th percentile of milliseconds per ascent of the batch, per `generate` (on a GPU per decode step), or per step of training.
+        p20_ms: 20th percentile of milliseconds per ascent of the batch, per `generate` (on a GPU per decode step), per step of training, or
+            of a whole collection or epoch.
         p50_ms: median.
         p80_ms: 80th percentile.
         tokens: new tokens of all sequences in what the percentiles are of, or tokens trained on; 0 for an ascent.
@@ -64,7 +65,7 @@ class Row:
         cuda: version that torch was built for.
         triton: version.
         copy_gb_per_s: measured speed of a large copy on the device, bytes read and bytes written; 0 on a processor.
-        peak_bytes: most memory in use on the device at once, beyond what was there before; 0 where it is not measured.
+        peak_bytes: most memory in use at once, beyond what was there before, on the device or of the process; 0 where it is not measured.
     """
 
     commit: str
@@ -189,6 +190,11 @@ def ratio_lines(rows: Iterable[Row]) -> list[str]:
                 parts.append(f"| {times:.1f} x the {label}" if name.startswith("floor") else f"| {label} takes {times:.1f} x")
         if "uncontrolled" in variants and OURS in variants:
             parts.append(f"| {variants[OURS].p50_ms / variants['uncontrolled'].p50_ms:.2f} x uncontrolled")
+        if "released_code" in variants and OURS in variants:
+            ours, released = variants[OURS], variants["released_code"]
+            parts.append(
+                f"| released code takes {released.p50_ms / ours.p50_ms:.1f} x the time and {released.peak_bytes / max(1, ours.peak_bytes):.1f} x the memory"
+            )
         if first.suite == "ascend":
             parts.append(f"| {first.flips_per_step:.1f} flips a step")
         lines.append(" ".join(parts))

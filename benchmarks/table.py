@@ -37,6 +37,18 @@ def decode_table(cases: list[dict[str, Row]]) -> list[str]:
     return lines
 
 
+def growth_table(cases: list[dict[str, Row]]) -> list[str]:
+    """Tokens per second and peak of memory as the data grow, and those of the released code's way."""
+    head = ["data", "tokens", "recontrol, tokens/s", "released code, tokens/s", "recontrol, peak", "released code, peak"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for variants in cases:
+        both = [variants[OURS], variants["released_code"]]
+        speeds = [f"{1e3 * row.tokens / row.p50_ms:,.0f}" for row in both]
+        peaks = [f"{row.peak_bytes / 2**20:,.0f} MiB" for row in both]
+        lines.append(_line([f"{both[0].suite}: {both[0].detail}", f"{both[0].tokens:,}", *speeds, *peaks]))
+    return lines
+
+
 def render(rows: Iterable[Row]) -> str:
     """All tables of processors, one pair for each run and machine whose rows are the newest."""
     parts: list[str] = []
@@ -48,6 +60,9 @@ def render(rows: Iterable[Row]) -> str:
             chosen = [variants for variants in here if variants[OURS].suite == suite]
             if chosen:
                 parts += [*table(chosen), ""]
+        growing = [variants for variants in here if variants[OURS].suite in ("collect", "train")]
+        if growing:
+            parts += [*growth_table(growing), ""]
     return "\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """A number may appear only behind a green test: the baselines do what they are compared for, and the rows and ratios are right."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 # Last, so that an installed recontrol comes before the source tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import baselines, race, rows, table, traffic, value_nets
+from benchmarks import baselines, pipeline, race, rows, table, traffic, value_nets
 from recontrol import ascend, reference
 
 SETTINGS = [(0.5, 7), (0.2, 1), (1.0, 30)]
@@ -253,6 +254,35 @@ def test_table_shows_the_newest_rows():
     assert "| 2 layers, 4096 wide | 8 | 0.5 | 30 | 2,560 | 2,327 | 640 | +10% |" in text
     header, rule, *_ = [line for line in text.splitlines() if line.startswith("|")]
     assert header.count("|") == rule.count("|") == 14
+
+
+def test_growth_is_shown_beside_that_of_the_released_code():
+    shared = {"suite": "collect", "case": "c", "detail": "64 prompts", "tokens": 2048}
+    ours = dataclasses.replace(DECODE[0], variant="recontrol", p50_ms=1000.0, peak_bytes=2**20, **shared)
+    released = dataclasses.replace(DECODE[0], variant="released_code", p50_ms=4000.0, peak_bytes=5 * 2**20, **shared)
+    (line,) = rows.ratio_lines([ours, released])
+    assert "released code takes 4.0 x the time and 5.0 x the memory" in line
+    assert "| collect: 64 prompts | 2,048 | 2,048 | 512 | 1 MiB | 5 MiB |" in table.render([ours, released])
+
+
+@pytest.mark.parametrize("kind", ["collect", "train"])
+def test_both_ways_of_the_pipeline_see_the_same_tokens(kind, tmp_path):
+    if kind == "train":
+        pipeline.prepare(tmp_path, 5)
+    tokens = {variant: pipeline.WORK[kind, variant](tmp_path, 5)() for variant in ("recontrol", "released_code")}
+    assert tokens["recontrol"] == tokens["released_code"] > 0
+    held = torch.load(tmp_path / pipeline.RELEASED_FILE)
+    if kind == "train":
+        assert int(held["mask"].sum()) == tokens["recontrol"]
+    else:
+        assert held.shape[:2] == (5, pipeline.NEW_TOKENS)
+
+
+def test_the_pipeline_tells_seconds_bytes_and_tokens(tmp_path, capsys):
+    pipeline.main(["prepare", str(tmp_path), "5"])
+    pipeline.main(["train", "recontrol", str(tmp_path), "5"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["seconds"] > 0 and found["peak_bytes"] >= 0 and found["tokens"] > 0
 
 
 def test_commit_and_cache_size_are_known():

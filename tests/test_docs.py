@@ -20,7 +20,7 @@ from benchmarks.table import render, render_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-SUBCOMMANDS = {"collect", "train", "generate", "evaluate", "info"}
+SUBCOMMANDS = {"collect", "relabel", "train", "push", "generate", "evaluate", "info"}
 
 
 @dataclass
@@ -55,6 +55,9 @@ def documented_in(path: Path) -> list[Documented]:
     def visit(node: ast.Module | ast.ClassDef, prefix: str, public: bool) -> None:
         for child in node.body:
             if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            # What follows it has the docstring.
+            if any(isinstance(decorator, ast.Name) and decorator.id == "overload" for decorator in child.decorator_list):
                 continue
             is_class = isinstance(child, ast.ClassDef)
             seen = public and not child.name.startswith("_")
