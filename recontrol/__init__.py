@@ -6,43 +6,79 @@ from typing import TYPE_CHECKING, Any
 from recontrol import reference
 from recontrol.ascend import ascend
 from recontrol.backends import backend_info
+from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
 from recontrol.value import ValueFunction
 from recontrol.version import __version__
 
 if TYPE_CHECKING:
     from recontrol.data.collect import collect
+    from recontrol.data.join import join_rollouts
+    from recontrol.data.online import OnlineRollouts
+    from recontrol.data.pairs import load_pairs
     from recontrol.data.prompts import load_prompts
-    from recontrol.data.rewards import RewardModel
+    from recontrol.data.relabel import relabel
+    from recontrol.data.rewards import Judge, RewardModel
     from recontrol.data.rollouts import Rollouts
+    from recontrol.data.texts import collect_pairs, collect_texts
+    from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import choose, evaluate
+    from recontrol.generation.generate import generate
+    from recontrol.training.diagnosis import diagnose
+    from recontrol.training.online import train_online
     from recontrol.training.train import train
+    from recontrol.weighted_sum import WeightedSum
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
+    "Judge": "recontrol.data.rewards",
+    "OnlineRollouts": "recontrol.data.online",
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
+    "StaticDecoder": "recontrol.decoding.static_decoder",
+    "WeightedSum": "recontrol.weighted_sum",
     "choose": "recontrol.evaluation.evaluate",
     "collect": "recontrol.data.collect",
+    "collect_pairs": "recontrol.data.texts",
+    "collect_texts": "recontrol.data.texts",
+    "diagnose": "recontrol.training.diagnosis",
     "evaluate": "recontrol.evaluation.evaluate",
+    "generate": "recontrol.generation.generate",
+    "join_rollouts": "recontrol.data.join",
+    "load_pairs": "recontrol.data.pairs",
     "load_prompts": "recontrol.data.prompts",
+    "relabel": "recontrol.data.relabel",
     "train": "recontrol.training.train",
+    "train_online": "recontrol.training.online",
 }
 
 __all__ = [
+    "Control",
     "Controller",
+    "Judge",
+    "OnlineRollouts",
     "RewardModel",
     "Rollouts",
+    "StaticDecoder",
     "ValueFunction",
+    "WeightedSum",
     "__version__",
     "ascend",
     "backend_info",
     "choose",
     "collect",
+    "collect_pairs",
+    "collect_texts",
+    "diagnose",
     "evaluate",
+    "generate",
+    "join_rollouts",
+    "load_pairs",
     "load_prompts",
     "reference",
+    "relabel",
     "train",
+    "train_online",
 ]
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
 MODEL = ["--model", str(EXAMPLE / "lm"), "--dtype", "float32", "--device", "cpu"]
 REWARD = ["--reward-model", str(EXAMPLE / "reward")]
-SUBCOMMANDS = ("collect", "train", "generate", "evaluate", "info")
+SUBCOMMANDS = ("collect", "relabel", "train", "generate", "serve", "evaluate", "push", "info")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,7 +105,7 @@ def test_module_and_subcommands(capsys):
     assert found["backends"]["cpu"].pop("threads") >= 1 == here["backends"]["cpu"].pop("threads")
     assert found == here
     assert run() == 2
-    assert "collect,train,generate,evaluate,info" in capsys.readouterr().err
+    assert ",".join(SUBCOMMANDS) in capsys.readouterr().err
     assert run("fly") == 2
 
 
@@ -127,7 +127,7 @@ def test_the_whole_method(tmp_path, prompt_file, capsys):
     assert run(*collect) == 0
     opened = Rollouts(rollouts)
     assert len(opened) == 8 and opened.manifest["generation"] == {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
-    assert f"8 responses, {opened.num_tokens} tokens, average reward {opened.rewards.mean():.3f}" in capsys.readouterr().out
+    assert f"{opened.describe()}; average reward {opened.rewards.mean():.3f}" in capsys.readouterr().out
     assert run("train", "--rollouts", rollouts, "--out", value, "--hidden-dims", "24,8", "--epochs", 2, "--validation-fraction", 0.25) == 0
     assert ValueFunction.from_pretrained(value).hidden_dims == (24, 8)
     validation = tmp_path / "validation.jsonl"
@@ -169,11 +169,28 @@ def test_what_is_not_asked_of_train_is_as_in_the_function(monkeypatch, capsys):
     assert f"(default: a twentieth of those trained on, at least 1 and at most the paper's {LARGEST_BATCH})" in text and MINIBATCHES == 20
 
 
+def test_collect_runs_pairs_through_the_model(tmp_path, capsys):
+    lines = [{"prompt": "This film", "chosen": " is good", "rejected": " is bad"}, {"prompt": "The", "chosen": " end", "rejected": " end"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["collect", "--pairs", *MODEL, "--dataset", tmp_path / "pairs.jsonl", "--out", tmp_path / "r", "--storage", "int8", "--cache-budget", "1GB"]
+    assert run(*arguments) == 2
+    assert "in lines 2" in capsys.readouterr().err
+    assert run(*arguments, "--skip-equal") == 0
+    assert "2 responses, 6 tokens, states of 256 numbers as int8" in capsys.readouterr().out
+    assert [record["preference"] for record in Rollouts(tmp_path / "r").records()] == ["chosen", "rejected"]
+
+
 def test_what_is_asked_of_train_is_handed_over(monkeypatch):
     wanted = {"hidden_dims": (8, 4), "seed": 3, "learning_rate": 0.01, "batch_size": 5, "epochs": 7, "patience": 2}
     wanted |= {"validation_fraction": 0.3, "td_lambda": 0.95, "checkpoint_every": 50, "kernel": "triton", "device": "meta"}
     arguments = ["--hidden-dims", "8,4", "--seed", 3, "--learning-rate", 0.01, "--batch-size", 5, "--epochs", 7, "--patience", 2]
     arguments += ["--validation-fraction", 0.3, "--td-lambda", 0.95, "--checkpoint-every", 50, "--kernel", "triton", "--device", "meta"]
+    wanted |= {"objective": "preference", "preference_regression": 0.5, "preference_regulariser": 1.0, "normalise_rewards": True}
+    wanted |= {"weight_decay": 0.1, "warmup_steps": 9, "schedule": "cosine", "max_gradient_norm": 2.0, "ema_decay": 0.99}
+    wanted |= {"compute_dtype": torch.bfloat16, "log_with": "tensorboard"}
+    arguments += ["--objective", "preference", "--preference-regression", 0.5, "--preference-regulariser", 1, "--normalise-rewards"]
+    arguments += ["--weight-decay", 0.1, "--warmup-steps", 9, "--schedule", "cosine", "--max-gradient-norm", 2, "--ema-decay", 0.99]
+    arguments += ["--compute-dtype", "bfloat16", "--log-with", "tensorboard"]
     assert train_keywords(monkeypatch, *arguments) == {"rollouts": "r", "out": "v", **wanted}
     ends = train_keywords(monkeypatch, "--validation-fraction", 0, "--td-lambda", 1)
     assert (ends["validation_fraction"], ends["td_lambda"]) == (0.0, 1.0)
@@ -244,6 +261,9 @@ def one_line(capsys):
         (["collect", "--model", "no/such/model", *REWARD, "--dataset", "PROMPTS", "--out", "OUT"], "no/such/model"),
         (["collect", *MODEL, *REWARD, "--dataset", "missing.jsonl", "--out", "OUT"], "no prompts at 'missing.jsonl'"),
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--num-samples", "2"], "needs do_sample=True"),
+        (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--cache-budget", "much"], 'a text such as "8GiB"'),
+        (["collect", *MODEL, "--dataset", "PROMPTS", "--out", "OUT"], "--reward-model is needed, except with --pairs"),
+        (["collect", *MODEL, "--pairs", "--dataset", "PROMPTS", "--out", "OUT"], "has no pairs: wanted columns"),
         (
             ["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--max-new-tokens", "511"],
             "leave no room for 511 new tokens in a context of 512",
@@ -287,9 +307,13 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, val
         (["train", "--patience", "-1"], "--patience: must be at least 1, found -1"),
         (["train", "--learning-rate", "inf"], "--learning-rate: must be a number above 0, found inf"),
         (["train", "--kernel", "cuda"], "--kernel: invalid choice: 'cuda'"),
+        (["train", "--objective", "ppo"], "--objective: invalid choice: 'ppo'"),
+        (["train", "--warmup-steps", "-1"], "--warmup-steps: must be at least 0, found -1"),
+        (["train", "--weight-decay", "nan"], "--weight-decay: must be finite, found nan"),
+        (["train", "--ema-decay", "1"], "--ema-decay: must be between 0 and 1, found 1"),
         (["generate", *MODEL, "--stop", ""], "must not be empty"),
         (["generate", *MODEL, "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["collect"], "the following arguments are required: --out, --model, --dataset, --reward-model"),
+        (["collect"], "the following arguments are required: --out, --model, --dataset"),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(arguments, message, capsys):
@@ -356,7 +380,7 @@ def test_further_turns_are_cut_by_default_in_dialogues_only():
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, prompt_file):
     """A second call of the same command finishes what the first began."""
-    prompt_file.write_text('{"prompt": "This film is"}\n' * 400)
+    prompt_file.write_text("".join(f'{{"prompt": "Film {number} is"}}\n' for number in range(400)))
     out = tmp_path / "rollouts"
     arguments = ["-m", "recontrol", "collect", *MODEL, *REWARD, "--dataset", str(prompt_file), "--out", str(out), "--max-new-tokens", "8", "--batch-size", "1"]
     # Who runs the tests in the background may have switched interrupts off, and a child inherits that.
@@ -386,4 +410,4 @@ def test_ctrl_c_in_train_says_how_to_go_on(rollout_folder, tmp_path):
     assert running.returncode == 130
     assert err.strip().splitlines()[-1] == "recontrol: interrupted; what was done up to the last checkpoint is kept: repeat the command to go on from there"
     assert f"the same call goes on from the last checkpoint in {out}" in err and "Traceback" not in err
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "history.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "checkpoint.safetensors", "history.json"]

@@ -19,7 +19,10 @@ BELOW = {
     "recontrol.trust_region": set(),
     "recontrol.prepared": set(),
     "recontrol.kernels": set(),
-    "recontrol.value": {"recontrol.files", "recontrol.prepared"},
+    "recontrol.value_files": {"recontrol.files"},
+    # `push_to_hub` hands over to the hub when it is called, and the operators to the sums.
+    "recontrol.value": {"recontrol.files", "recontrol.hub", "recontrol.prepared", "recontrol.value_files", "recontrol.weighted_sum"},
+    "recontrol.weighted_sum": {"recontrol.value"},
     "recontrol.arguments": {"recontrol.value"},
     "recontrol.reference": {"recontrol.arguments", "recontrol.trust_region", "recontrol.value"},
     "recontrol.backends": {

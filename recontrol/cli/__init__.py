@@ -1,4 +1,4 @@
-"""The command line: `recontrol collect | train | generate | evaluate | info`."""
+"""The command line: `recontrol collect | relabel | train | generate | serve | evaluate | push | info`."""
 
 import argparse
 import logging
@@ -6,10 +6,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recontrol.cli import collect, evaluate, generate, info, train
+from recontrol.cli import collect, evaluate, generate, info, push, relabel, serve, train
 from recontrol.version import __version__
 
-SUBCOMMANDS = {"collect": collect, "train": train, "generate": generate, "evaluate": evaluate, "info": info}
+SUBCOMMANDS = {
+    "collect": collect,
+    "relabel": relabel,
+    "train": train,
+    "generate": generate,
+    "serve": serve,
+    "evaluate": evaluate,
+    "push": push,
+    "info": info,
+}
 DESCRIPTION = "Align a language model at test time by editing the hidden states it reads (RE-Control, Kong et al. 2024)."
 EPILOG = """\
 the whole method, in this order:
@@ -17,6 +26,12 @@ the whole method, in this order:
   recontrol train      train a value function on them
   recontrol evaluate   compare step sizes and numbers of steps on other prompts
   recontrol generate   decode under control
+
+beside it:
+  recontrol relabel    score the responses of rollouts again, with another reward
+  recontrol serve      serve the model over HTTP, each request under its own control
+  recontrol push       upload a value function to the hub
+  recontrol info       say what runs here
 
 `recontrol SUBCOMMAND --help` says the rest. Models and data sets are names on the hub or local paths."""
 # Exit status of a process that was told to stop by Ctrl-C, as shells have it.

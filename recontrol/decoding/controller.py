@@ -1,13 +1,10 @@
 """Decoding under control: a hook that edits the input of a language model's output embedding."""
 
-import contextlib
 import functools
 import inspect
-import math
-import numbers
 import operator
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,8 +14,9 @@ from torch import Tensor, nn
 from recontrol import backends
 from recontrol.arguments import normalise
 from recontrol.ascend import ascend
-from recontrol.decoding.fingerprint import difference
-from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
+from recontrol.decoding.control import check_settings, integer, several
+from recontrol.decoding.editing import Editing
+from recontrol.decoding.hooks import forget_compiled
 from recontrol.value import ValueFunction
 
 # What the key/value cache is called: the first name in newer releases of transformers, the others in older ones.
@@ -69,19 +67,11 @@ class Controller:
     self_check: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.value, ValueFunction):
-            raise TypeError(f"value must be a recontrol.ValueFunction, found {type(self.value).__name__}")
+        check_settings(self)
         backends.check_name(self.backend)
-        checked: dict[str, Any] = {"step_size": _number("step_size", self.step_size, 0), "steps": _integer("steps", self.steps)}
-        if self.radius is not None:
-            checked["radius"] = _number("radius", self.radius, 0)
-        if self.target is not None:
-            checked["target"] = _number("target", self.target)
-        checked["head_weights"] = _head_weights(self.head_weights, self.value.num_heads)
         if self.stop_token_ids is not None:
-            checked["stop_token_ids"] = tuple(_integer("stop_token_ids", token) for token in _several("stop_token_ids", self.stop_token_ids))
-        for name, argument in checked.items():
-            object.__setattr__(self, name, argument)
+            tokens = tuple(integer("stop_token_ids", token) for token in several("stop_token_ids", self.stop_token_ids))
+            object.__setattr__(self, "stop_token_ids", tokens)
 
     def attach(self, model: Any) -> "Handle":
         """Put the hooks in place; `with controller.attach(model) as handle: model.generate(...)` removes them at the end.
@@ -125,7 +115,7 @@ class _ThreadState(threading.local):
         return (_ThreadState, ())
 
 
-class Handle(Attachment):
+class Handle(Editing):
     """The hooks of one controller on one model, made by `Controller.attach`; `detach` or leaving its `with` block removes them.
 
     Args:
@@ -144,12 +134,11 @@ class Handle(Attachment):
         super().__init__(model)
         self.controller = controller
         self.stop_token_ids = _stop_token_ids(self.owner) if controller.stop_token_ids is None else tuple(controller.stop_token_ids)
-        self._check_fit()
+        self._check_fit(controller.value, controller.allow_other_model)
         # From the class, because an instance's forward may be a compiled one.
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
         self._thread = _ThreadState()
         self._traced: tuple[_DecodeStep | None] | None = None
-        self._sign: Tensor | None = None
         # Both on the device, so that a decode step waits for nothing and can be captured in a CUDA graph; no inference tensors, so
         # that states can be counted in any mode.
         with torch.inference_mode(False):
@@ -246,65 +235,6 @@ class Handle(Attachment):
         # A static cache keeps its length on the device; it is not read here, which would wait for the device.
         return ~(finished & (step.cache.get_seq_length() > 1).to(step.ids.device))
 
-    def _check_fit(self) -> None:
-        """Refuse a value function that cannot be, or should not be, climbed from this model's states."""
-        value, kind = self.controller.value, type(self.owner).__name__
-        if any(isinstance(other, Handle) for other in attachments(self.embedding)):
-            raise RuntimeError(f"a Controller is attached to this {kind} already; detach it first, or leave its with block")
-        width = input_width(self.owner, self.embedding)
-        if value.hidden_size != width:
-            raise ValueError(f"the value function is for hidden states of size {value.hidden_size}, the output embedding of this {kind} reads size {width}")
-        weight = getattr(self.embedding, "weight", None)
-        device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else value.device
-        if value.device != device:
-            raise ValueError(f"the value function is on {value.device}, the output embedding on {device}; move one of them, as by value.to({str(device)!r})")
-        if (self._dtype() == torch.float64) != (value.dtype == torch.float64):
-            raise TypeError(f"float64 goes with float64 only: the model is {self._dtype()}, the value function is {value.dtype}")
-        recorded = value.provenance.get("base_model")
-        # A name alone, as one may write by hand, proves nothing.
-        other = difference(recorded, self.model) if isinstance(recorded, dict) and not self.controller.allow_other_model else None
-        if other is not None:
-            raise ValueError(f"the value function was trained for another model: {other}; attach it anyway with allow_other_model=True")
-
-    def _dtype(self) -> torch.dtype:
-        """The dtype of the states."""
-        weight = getattr(self.embedding, "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.owner.dtype
-
-    def _check_that_edits_reach_the_logits(self) -> None:
-        """Negate the state of one token: the logits must change, and must not when it is left as it is."""
-        with contextlib.ExitStack() as paused:
-            # A recorder must not take the probe for a token.
-            for other in attachments(self.embedding):
-                if other is not self:
-                    paused.enter_context(other.pause())
-            plain, again, negated = (self._probe(sign) for sign in (1.0, 1.0, -1.0))
-        # Some models have logits that are minus infinity; kernels that are not deterministic make small differences.
-        noise, change = ((other - plain).nan_to_num(0, 0, 0).abs().max() for other in (again, negated))
-        if not change > 2 * noise:
-            raise RuntimeError(
-                f"edits do not reach the logits: with the input of get_output_embeddings() negated, the logits of this {type(self.owner).__name__} "
-                f"changed by {change:.3g} (and by {noise:.3g} without), so it does not compute them through get_output_embeddings(); nothing is attached"
-            )
-
-    @torch.no_grad()
-    def _probe(self, sign: float) -> Tensor:
-        """The logits after one token, its state multiplied by `sign`."""
-        config = self.owner.config.get_text_config()
-        # The embedding of padding is often zero, and so would be the state.
-        known = (getattr(config, "bos_token_id", None), 0, 1)
-        token = next(token for token in known if isinstance(token, int) and token != config.pad_token_id and 0 <= token < config.vocab_size)
-        ids = torch.tensor([[token]], device=self.owner.device)
-        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-        self._sign = torch.tensor(sign)
-        try:
-            # Each run starts from the generators' present state, so dropout falls on the same units, and leaves them there.
-            with torch.random.fork_rng(devices=cuda):
-                output = self.model(input_ids=ids, use_cache=False)
-        finally:
-            self._sign = None
-        return (output[0] if isinstance(output, tuple) else output.logits).detach().float().clone()
-
 
 def _filled(cache: Any) -> bool | Tensor:
     """Whether a cache holds tokens; where it keeps its length on the device, that length."""
@@ -321,42 +251,3 @@ def _stop_token_ids(owner: Any) -> tuple[int, ...]:
     config = getattr(owner, "generation_config", None) or owner.config.get_text_config()
     found = [getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)]
     return tuple(dict.fromkeys(int(token) for given in found if given is not None for token in torch.as_tensor(given).flatten()))
-
-
-def _number(name: str, given: Any, minimum: float = -math.inf) -> float:
-    if isinstance(given, bool) or not isinstance(given, numbers.Real):
-        raise TypeError(f"{name} must be a number, found {given!r}")
-    wanted = f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}"
-    try:
-        number = float(given)
-    except OverflowError:
-        raise ValueError(f"{wanted}, found a number too large for a float") from None
-    if not math.isfinite(number) or number < minimum:
-        raise ValueError(f"{wanted}, found {given!r}")
-    return number
-
-
-def _integer(name: str, given: Any) -> int:
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-        raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
-    if given < 0:
-        raise ValueError(f"{name} must be 0 or more, found {given!r}")
-    return int(given)
-
-
-def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:
-    if given is None:
-        if num_heads != 1:
-            raise ValueError(f"the value function has {num_heads} heads: give head_weights, {num_heads} numbers")
-        return None
-    weights = tuple(_number("head_weights", weight) for weight in _several("head_weights", given))
-    if len(weights) != num_heads:
-        raise ValueError(f"head_weights must be {num_heads} numbers, one a head, found {len(weights)}")
-    return weights
-
-
-def _several(name: str, given: Any) -> Iterable[Any]:
-    given = given.tolist() if isinstance(given, Tensor) else given
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{name} must be a sequence of numbers, found {given!r}")
-    return given

@@ -90,7 +90,7 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: li
     """
     ids = tokenizer(list(prompts)).input_ids
     width = max(map(len, ids))
-    padding = _padding(tokenizer)
+    padding = padding_token(tokenizer)
     # On the left whatever the tokenizer's own side is, so that the last position is the prompt's last for every row.
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
@@ -105,7 +105,7 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: li
         seconds = time.perf_counter() - start
     new = output[:, width:].tolist()
     samples = max(1, len(new) // len(ids))
-    eos_ids = _eos_ids(model, options)
+    eos_ids = eos_tokens(model, options)
     responses = [make_response(tokenizer, ids[row // samples], tokens, eos_ids, stop_strings) for row, tokens in enumerate(new)]
     return Batch(responses, max(1, len(new[0])), seconds)
 
@@ -152,6 +152,21 @@ def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_to
     if not prompts:
         raise ValueError("there are no prompts")
     lengths = [len(ids) for start in range(0, len(prompts), TOKENISED_AT_ONCE) for ids in tokenizer(list(prompts[start : start + TOKENISED_AT_ONCE])).input_ids]
+    check_token_counts(model, lengths, max_new_tokens, max_prompt_tokens)
+
+
+def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
+    """Refuse prompts of no tokens, or of so many that there is no room for the response in the model's context.
+
+    Args:
+        model: the language model, whose config knows the context.
+        lengths: tokens of each prompt.
+        max_new_tokens: length of a response at most, in tokens.
+        max_prompt_tokens: refuse longer prompts, although there would be room for them.
+
+    Raises:
+        ValueError: prompts without tokens, or too long; they are named.
+    """
     empty = [index for index, length in enumerate(lengths) if not length]
     if empty:
         raise ValueError(f"{len(empty)} prompts have no tokens: {_some(empty)}")
@@ -169,7 +184,7 @@ def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_to
 def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The tokens after which a row of `generate_batch` has ended: what `Controller` wants as `stop_token_ids`."""
     filling = generation_kwargs.get("pad_token_id")
-    return tuple(sorted(_eos_ids(model, generation_kwargs) | {_padding(tokenizer) if filling is None else filling}))
+    return tuple(sorted(eos_tokens(model, generation_kwargs) | {padding_token(tokenizer) if filling is None else filling}))
 
 
 @contextlib.contextmanager
@@ -201,13 +216,13 @@ def effective(model: Any, options: dict[str, Any], name: str) -> Any:
     return getattr(model.generation_config, name, None) if given is None else given
 
 
-def _padding(tokenizer: Any) -> int:
+def padding_token(tokenizer: Any) -> int:
     """What fills the places before a prompt and after a response that has ended."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
-def _eos_ids(model: Any, options: dict[str, Any]) -> set[int]:
-    """The end-of-sequence tokens that `generate` stops at."""
+def eos_tokens(model: Any, options: dict[str, Any]) -> set[int]:
+    """The end-of-sequence tokens that `generate` stops at, with these options."""
     eos = effective(model, options, "eos_token_id")
     return set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
 

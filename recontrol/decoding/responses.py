@@ -107,9 +107,11 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Which rows are done: (rows,), bool."""
         new = input_ids[:, self.prompt_length :]
-        tails = new[:, -self.window :].tolist()
-        found = [self._holds(tail) and self._holds(row.tolist()) for tail, row in zip(tails, new, strict=True)]
-        return torch.tensor(found, device=input_ids.device)
+        return torch.tensor([self.ends(row) for row in new.tolist()], device=input_ids.device)
+
+    def ends(self, new_ids: list[int]) -> bool:
+        """Whether the newest of these tokens of a response completes a stop string."""
+        return self._holds(new_ids[-self.window :]) and self._holds(new_ids)
 
     def _holds(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

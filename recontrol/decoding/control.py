@@ -1,0 +1,118 @@
+"""The settings of an ascent, checked when they are made."""
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from recontrol.value import ValueFunction
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """What is done to the states of one response: u <- u + alpha * grad V(o_t + u), n times, starting at u = 0.
+
+    `recontrol.generate` takes one for each prompt. `Controller` has the same settings for all rows of any model that it is attached to.
+
+    Args:
+        value: the value function to climb, on the model's device; `0.7 * helpful + 0.3 * harmless` is one too.
+        step_size: alpha >= 0.
+        steps: n >= 0; with 0 nothing is edited.
+        radius: cut the edit where its norm reaches this.
+        target: climb towards this value instead of upward, in V's own unit: where V is standardised, `value.from_reward` makes it of rewards.
+        head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a number that is NaN, infinite or (but for `target` and `head_weights`) negative, `head_weights` missing or of the wrong length.
+
+    Source: Kong et al. 2024, section 4.3 (test-time intervention).
+    """
+
+    value: ValueFunction
+    step_size: float = 0.5
+    steps: int = 30
+    radius: float | None = None
+    target: float | None = None
+    head_weights: Sequence[float] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_settings(settings: Any) -> None:
+    """Check the settings that `Control` and `Controller` have in common, and bring them to plain numbers.
+
+    Args:
+        settings: has the attributes of `Control`, which are set anew, although it may be frozen.
+
+    Raises:
+        TypeError, ValueError: as `Control`.
+    """
+    if not isinstance(settings.value, ValueFunction):
+        raise TypeError(f"value must be a recontrol.ValueFunction, found {type(settings.value).__name__}")
+    checked: dict[str, Any] = {"step_size": number("step_size", settings.step_size, 0), "steps": integer("steps", settings.steps)}
+    if settings.radius is not None:
+        checked["radius"] = number("radius", settings.radius, 0)
+    if settings.target is not None:
+        checked["target"] = number("target", settings.target)
+    checked["head_weights"] = _head_weights(settings.head_weights, settings.value.num_heads)
+    for name, argument in checked.items():
+        object.__setattr__(settings, name, argument)
+
+
+def number(name: str, given: Any, minimum: float = -math.inf) -> float:
+    """A finite float of at least `minimum`, which is 0 or no minimum.
+
+    Raises:
+        TypeError, ValueError: it is none; `name` says what it was given for.
+    """
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"{name} must be a number, found {given!r}")
+    wanted = f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}"
+    try:
+        found = float(given)
+    except OverflowError:
+        raise ValueError(f"{wanted}, found a number too large for a float") from None
+    if not math.isfinite(found) or found < minimum:
+        raise ValueError(f"{wanted}, found {given!r}")
+    return found
+
+
+def integer(name: str, given: Any) -> int:
+    """An int of at least 0.
+
+    Raises:
+        TypeError, ValueError: it is none; `name` says what it was given for.
+    """
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+        raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
+    if given < 0:
+        raise ValueError(f"{name} must be 0 or more, found {given!r}")
+    return int(given)
+
+
+def several(name: str, given: Any) -> Iterable[Any]:
+    """What may be iterated over and is no text; a tensor becomes a list.
+
+    Raises:
+        TypeError: it is something else; `name` says what it was given for.
+    """
+    given = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers, found {given!r}")
+    return given
+
+
+def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:
+    if given is None:
+        if num_heads != 1:
+            raise ValueError(f"the value function has {num_heads} heads: give head_weights, {num_heads} numbers")
+        return None
+    weights = tuple(number("head_weights", weight) for weight in several("head_weights", given))
+    if len(weights) != num_heads:
+        raise ValueError(f"head_weights must be {num_heads} numbers, one a head, found {len(weights)}")
+    return weights

@@ -1,0 +1,89 @@
+"""What everything that edits the states of a model shares: whether a value function fits it, and proof that edits reach the logits."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recontrol.decoding.fingerprint import difference
+from recontrol.decoding.hooks import Attachment, attachments, input_width
+from recontrol.value import ValueFunction
+
+
+class Editing(Attachment):
+    """Hooks that edit the input of a model's output embedding. Only one such set at a time.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Raises:
+        TypeError, ValueError: `model` is no model with an output embedding.
+        RuntimeError: another one is attached.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        # While edits are proved to reach the logits: what the state is multiplied by.
+        self._sign: Tensor | None = None
+        if any(isinstance(other, Editing) for other in attachments(self.embedding)):
+            raise RuntimeError(f"a Controller is attached to this {type(self.owner).__name__} already; detach it first, or leave its with block")
+
+    def _check_fit(self, value: ValueFunction, allow_other_model: bool) -> None:
+        """Refuse a value function that cannot be, or should not be, climbed from this model's states."""
+        kind = type(self.owner).__name__
+        width = input_width(self.owner, self.embedding)
+        if value.hidden_size != width:
+            raise ValueError(f"the value function is for hidden states of size {value.hidden_size}, the output embedding of this {kind} reads size {width}")
+        weight = getattr(self.embedding, "weight", None)
+        device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else value.device
+        if value.device != device:
+            raise ValueError(f"the value function is on {value.device}, the output embedding on {device}; move one of them, as by value.to({str(device)!r})")
+        if (self._dtype() == torch.float64) != (value.dtype == torch.float64):
+            raise TypeError(f"float64 goes with float64 only: the model is {self._dtype()}, the value function is {value.dtype}")
+        # A weighted sum has the provenance of each of its terms.
+        for provenance in () if allow_other_model else (value.provenance, *value.provenance.get("terms", ())):
+            recorded = provenance.get("base_model")
+            # A name alone, as one may write by hand, proves nothing.
+            other = difference(recorded, self.model) if isinstance(recorded, dict) else None
+            if other is not None:
+                raise ValueError(f"the value function was trained for another model: {other}; attach it anyway with allow_other_model=True")
+
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the states."""
+        weight = getattr(self.embedding, "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.owner.dtype
+
+    def _check_that_edits_reach_the_logits(self) -> None:
+        """Negate the state of one token: the logits must change, and must not when it is left as it is."""
+        with contextlib.ExitStack() as paused:
+            # A recorder must not take the probe for a token.
+            for other in attachments(self.embedding):
+                if other is not self:
+                    paused.enter_context(other.pause())
+            plain, again, negated = (self._probe(sign) for sign in (1.0, 1.0, -1.0))
+        # Some models have logits that are minus infinity; kernels that are not deterministic make small differences.
+        noise, change = ((other - plain).nan_to_num(0, 0, 0).abs().max() for other in (again, negated))
+        if not change > 2 * noise:
+            raise RuntimeError(
+                f"edits do not reach the logits: with the input of get_output_embeddings() negated, the logits of this {type(self.owner).__name__} "
+                f"changed by {change:.3g} (and by {noise:.3g} without), so it does not compute them through get_output_embeddings(); nothing is attached"
+            )
+
+    @torch.no_grad()
+    def _probe(self, sign: float) -> Tensor:
+        """The logits after one token, its state multiplied by `sign`."""
+        config = self.owner.config.get_text_config()
+        # The embedding of padding is often zero, and so would be the state.
+        known = (getattr(config, "bos_token_id", None), 0, 1)
+        token = next(token for token in known if isinstance(token, int) and token != config.pad_token_id and 0 <= token < config.vocab_size)
+        ids = torch.tensor([[token]], device=self.owner.device)
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        self._sign = torch.tensor(sign)
+        try:
+            # Each run starts from the generators' present state, so dropout falls on the same units, and leaves them there.
+            with torch.random.fork_rng(devices=cuda):
+                output = self.model(input_ids=ids, use_cache=False)
+        finally:
+            self._sign = None
+        return (output[0] if isinstance(output, tuple) else output.logits).detach().float().clone()

@@ -1,0 +1,1 @@
+"""Batched generation with a control of its own for each prompt."""

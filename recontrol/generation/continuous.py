@@ -1,0 +1,185 @@
+"""Continuous batches: prompts join the batch when there are free blocks of paged cache, and leave it when they are finished."""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+from transformers.generation import configuration_utils
+
+from recontrol.decoding.hooks import embedding_owner, output_embedding
+from recontrol.generation.plan import Plan
+from recontrol.generation.requests import Options, Request
+from recontrol.generation.steering import Rows, Steering
+
+# What transformers' continuous batching does with a generation config beside end-of-sequence tokens; it would pass over the rest.
+UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id", "generation_config"}
+# Releases of transformers: the first that is known to work, and the first that agrees with `generate` for sliding windows.
+KNOWN_FROM, SLIDING_FROM = (5, 8), (5, 17)
+# How long to wait for a response before looking whether the thread that decodes is still alive, in seconds.
+_PATIENCE = 0.2
+
+
+def why_not(model: Any, options: Options) -> str | None:
+    """Why this cannot be generated in continuous batches; None where it can."""
+    if release() < KNOWN_FROM or not callable(getattr(model, "init_continuous_batching", None)):
+        return f"transformers {transformers.__version__} has no continuous batching of the kind that is known here (there is from {_dotted(KNOWN_FROM)} on)"
+    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        return "the model keeps a manager of continuous batches; call its destroy_cached_continuous_batching_manager() first"
+    others = sorted(name for name, given in options.generation.items() if given is not None and name not in UNDERSTOOD)
+    if others:
+        return f"transformers' continuous batching takes no {', '.join(others)}"
+    wanted = _generation_config(model, options)
+    with warnings.catch_warnings():
+        # Some processors want to see the prompts, which are not there yet.
+        warnings.simplefilter("ignore")
+        processors = model._get_logits_processor(wanted)
+    unsupported = [type(each).__name__ for each in processors if not getattr(each, "supports_continuous_batching", False)]
+    if unsupported:
+        return f"the model's generation config asks for {', '.join(unsupported)}, which transformers' continuous batching would pass over"
+    limits = sorted(name for name in ("max_time", "min_length", "min_new_tokens", "stop_strings") if getattr(wanted, name, None))
+    if limits:
+        return f"the model's generation config asks for {', '.join(limits)}, which transformers' continuous batching would pass over"
+    owner = embedding_owner(model, output_embedding(model))
+    if not getattr(owner, "_supports_attention_backend", False) or getattr(owner, "_is_stateful", False):
+        return f"the attention of {type(owner).__name__} cannot be exchanged for a paged one"
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"its layers are not all attention: {', '.join(sorted(kinds))}"
+    if release() < SLIDING_FROM and ("sliding_attention" in kinds or (not kinds and getattr(text, "sliding_window", None) is not None)):
+        return f"transformers {transformers.__version__} gets sliding windows wrong in continuous batches (they are right from {_dotted(SLIDING_FROM)} on)"
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation not in ("sdpa", "eager", "paged|eager") and "flash" not in str(implementation):
+        return f"attention of kind {implementation!r} is not paged"
+    return None
+
+
+def tokens(model: Any, requests: Sequence[Request], plan: Plan, steering: Steering, options: Options) -> Generator[tuple[int, int | None], None, None]:
+    """Generate with transformers' continuous batching.
+
+    Args:
+        model: a causal language model for which `why_not` is None.
+        requests: the prompts.
+        plan: sizes of the cache and of a batch.
+        steering: attached hooks.
+        options: how responses are generated.
+
+    Yields:
+        (prompt, token), as tokens come if `options.streaming`, else when its response is finished, and (prompt, None) when it is.
+
+    Raises:
+        RuntimeError: transformers could not generate, with its reason.
+    """
+    steered = any(request.control is not None for request in requests)
+    config = _batching_config(model, plan, options, steered=steered)
+    attention = model.config._attn_implementation
+    manager = model.init_continuous_batching(generation_config=_generation_config(model, options), continuous_batching_config=config)
+    watched = options.streaming or options.ends is not None
+    counts = dict.fromkeys(range(len(requests)), 0)
+    if steered:
+        steering.source = _Source(manager)
+    manager.start()
+    try:
+        eos = sorted(options.eos_ids) or -1
+        for index, request in enumerate(requests):
+            manager.add_request(request.ids, request_id=str(index), max_new_tokens=options.max_new_tokens, streaming=watched, eos_token_id=eos)
+        while counts:
+            result = manager.get_result(timeout=_PATIENCE)
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError(f"continuous batching ended before {len(counts)} responses were finished")
+                continue
+            index = int(result.request_id)
+            if index not in counts:
+                # Cut at a stop string before; this one was on its way.
+                continue
+            if result.error is not None:
+                raise RuntimeError(f"continuous batching failed at prompt {index}: {result.error}")
+            new = result.generated_tokens
+            stopped = False
+            for place in range(counts[index], len(new)):
+                yield index, new[place]
+                stopped = options.ends is not None and options.ends(new[: place + 1])
+                if stopped:
+                    break
+            counts[index] = len(new)
+            if stopped or result.is_finished():
+                del counts[index]
+                if not result.is_finished():
+                    manager.cancel_request(str(index))
+                yield index, None
+    finally:
+        for index in counts:
+            manager.cancel_request(str(index))
+        manager.stop(block=True)
+        # Some releases leave it paged, which a plain call of the model does not bear.
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+
+
+class _Source:
+    """Says which rows of a forward call belong to which request of a manager of continuous batches.
+
+    The manager lists the requests that get a new token in the order of their states. Where the model is told which states to keep, it keeps these;
+    where it is not, all tokens of the batch go through the output embedding, and only the states at these places are read.
+
+    Args:
+        manager: of transformers.
+    """
+
+    def __init__(self, manager: Any):
+        self.manager = manager
+
+    def __call__(self, kwargs: dict[str, Any]) -> Rows | None:
+        """The rows; None if the call is none of the manager's."""
+        processor = self.manager.batch_processor
+        if processor is None or kwargs.get("cache") is not processor.cache:
+            return None
+        positions = processor.inputs_and_outputs.req_id_to_new_token_position
+        kept = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)
+        places = list(range(len(positions))) if kept else list(positions.values())
+        return Rows([int(name) for name in positions], places, last=False)
+
+
+def release() -> tuple[int, int]:
+    """The installed release of transformers, without its last number."""
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _dotted(found: tuple[int, int]) -> str:
+    return ".".join(map(str, found))
+
+
+def _generation_config(model: Any, options: Options) -> GenerationConfig:
+    """A generation config of its own, since transformers writes into the one it is given."""
+    config = copy.deepcopy(options.generation.get("generation_config") or model.generation_config)
+    config.update(**{name: given for name, given in options.generation.items() if name != "generation_config"})
+    config.update(max_new_tokens=options.max_new_tokens, eos_token_id=sorted(options.eos_ids) or -1, pad_token_id=options.pad_id)
+    return config
+
+
+def _batching_config(model: Any, plan: Plan, options: Options, *, steered: bool) -> Any:
+    """The settings, in the words of the installed release."""
+    # By name, since older releases have none.
+    config_class = configuration_utils.ContinuousBatchingConfig
+    known = {each.name for each in dataclasses.fields(config_class)}
+    wanted: dict[str, Any] = {
+        # It was renamed.
+        "page_size" if "page_size" in known else "block_size": plan.block_tokens,
+        "num_blocks": plan.blocks,
+        "max_batch_tokens": plan.batch_tokens,
+        "max_requests_per_batch": plan.batch_size,
+        "seed": options.seed,
+        # On the CPU it would look for kernels that are for GPUs.
+        "auto_switch_to_flash": model.device.type != "cpu",
+    }
+    if steered:
+        # A graph that is replayed runs no hook, and of two batches under way it could not be told whose rows these are.
+        wanted |= {"use_cuda_graph": False, "use_async_batching": False}
+    return config_class(**{name: given for name, given in wanted.items() if name in known})

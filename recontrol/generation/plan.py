@@ -1,0 +1,170 @@
+"""How much key/value cache a generation takes, how many prompts fit into a budget at once, and the plan that follows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from recontrol.data.packing import byte_count, cache_bytes_per_token, pack_by_length
+
+# Tokens of a block: what attention kernels on a GPU want, and elsewhere little, so that little is wasted.
+GPU_BLOCK_TOKENS, BLOCK_TOKENS = 256, 16
+# Tokens that go through the model at once. Without paged kernels attention takes this times the whole cache.
+GPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 256
+# Requests decoded at once where attention reads the cache of all others too.
+REQUESTS_AT_ONCE = 32
+# Of the memory that is free, where no budget is given.
+FREE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How prompts are batched under a budget for the key/value cache.
+
+    Attributes:
+        bytes_per_token: of cache, over all layers.
+        budget: bytes that the cache may take.
+        lengths: tokens of each prompt when its response is finished.
+        block_tokens: tokens of a block of paged cache.
+        blocks: in the paged cache: what the budget allows, or fewer if all prompts need no more.
+        batch_tokens: tokens that go through the model at once at most, in continuous batches.
+        batch_size: prompts decoded at once at most.
+    """
+
+    bytes_per_token: int
+    budget: int
+    lengths: tuple[int, ...]
+    block_tokens: int
+    blocks: int
+    batch_tokens: int
+    batch_size: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.block_tokens * self.bytes_per_token
+
+    @property
+    def blocks_needed(self) -> list[int]:
+        """Blocks that each prompt takes when its response is finished."""
+        return [math.ceil(length / self.block_tokens) for length in self.lengths]
+
+    @property
+    def longest_at_once(self) -> int:
+        """How many requests as long as the longest fit at once, all finished to the last token."""
+        return min(self.batch_size, self.blocks // max(self.blocks_needed))
+
+    @property
+    def average_at_once(self) -> int:
+        """How many requests of the average length fit at once."""
+        return min(self.batch_size, len(self.lengths), int(self.blocks / (sum(self.blocks_needed) / len(self.lengths))))
+
+    def static_batches(self) -> list[list[int]]:
+        """The prompts of each padded batch, the longest first.
+
+        Raises:
+            ValueError: prompts that do not fit even alone; they are named.
+        """
+        return pack_by_length(self.lengths, self.budget, self.bytes_per_token, largest=self.batch_size)
+
+    def checked(self) -> "Plan":
+        """This plan, unless there are prompts that do not fit into the paged cache even alone.
+
+        Raises:
+            ValueError: they are named.
+        """
+        alone = [index for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
+        if alone:
+            named = ", ".join(f"{index} ({self.lengths[index]} tokens)" for index in alone[:8]) + (", ..." if len(alone) > 8 else "")
+            raise ValueError(
+                f"{len(alone)} prompts do not fit into {self.blocks} blocks of {self.block_tokens} tokens even alone: {named}; give a larger cache_budget"
+            )
+        return self
+
+    def __str__(self) -> str:
+        """The plan in words, a line for each number."""
+        need = sum(self.blocks_needed)
+        batches = self.static_batches()
+        padded = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in batches)
+        lines = [
+            ("cache of a token", f"{self.bytes_per_token} bytes over all layers"),
+            ("budget", f"{self.budget} bytes, {self.budget // self.bytes_per_token} tokens"),
+            ("prompts", f"{len(self.lengths)}, the longest {max(self.lengths)} tokens with its response, all {sum(self.lengths)} tokens"),
+            ("blocks", f"{self.blocks} of {self.block_tokens} tokens ({self.block_bytes} bytes each); all prompts at once need {need}"),
+            ("at once", f"{self.longest_at_once} as long as the longest, {self.average_at_once} of average length, {self.batch_size} at most"),
+            ("tokens a step", f"{self.batch_tokens} at most"),
+            (
+                "static batches",
+                f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {1 - sum(self.lengths) / padded:.0%} of their cache is padding",
+            ),
+        ]
+        return "\n".join(f"{name + ':':<18}{text}" for name, text in lines)
+
+
+def make_plan(
+    config: Any,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    *,
+    device: str | torch.device = "cpu",
+    cache_budget: int | str | None = None,
+    batch_size: int | None = None,
+    block_tokens: int | None = None,
+) -> Plan:
+    """Plan a generation from the model's config; the model itself is not needed.
+
+        blocks = min(budget // (block_tokens * bytes_per_token), sum of what the prompts need)
+
+    Args:
+        config: of the language model.
+        dtype: of its states.
+        lengths: tokens of each prompt when its response is finished: those of the prompt and those that may be generated.
+        device: where the cache will be.
+        cache_budget: bytes for the cache, or a text such as "8GiB"; by default half of the memory that is free.
+        batch_size: prompts decoded at once at most; by default 32 on the CPU, and on a GPU no limit but the cache.
+        block_tokens: tokens of a block of paged cache; by default 256 on a GPU, else 16.
+
+    Raises:
+        ValueError: a number that is not above 0, no prompts, a budget smaller than a block, or a config that does not tell the sizes of its cache.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if not lengths:
+        raise ValueError("there are no prompts to plan for")
+    # Attention kernels on a GPU take blocks of this size; others have a smallest size of 4.
+    block_tokens = (GPU_BLOCK_TOKENS if on_gpu else BLOCK_TOKENS) if block_tokens is None else block_tokens
+    for name, given, least in (("batch_size", batch_size, 1), ("block_tokens", block_tokens, 4)):
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):
+            raise ValueError(f"{name} must be an integer of at least {least}, found {given!r}")
+    per_token = cache_bytes_per_token(config, dtype)
+    budget = int(FREE_SHARE * free_bytes(device)) if cache_budget is None else byte_count(cache_budget)
+    affordable = budget // (block_tokens * per_token)
+    if not affordable:
+        raise ValueError(f"a cache budget of {budget} bytes is less than one block of {block_tokens} tokens, {block_tokens * per_token} bytes")
+    at_once = min(len(lengths), batch_size or (len(lengths) if on_gpu else REQUESTS_AT_ONCE))
+    needed = sorted((math.ceil(length / block_tokens) for length in lengths), reverse=True)
+    blocks = min(affordable, sum(needed[:at_once]))
+    batch_tokens = max(GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS, 2 * at_once)
+    return Plan(per_token, budget, tuple(lengths), block_tokens, blocks, batch_tokens, at_once)
+
+
+def tells_its_cache(config: Any) -> bool:
+    """Whether a model's config tells the sizes of its key/value cache; one of recurrent layers only does not."""
+    try:
+        cache_bytes_per_token(config, torch.float32)
+    except ValueError:
+        return False
+    return True
+
+
+def batches_of(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
+    """Batches of so many prompts, by default 32, the longest first, where nothing is known of the cache."""
+    return pack_by_length(lengths, max(lengths) * len(lengths), 1, largest=batch_size or REQUESTS_AT_ONCE)
+
+
+def free_bytes(device: str | torch.device) -> int:
+    """Memory that is free on a device now."""
+    place = torch.device(device)
+    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available

@@ -1,0 +1,72 @@
+"""The proof, before the first request, that edits reach the logits and are the same on every rank."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recontrol.decoding.controller import Controller
+from recontrol.value import ValueFunction
+from recontrol.vllm_plugin.edits import BatchEdit
+
+Editing = Callable[[Callable[[Tensor], Tensor]], AbstractContextManager[None]]
+ROWS = 2
+STEP_SIZE, STEPS = 0.1, 3
+
+
+@torch.inference_mode()
+def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Editing) -> None:
+    """Run made-up states through the model's logits, as they are and edited.
+
+    Args:
+        runner: the model runner, its model loaded.
+        bank: the value functions.
+        editing: a context manager inside of which the next states are edited by what it is given.
+
+    Raises:
+        RuntimeError: the logits do not follow the states, a value function gives what is not finite, or ranks differ in a bit.
+    """
+    model = runner.get_model()
+    width = next(iter(bank.values())).hidden_size
+    # The same on every rank.
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, width, generator=generator).to(device=runner.device, dtype=runner.model_config.dtype)
+    with _without_adapters(runner):
+        plain, again = model.compute_logits(hidden), model.compute_logits(hidden)
+        with editing(torch.neg):
+            negated = model.compute_logits(hidden)
+    # Of tensor-parallel ranks that do not sample, some get no logits.
+    if plain is not None:
+        noise, change = ((other.float() - plain.float()).nan_to_num(0, 0, 0).abs().max().item() for other in (again, negated))
+        if not change > 2 * noise:
+            raise RuntimeError(
+                f"edits do not reach the logits: with the states negated, the logits of {type(model).__name__} changed by {change:.3g} "
+                f"(and by {noise:.3g} without); it computes them in a way that the plugin recontrol does not know"
+            )
+    for name, value in bank.items():
+        heads = None if value.num_heads == 1 else (1.0,) * value.num_heads
+        edited = BatchEdit([Controller(value, STEP_SIZE, STEPS, head_weights=heads)] * ROWS, hidden.device)(hidden)
+        if not torch.isfinite(value(edited)).all():
+            raise RuntimeError(f"the value function {name!r} gives values that are not finite; its weights are damaged")
+        _check_ranks(name, edited)
+
+
+def _without_adapters(runner: Any) -> AbstractContextManager[Any]:
+    """Layers of adapters (LoRA) look up the adapter of each row, which is that of a request; these rows have none."""
+    config = getattr(runner, "lora_config", None)
+    return nullcontext() if config is None else runner.maybe_select_dummy_loras(config, np.ones(ROWS, dtype=np.int32))
+
+
+def _check_ranks(name: str, edited: Tensor) -> None:
+    """Refuse tensor-parallel ranks that would go on from different states."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+
+    size = get_tensor_model_parallel_world_size()
+    if size == 1:
+        return
+    gathered = tensor_model_parallel_all_gather(edited.contiguous(), dim=0)
+    if not all(torch.equal(part, edited) for part in gathered.chunk(size)):
+        raise RuntimeError(f"the tensor-parallel ranks edit states differently with the value function {name!r}")
