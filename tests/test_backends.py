@@ -271,13 +271,15 @@ class TestDispatch:
             hidden, value = make(dims)
             assert sorted(dispatch.order(arguments_of(hidden, value), value.prepared())) == sorted(BACKENDS)
 
-    def test_a_row_of_the_table_holds_for_its_device_depth_and_batch(self, monkeypatch):
+    def test_a_row_of_the_table_holds_for_its_device_dtype_depth_and_batch(self, monkeypatch):
         hidden, value = make()
+        wide, half = (torch.float32,), (torch.bfloat16, torch.float16)
         for row, first in (
-            (dispatch.Measured("cpu", (2,), 3, "reference", ""), "reference"),
-            (dispatch.Measured("cpu", (2,), 2, "reference", ""), "cpu"),
-            (dispatch.Measured("cpu", (3,), 3, "reference", ""), "cpu"),
-            (dispatch.Measured("cuda", (2,), 3, "reference", ""), "cpu"),
+            (dispatch.Measured("cpu", wide, (2,), 3, "reference", ""), "reference"),
+            (dispatch.Measured("cpu", half, (2,), 3, "reference", ""), "cpu"),
+            (dispatch.Measured("cpu", wide, (2,), 2, "reference", ""), "cpu"),
+            (dispatch.Measured("cpu", wide, (3,), 3, "reference", ""), "cpu"),
+            (dispatch.Measured("cuda", wide, (2,), 3, "reference", ""), "cpu"),
         ):
             monkeypatch.setattr(dispatch, "MEASURED", (row,))
             assert dispatch.order(arguments_of(hidden, value), value.prepared())[0] == first

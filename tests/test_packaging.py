@@ -185,7 +185,11 @@ class TestContents:
             top = archive.read(f"recontrol-{rc.__version__}.dist-info/top_level.txt").decode()
         assert f"\nVersion: {rc.__version__}\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
         assert re.search(r"\nRequires-Dist: torch>=", metadata) and re.search(r"\nRequires-Dist: safetensors>=", metadata)
-        assert points.split() == ["[console_scripts]", "recontrol", "=", "recontrol.cli:main"]
+        scripts, plugins = (
+            ["[console_scripts]", "recontrol", "=", "recontrol.cli:main"],
+            ["[vllm.general_plugins]", "recontrol", "=", "recontrol.vllm_plugin:register"],
+        )
+        assert points.split() == [*scripts, *plugins]
         assert top.split() == ["recontrol"]
 
     def test_sdist_can_be_built_from(self, sdist, tmp_path):
