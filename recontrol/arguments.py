@@ -42,12 +42,14 @@ class AscentArguments:
         return int(self.steps.max()) if self.steps.numel() else 0
 
     def check(self) -> None:
-        """Refuse values that cannot be meant.
+        """Refuse values that cannot be meant. While a CUDA graph is captured there are no values to look at.
 
         Raises:
             ValueError: hidden states of live rows that are NaN or infinite (the rows are named), a step size, radius or
                 target that is NaN, infinite or (the first two) negative, or a negative number of steps.
         """
+        if self.hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         # All conditions in one number, because each look at a number waits for the device.
         bad = ~torch.isfinite(self.hidden).all(dim=1) & (self.live_steps() > 0)
         conditions = [

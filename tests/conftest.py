@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, a fixed seed, and memory that is poisoned before it is handed out."""
 
+import gc
 import os
 from contextlib import contextmanager
 
@@ -51,3 +52,12 @@ def one_thread():
 def several_threads():
     """A context manager: what runs inside `with several_threads(n)` may share its work among n threads, as it does outside of these tests."""
     return _threads
+
+
+@pytest.fixture(scope="module")
+def quick_collection():
+    """The manager of continuous batches collects garbage twice a call, through all that the tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,6 +1,5 @@
 """Every prompt gets the tokens that it gets alone, whatever its neighbours are and whatever becomes of them."""
 
-import gc
 import importlib
 
 import pytest
@@ -12,16 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 import recontrol as rc
 from recontrol.generation import plan, steering
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection():
-    # The manager of continuous batches collects garbage twice a call, through all that the tests have imported.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_collection")
 
 
 @pytest.fixture(scope="module")

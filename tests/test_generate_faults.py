@@ -2,7 +2,6 @@
 
 import _thread
 import contextlib
-import gc
 import logging
 
 import pytest
@@ -15,15 +14,7 @@ import recontrol as rc
 from recontrol.decoding.fingerprint import model_fingerprint
 from recontrol.generation import continuous
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_collection")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """What control did to a response, token by token, against what a plain run of the model shows."""
 
-import gc
-
 import pytest
 import torch
 from generating import BATCHINGS, NEW, PROMPTS, TOKENIZER, alone, double_llama, generate, value
@@ -10,15 +8,7 @@ from transformers import CohereConfig, CohereForCausalLM
 import recontrol as rc
 from recontrol.decoding.recording import record_hidden_states
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_collection")
 
 
 def scaled():

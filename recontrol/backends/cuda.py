@@ -48,10 +48,9 @@ class CudaBackend:
         return {"available": True, "device": "cuda", "depth": "2 linear layers" if self.dense else "2 or 3 linear layers", "cuda": extension.module.cuda}
 
     def run(self, arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
-        """Check the values, allocate the results and queue the kernels. During the capture of a graph there are no values to check."""
+        """Check the values, allocate the results and queue the kernels."""
+        arguments.check()
         hidden = arguments.hidden
-        if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
-            arguments.check()
         if hidden.shape[1] > 1 and hidden.stride(1) != 1:
             hidden = hidden.contiguous()
         weights, biases = prepared.weights, prepared.wide_biases

@@ -64,9 +64,7 @@ def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> t
     kernels, reason = _kernels()
     if kernels is None:
         raise RuntimeError(reason)
-    # While a graph is captured there are no values to look at.
-    if not (arguments.hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
-        arguments.check()
+    arguments.check()
     return kernels.ascend(
         arguments.hidden,
         prepared.weights[0],
