@@ -5,15 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from results import result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import recontrol.evaluation.evaluate
+import recontrol.methods.base
 from recontrol.ascend import ascend
 from recontrol.data.prompts import load_prompts
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.generation import Batch, check_lengths, finishing_tokens, generate_batch
 from recontrol.decoding.responses import Response
-from recontrol.evaluation.evaluate import Result, choose, evaluate
+from recontrol.evaluation.evaluate import choose, evaluate
 from recontrol.evaluation.metrics import bootstrap_interval, coherence, diversity, response_nll
 from recontrol.value import ValueFunction
 
@@ -55,10 +56,6 @@ def value():
     return ValueFunction(256, (32,))
 
 
-def result(step_size=0.5, steps=30, reward=0.0, diversity=0.0, coherence=0.0):
-    return Result(step_size, steps, reward, (reward, reward), diversity, coherence, 4.0, 8.0, 100.0, 1.0, None, [reward], [""])
-
-
 def test_the_uncontrolled_row_is_what_the_metrics_say(model, tokenizer, prompts):
     keywords = {"max_new_tokens": 7, "seed": 3, **SAMPLING}
     (row,) = evaluate(model, tokenizer, prompts, reward=letters, encoder=Encoder(), batch_size=2, progress=False, **keywords)
@@ -77,7 +74,9 @@ def test_the_uncontrolled_row_is_what_the_metrics_say(model, tokenizer, prompts)
     assert row.length == sum(len(response.token_ids) for response in expected) / 5
     assert row.cost == 1
     assert row.tokens_per_second > 0
-    assert row.edit_norm is None and row.values == []
+    assert row.edit_norm is None and row.values == [] and row.value_end is None
+    assert row.perplexity == pytest.approx(math.exp(row.nll))
+    assert row.kl == pytest.approx(0, abs=1e-4) and row.training == (0, 0.0, 0)
 
 
 def test_a_controlled_row_is_what_the_controller_writes(model, tokenizer, prompts, value):
@@ -107,13 +106,13 @@ def test_every_setting_meets_the_same_seeds(model, tokenizer, prompts, value):
 
 def test_values_are_those_of_the_states_before_the_edit(model, tokenizer, prompts, value):
     step_size, steps = 20.0, 10
-    rows = evaluate(model, tokenizer, prompts[:3], value=value, settings=[(step_size, steps)], reward=letters, max_new_tokens=6, num_traces=2, progress=False)
+    rows = evaluate(model, tokenizer, prompts[:3], value=value, settings=[(step_size, steps)], reward=letters, max_new_tokens=6, progress=False)
     norms = []
     for row in rows:
-        assert [len(trace) for trace in row.values] == [6, 6]
+        assert [len(trace) for trace in row.values] == [6, 6, 6]
         with Controller(value, step_size, steps).attach(model) if row.steps else torch.no_grad():
             responses = generate_batch(model, tokenizer, prompts[:3], max_new_tokens=6).responses
-        for index in range(2):
+        for index in range(3):
             ids = tokenizer(prompts[index]).input_ids
             with torch.no_grad():
                 whole = model(torch.tensor([ids + responses[index].token_ids]), output_hidden_states=True).hidden_states[-1][0]
@@ -131,8 +130,7 @@ def test_values_end_with_the_response(model, tokenizer, prompts, value):
     end = next(token for place, token in enumerate(ids) if place >= 2 and token not in ids[:place])
     (row,) = evaluate(model, tokenizer, prompts[:2], value=value, reward=letters, max_new_tokens=8, eos_token_id=end, progress=False)
     assert len(row.values[0]) == ids.index(end) + 1 < 8
-    (none,) = evaluate(model, tokenizer, prompts[:2], value=value, reward=letters, max_new_tokens=2, num_traces=0, progress=False)
-    assert none.values == []
+    assert row.value_end == pytest.approx((row.values[0][-1] + row.values[1][-1]) / 2)
 
 
 def test_the_cost_is_the_median_of_interleaved_batches(model, tokenizer, prompts, value, monkeypatch):
@@ -155,16 +153,13 @@ def test_the_cost_is_the_median_of_interleaved_batches(model, tokenizer, prompts
         return Batch([Response([5, 6], "me", "length")] * len(prompts), 2, seconds)
 
     monkeypatch.setattr(Controller, "attach", attach)
-    monkeypatch.setattr(recontrol.evaluation.evaluate, "generate_batch", fake)
-    rows = evaluate(
-        model, tokenizer, prompts, value=value, settings=[(0.5, 3), (1.0, 3)], reward=letters, max_new_tokens=2, batch_size=1, num_traces=0, progress=False
-    )
+    monkeypatch.setattr(recontrol.methods.base, "generate_batch", fake)
+    rows = evaluate(model, tokenizer, prompts, value=value, settings=[(0.5, 3), (1.0, 3)], reward=letters, max_new_tokens=2, batch_size=1, progress=False)
     warm_up, measured = order[:3], order[3:]
     assert warm_up == [(0, None), (0, 0.5), (0, 1.0)]
     assert measured[:9] == [(0, None), (0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0), (1, None), (2, 1.0), (2, None), (2, 0.5)]
     assert [row.cost for row in rows] == [1, 1.5, 3]
-    # Without the first batch, whose states are recorded: 4 batches of 2 tokens.
-    assert rows[0].tokens_per_second == pytest.approx(8 / (2 * (10 + 100 + 1000 + 10000)))
+    assert rows[0].tokens_per_second == pytest.approx(10 / (2 * (1 + 10 + 100 + 1000 + 10000)))
 
 
 def test_a_stop_string_cuts_every_setting(model, tokenizer, prompts, value):
@@ -237,13 +232,13 @@ def test_bad_input_is_refused(model, tokenizer, prompts, value, keywords, messag
 
 def test_a_reward_that_cannot_be_used_says_so_before_the_work(model, tokenizer, prompts, monkeypatch):
     lengths = []
-    real = recontrol.evaluation.evaluate.generate_batch
+    real = recontrol.methods.base.generate_batch
 
     def counting(*arguments, max_new_tokens, **keywords):
         lengths.append(max_new_tokens)
         return real(*arguments, max_new_tokens=max_new_tokens, **keywords)
 
-    monkeypatch.setattr(recontrol.evaluation.evaluate, "generate_batch", counting)
+    monkeypatch.setattr(recontrol.methods.base, "generate_batch", counting)
     with pytest.raises(ValueError, match="NaN"):
         evaluate(model, tokenizer, prompts, reward=lambda prompts, responses: [math.nan] * len(responses), max_new_tokens=50, progress=False)
     assert lengths == [2]
@@ -260,10 +255,10 @@ def test_no_prompts_and_an_attached_controller_are_refused(model, tokenizer, pro
 
 def test_the_rule_of_the_paper():
     rows = [
-        result(0.0, 0, reward=99),
-        result(0.25, 30, reward=1.0, diversity=0.9, coherence=0.5),
-        result(0.5, 30, reward=1.3, diversity=0.8, coherence=0.5),
-        result(1.0, 30, reward=1.5, diversity=0.7, coherence=0.3),
+        result(0.0, 0, [99]),
+        result(0.25, 30, [1.0], diversity=0.9, coherence=0.5),
+        result(0.5, 30, [1.3], diversity=0.8, coherence=0.5),
+        result(1.0, 30, [1.5], diversity=0.7, coherence=0.3),
     ]
     assert choose(rows).setting == (0.5, 30)
     assert choose([*rows, replace(rows[2], steps=60)]).setting == (0.5, 30)

@@ -4,31 +4,12 @@ import math
 import matplotlib.image
 import numpy as np
 import pytest
+from results import result
 
-from recontrol.evaluation.evaluate import Result
 from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.report import draw, plot, save_report, table
 
 PROMPTS = ["one", "two", "three"]
-
-
-def result(step_size, steps, rewards, **changes):
-    mean = sum(rewards) / len(rewards)
-    fields = {
-        "reward": mean,
-        "reward_interval": (mean - 0.5, mean + 0.5),
-        "diversity": 0.91,
-        "coherence": 0.42,
-        "nll": 4.2 + step_size,
-        "length": 47.5,
-        "tokens_per_second": 1234.5,
-        "cost": 1.0 + step_size / 10,
-        "edit_norm": 3.25 if steps else None,
-        "rewards": rewards,
-        "responses": [f"réponse {index}" for index in range(len(rewards))],
-        "values": [[0.0, 0.5, 1.0], [1.0, step_size]],
-    }
-    return Result(step_size=step_size, steps=steps, **{**fields, **changes})
 
 
 @pytest.fixture
@@ -43,7 +24,7 @@ def test_the_table_is_aligned_and_narrow(results):
     assert len({len(line) for line in body}) == 1
     assert all(len(line) <= 120 for line in lines)
     assert lines[2].split() == ["uncontrolled", "-0.167", "[-0.667,", "0.333]", "0.910", "0.420", "4.20", "47.5", "1234", "1.00x", "-"]
-    assert [line for line in body if "*" in line] == [line for line in body if line.startswith("alpha 0.5, n 30 ")]
+    assert [line for line in body if "*" in line] == [line for line in body if line.startswith("RE-Control (alpha 0.5, n 30) ")]
     assert "* chosen" in lines[-1]
 
 
@@ -65,7 +46,7 @@ def test_files_say_what_was_found(results, tmp_path):
     assert len(report["results"]) == 9 and len(report["validation"]) == 2
     base, first = report["results"][:2]
     assert base["reward"] == results[0].reward and base["reward_interval"] == list(results[0].reward_interval)
-    assert base["values"] == results[0].values and "reward_gain" not in base
+    assert base["values"] == results[0].values[:3] and "reward_gain" not in base
     assert first["reward_gain"] == results[1].reward - results[0].reward
     assert first["reward_gain_interval"] == list(bootstrap_difference(results[1].rewards, results[0].rewards))
     lines = [json.loads(line) for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -93,13 +74,13 @@ def test_the_figure_shows_the_numbers(results):
         assert axis.get_title() and axis.get_xlabel()
     # The intervals: one band for each line of the reward, and for nothing else.
     assert (len(reward.collections), len(diversity.collections)) == (2, 0)
-    assert lines_of(values)["uncontrolled"][:2] == ([0, 1, 2], [0.0, 0.5, 1.0])
+    assert lines_of(values)["uncontrolled"][:2] == ([0, 1, 2], [0.0, 0.5, 0.0])
     # V under the chosen setting, not another one.
-    assert [list(line.get_ydata()) for line in values.lines][-2:] == [[0.0, 0.5, 1.0], [1.0, 0.5]]
+    assert [list(line.get_ydata()) for line in values.lines][-3:] == [[0.0, 0.5, 0.5]] * 3
 
 
 def test_a_figure_without_control_and_values():
-    axes = draw([result(0.0, 0, [1.0], values=[])]).axes
+    axes = draw([result(0.0, 0, [1.0], answers=[])]).axes
     assert set(lines_of(axes[0])) == {"uncontrolled"}
     assert not axes[3].lines and axes[3].get_title() == "V was not recorded"
 

@@ -1,14 +1,14 @@
 """What responses are measured by: diversity, coherence, negative log-likelihood, and bootstrap intervals of means."""
 
-import inspect
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from recontrol.evaluation.divergence import likelihoods
 
 # A word with its inner apostrophes, or one mark: "don't stop!!" has the tokens don't, stop, !, !.
 WORD = re.compile("\\w+(?:['\u2019]\\w+)*|[^\\w\\s]")
@@ -128,7 +128,6 @@ def coherence(prompts: Sequence[str], responses: Sequence[str], encoder: Any) ->
     return float(similarities(prompts, responses, encoder).mean())
 
 
-@torch.no_grad()
 def response_nll(model: Any, tokenizer: Any, prompts: Sequence[str], token_ids: Sequence[Sequence[int]], *, batch_size: int = 16) -> float:
     """Negative log-likelihood of responses under the model, in nats a token: -mean_t log p(y_t | prompt, y_<t).
 
@@ -150,33 +149,9 @@ def response_nll(model: Any, tokenizer: Any, prompts: Sequence[str], token_ids: 
     Raises:
         ValueError: another number of prompts than responses.
     """
-    if len(prompts) != len(token_ids):
-        raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(token_ids)} responses")
-    pairs = [(tokenizer(prompt).input_ids, list(ids)) for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids)]
-    # Rows of like length together, so that little is padded.
-    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    total = sum(_summed_nll(model, pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size))
-    count = sum(len(ids) for _, ids in pairs)
-    return total / count if count else float("nan")
-
-
-def _summed_nll(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
-    """The summed nats of a few (prompt ids, response ids)."""
-    rows = [prompt + ids for prompt, ids in pairs]
-    width = max(map(len, rows))
-    # Padded on the right, where no token of a response can see it, so that positions need no correction.
-    inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    first = min(len(prompt) for prompt, _ in pairs) - 1
-    # The logits of prompts are not looked at, and with a large vocabulary they are most of the memory.
-    options = {"logits_to_keep": width - first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=inputs, attention_mask=mask, use_cache=False, **options).logits[:, first - width :]
-    total = 0.0
-    for row, (prompt, ids) in zip(logits, pairs, strict=True):
-        start = len(prompt) - 1 - first
-        scores = row[start : start + len(ids)].double().log_softmax(-1)
-        total -= float(scores.gather(1, torch.tensor(ids, device=scores.device)[:, None]).sum())
-    return total
+    found = likelihoods(model, tokenizer, prompts, token_ids, batch_size=batch_size)
+    count = sum(map(len, token_ids))
+    return sum(each.nll for each in found) / count if count else float("nan")
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray | Tensor, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

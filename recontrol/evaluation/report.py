@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.evaluation.evaluate import Result
 from recontrol.evaluation.metrics import bootstrap_difference
+from recontrol.evaluation.results import Result
 from recontrol.files import write_aside, write_json
 from recontrol.version import __version__
 
@@ -30,11 +30,10 @@ def table(results: Sequence[Result], chosen: tuple[float, int] | None = None) ->
     """
     rows = [HEADER]
     for result in results:
-        name = f"alpha {result.step_size:g}, n {result.steps}" if result.steps else "uncontrolled"
         low, high = result.reward_interval
         rows.append(
             (
-                name + (" *" if result.setting == chosen else ""),
+                result.method + (" *" if result.setting == chosen else ""),
                 f"{result.reward:.3f}",
                 f"[{low:.3f}, {high:.3f}]",
                 f"{result.diversity:.3f}",
@@ -182,8 +181,7 @@ def _trace_panel(axis: Any, results: Sequence[Result], chosen: tuple[float, int]
 
 def _summary(result: Result, base: Result) -> dict[str, Any]:
     """A result without its texts, which `responses.jsonl` has, and with its gain over the uncontrolled model."""
-    content = result.to_dict()
-    del content["rewards"], content["responses"]
+    content = {**result.summary(), "values": result.values[:DRAWN_TRACES]}
     if result is not base and not base.steps:
         content["reward_gain"] = result.reward - base.reward
         content["reward_gain_interval"] = bootstrap_difference(result.rewards, base.rewards)

@@ -1,0 +1,80 @@
+"""Cells of an evaluation on disk, so that a run that was stopped goes on, and methods can be added to one that is done."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from recontrol.evaluation.measure import Cell
+from recontrol.files import read_json, remove_leftovers, write_aside, write_json
+from recontrol.methods.base import Method
+
+FORMAT = "recontrol.evaluation"
+FORMAT_VERSION = 1
+LONGEST_NAME = 60
+
+
+class Cells:
+    """A folder with one file for each cell, and one on what all of them have in common.
+
+    Args:
+        folder: made if absent.
+        settings: model, prompts, rewards and sampling, ready for JSON; cells of other settings do not belong together.
+
+    Raises:
+        ValueError: the folder has cells of other settings; what differs is named.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self._names: dict[int, str] = {}
+        wanted = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
+        path = folder / "settings.json"
+        if path.exists():
+            found = read_json(path)
+            differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+            if differing:
+                name = differing[0]
+                raise ValueError(
+                    f"{folder} has an evaluation with another {', '.join(differing)}: found {found.get(name)!r:.80}, wanted {wanted.get(name)!r:.80}; "
+                    "use the same settings to go on with it, or another folder"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        if not path.exists():
+            write_json(path, wanted)
+
+    def load(self, method: Method, seed: int, batch: int) -> Cell | None:
+        """The cell if it is there.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._path(method, seed, batch)
+        if not path.exists():
+            return None
+        try:
+            return Cell.from_dict(read_json(path))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no cell of an evaluation ({error}); remove it to have it made anew") from error
+
+    def save(self, method: Method, cell: Cell) -> None:
+        """Write a cell, whole or not at all."""
+        path = self._path(method, cell.seed, cell.batch)
+        path.parent.mkdir(exist_ok=True)
+        with write_aside(path) as aside:
+            aside.write_text(json.dumps(cell.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _path(self, method: Method, seed: int, batch: int) -> Path:
+        # Weights are hashed once.
+        name = self._names.setdefault(id(method), "") or folder_name(method)
+        self._names[id(method)] = name
+        return self.folder / name / f"seed-{seed}-batch-{batch:05}.json"
+
+
+def folder_name(method: Method) -> str:
+    """A name for files of a method: its label as far as a file system bears it, and a hash of what it is made of."""
+    readable = re.sub(r"[^a-z0-9.]+", "-", method.label.lower()).strip("-")[:LONGEST_NAME]
+    digest = hashlib.sha256(json.dumps([method.label, method.identity], default=str).encode()).hexdigest()[:8]
+    return f"{readable}-{digest}"

@@ -1,0 +1,199 @@
+"""What a method does on a set of prompts, summed up over batches and seeds, and the paper's rule for choosing among settings."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recontrol.evaluation.measure import Answer, Cell
+from recontrol.evaluation.metrics import bootstrap_interval
+from recontrol.methods.base import Method, Training, Uncontrolled
+from recontrol.methods.control import ReControl
+
+UNCONTROLLED = Uncontrolled.kind
+
+
+@dataclass
+class Result:
+    """What one method does on a set of prompts.
+
+    Lists with an entry a response are in the order of the prompts, seed after seed. Intervals are 95 % percentile bootstrap intervals over prompts: the
+    seeds of a prompt are averaged first, since responses to the same prompt are not independent.
+
+    Attributes:
+        method: its label, "uncontrolled" for the model alone.
+        kind: what methods that differ in settings have in common.
+        settings: by name.
+        step_size: alpha; 0 for what is no RE-Control alone.
+        steps: n; 0 likewise.
+        seeds: how many.
+        reward: mean over responses; with several rewards of their weighted sum.
+        reward_interval: (low, high).
+        head_rewards: mean of each reward, where there are several; else empty.
+        diversity: mean over responses of prod_{n=2..4} (1 - rep_n).
+        coherence: mean cosine of the sentence embeddings of prompt and response; None without an encoder.
+        nll: nats a response token under the uncontrolled model, at temperature 1; None where no response has a token.
+        perplexity: exp(nll).
+        kl: nats a response, mean of sum_t KL(p_t || p0_t) along responses; None where a method does not show its distributions.
+        kl_interval: (low, high); None with `kl`.
+        length: mean number of tokens kept in a response, the end-of-sequence token included.
+        tokens_per_second: response tokens kept over the seconds of generation, without scoring and warm-up.
+        cost: time of a decode step over that of the uncontrolled model for the same batch, median over batches.
+        added_seconds: time of a decode step beyond the uncontrolled one's for the same batch, median over batches, over the rows of a batch: what control
+            adds to each token.
+        peak_bytes: of memory during generation, beyond that before it; the most of any batch.
+        edit_norm: mean |u| over some responses' tokens, in units of the hidden state; None where no state is edited.
+        value_end: mean of V at the states read for the last tokens, in the unit of the reward: what V makes of the responses; None without V.
+        training: what had to be trained for it.
+        rewards: one a response.
+        kls: nats, one a response; empty with `kl` None.
+        responses: the texts.
+        answers: everything that is known of each response.
+    """
+
+    method: str
+    kind: str
+    settings: dict[str, Any]
+    step_size: float
+    steps: int
+    seeds: int
+    reward: float
+    reward_interval: tuple[float, float]
+    head_rewards: list[float]
+    diversity: float
+    coherence: float | None
+    nll: float | None
+    perplexity: float | None
+    kl: float | None
+    kl_interval: tuple[float, float] | None
+    length: float
+    tokens_per_second: float
+    cost: float
+    added_seconds: float
+    peak_bytes: int
+    edit_norm: float | None
+    value_end: float | None
+    training: Training
+    rewards: list[float] = field(repr=False)
+    kls: list[float] = field(repr=False)
+    responses: list[str] = field(repr=False)
+    answers: list[Answer] = field(repr=False)
+
+    @property
+    def setting(self) -> tuple[float, int]:
+        """(step_size, steps); (0.0, 0) for what is no RE-Control alone."""
+        return self.step_size, self.steps
+
+    @property
+    def values(self) -> list[list[float]]:
+        """V(o_t) for each token t of each response, o_t being the state read to sample it, before its edit; empty where V was not recorded."""
+        return [answer.values for answer in self.answers if answer.values is not None]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers by name, ready for JSON, without what there is for each response."""
+        content = {name: entry for name, entry in asdict(self).items() if name not in ("rewards", "kls", "responses", "answers")}
+        return {**content, "training": self.training._asdict()}
+
+
+def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_weights: Sequence[float] | None) -> Result:
+    """Sum up what was measured of one method.
+
+    Args:
+        method: the method.
+        cells: all of its batches: seed after seed, the same batches for each.
+        base: the same of the uncontrolled model.
+        head_weights: one weight a reward, where there are several.
+
+    Raises:
+        ValueError: several rewards without `head_weights`, or another number of weights.
+    """
+    answers = [answer for cell in cells for answer in cell.answers]
+    seeds = len({cell.seed for cell in cells})
+    table = np.array([answer.scores for answer in answers], dtype=np.float64)
+    rewards = weighted(table, head_weights)
+    tokens = sum(answer.tokens for answer in answers)
+    nll = sum(answer.nll for answer in answers) / tokens if tokens else None
+    kls = [answer.kl for answer in answers if answer.kl is not None]
+    cosines = [answer.coherence for answer in answers if answer.coherence is not None]
+    ends = [answer.values[-1] for answer in answers if answer.values]
+    norms = [cell.edit_norm for cell in cells if cell.edit_norm is not None]
+    pairs = list(zip(cells, base, strict=True))
+    extra = [(one.seconds / one.steps - other.seconds / other.steps) / len(one.answers) for one, other in pairs]
+    control = method.control if isinstance(method, ReControl) else None
+    return Result(
+        method=method.label,
+        kind=method.kind,
+        settings=method.settings,
+        step_size=0.0 if control is None else control.step_size,
+        steps=0 if control is None else control.steps,
+        seeds=seeds,
+        reward=float(rewards.mean()),
+        reward_interval=bootstrap_interval(by_prompt(rewards, seeds)),
+        head_rewards=table.mean(0).tolist() if table.shape[1] > 1 else [],
+        diversity=_mean([answer.diversity for answer in answers]),
+        coherence=_mean(cosines) if len(cosines) == len(answers) else None,
+        nll=nll,
+        perplexity=None if nll is None else float(np.exp(min(nll, 700))),
+        kl=_mean(kls) if len(kls) == len(answers) else None,
+        kl_interval=bootstrap_interval(by_prompt(np.array(kls), seeds)) if len(kls) == len(answers) else None,
+        length=tokens / len(answers),
+        tokens_per_second=tokens / sum(cell.seconds for cell in cells),
+        cost=float(np.median([(one.seconds / one.steps) / (other.seconds / other.steps) for one, other in pairs])),
+        added_seconds=float(np.median(extra)),
+        peak_bytes=max(cell.peak_bytes for cell in cells),
+        edit_norm=_mean(norms) if norms else None,
+        value_end=_mean(ends) if ends else None,
+        training=method.training,
+        rewards=rewards.tolist(),
+        kls=kls if len(kls) == len(answers) else [],
+        responses=[answer.text for answer in answers],
+        answers=answers,
+    )
+
+
+def weighted(table: np.ndarray, head_weights: Sequence[float] | None) -> np.ndarray:
+    """(responses, rewards) -> (responses,), float64.
+
+    Raises:
+        ValueError: several rewards without weights, or another number of weights.
+    """
+    if head_weights is None:
+        if table.shape[1] != 1:
+            raise ValueError(f"the reward returns {table.shape[1]} scores a response; head_weights must say how they are added")
+        return table[:, 0]
+    if len(head_weights) != table.shape[1]:
+        raise ValueError(f"found {len(head_weights)} head_weights for {table.shape[1]} rewards")
+    return table @ np.asarray(head_weights, dtype=np.float64)
+
+
+def by_prompt(numbers: np.ndarray, seeds: int) -> np.ndarray:
+    """(seeds * prompts,), seed after seed -> (prompts,), the mean over seeds."""
+    return numbers.reshape(seeds, -1).mean(0)
+
+
+def choose(results: Sequence[Result]) -> Result:
+    """The setting with the largest coherence + diversity + average reward: the paper's rule, for validation prompts.
+
+    The three are added as they are, so the scale of the reward decides how much of the others is given up for it. A
+    coherence that was not measured counts as 0 for all.
+
+    Args:
+        results: from `evaluate`, of one kind of method and the uncontrolled model, which is no candidate.
+
+    Returns:
+        The best of the others, the first of equals.
+
+    Raises:
+        ValueError: there is no other.
+
+    Source: Kong et al. 2024, section 5 (choice of step size and number of updates).
+    """
+    candidates = [result for result in results if result.kind != UNCONTROLLED]
+    if not candidates:
+        raise ValueError("there is no controlled setting to choose from")
+    return max(candidates, key=lambda result: (result.coherence or 0.0) + result.diversity + result.reward)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(np.asarray(numbers, dtype=np.float64)))
