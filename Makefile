@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm bench bench-gpu lint format clean
+.PHONY: help setup demo report test test-vllm bench bench-gpu lint format clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
@@ -19,11 +19,14 @@ $(READY): pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*.cpp cs
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,report]"
 	touch $(READY)
 
 demo: $(READY) ## Run the whole method on the embedded model: collect, train, choose, decode, report
 	$(BIN)/python examples/movie_reviews/demo.py --out out/demo
+
+report: $(READY) ## Compare every method on the embedded model, in about an hour; what it writes is in reports/movie_reviews
+	$(BIN)/recontrol evaluate --config examples/movie_reviews/report.yaml --out out/report
 
 # Test processes side by side; whichever is done takes tests from the other.
 WORKERS ?= 2

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from recontrol.data.join import join_rollouts
     from recontrol.data.online import OnlineRollouts
     from recontrol.data.pairs import load_pairs
-    from recontrol.data.prompts import load_prompts
+    from recontrol.data.prompts import load_prompts, load_prompts_with_references
     from recontrol.data.relabel import relabel
     from recontrol.data.rewards import Judge, RewardModel
     from recontrol.data.rollouts import Rollouts
     from recontrol.data.texts import collect_pairs, collect_texts
     from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import choose, evaluate
+    from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
+    from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
+    from recontrol.evaluation.next_token import path_of_steps
+    from recontrol.evaluation.sweep import sweep_settings, sweep_steps
+    from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.online import train_online
@@ -33,11 +38,15 @@ if TYPE_CHECKING:
 _ON_DEMAND = {
     "Judge": "recontrol.data.rewards",
     "OnlineRollouts": "recontrol.data.online",
+    "PairwiseJudge": "recontrol.evaluation.judges",
+    "RewardJudge": "recontrol.evaluation.judges",
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
     "WeightedSum": "recontrol.weighted_sum",
+    "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.evaluate",
+    "choose_at_kl": "recontrol.evaluation.frontier",
     "collect": "recontrol.data.collect",
     "collect_pairs": "recontrol.data.texts",
     "collect_texts": "recontrol.data.texts",
@@ -45,11 +54,18 @@ _ON_DEMAND = {
     "evaluate": "recontrol.evaluation.evaluate",
     "generate": "recontrol.generation.generate",
     "join_rollouts": "recontrol.data.join",
+    "knee": "recontrol.evaluation.frontier",
     "load_pairs": "recontrol.data.pairs",
     "load_prompts": "recontrol.data.prompts",
+    "load_prompts_with_references": "recontrol.data.prompts",
+    "pareto": "recontrol.evaluation.frontier",
+    "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
+    "sweep_settings": "recontrol.evaluation.sweep",
+    "sweep_steps": "recontrol.evaluation.sweep",
     "train": "recontrol.training.train",
     "train_online": "recontrol.training.online",
+    "win_rate": "recontrol.evaluation.win_rate",
 }
 
 __all__ = [
@@ -57,6 +73,8 @@ __all__ = [
     "Controller",
     "Judge",
     "OnlineRollouts",
+    "PairwiseJudge",
+    "RewardJudge",
     "RewardModel",
     "Rollouts",
     "StaticDecoder",
@@ -64,8 +82,10 @@ __all__ = [
     "WeightedSum",
     "__version__",
     "ascend",
+    "at_equal_kl",
     "backend_info",
     "choose",
+    "choose_at_kl",
     "collect",
     "collect_pairs",
     "collect_texts",
@@ -73,12 +93,19 @@ __all__ = [
     "evaluate",
     "generate",
     "join_rollouts",
+    "knee",
     "load_pairs",
     "load_prompts",
+    "load_prompts_with_references",
+    "pareto",
+    "path_of_steps",
     "reference",
     "relabel",
+    "sweep_settings",
+    "sweep_steps",
     "train",
     "train_online",
+    "win_rate",
 ]
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
 MODEL = ["--model", str(EXAMPLE / "lm"), "--dtype", "float32", "--device", "cpu"]
 REWARD = ["--reward-model", str(EXAMPLE / "reward")]
-SUBCOMMANDS = ("collect", "relabel", "train", "generate", "serve", "evaluate", "push", "info")
+SUBCOMMANDS = ("collect", "relabel", "train", "generate", "serve", "evaluate", "judge", "push", "info")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

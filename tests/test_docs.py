@@ -20,7 +20,7 @@ from benchmarks.table import render, render_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-SUBCOMMANDS = {"collect", "relabel", "train", "push", "generate", "serve", "evaluate", "info"}
+SUBCOMMANDS = {"collect", "relabel", "train", "push", "generate", "serve", "evaluate", "judge", "info"}
 
 
 @dataclass

@@ -184,9 +184,9 @@ def test_several_rewards_are_weighted(model, tokenizer, prompts):
     assert rows[1].rewards == [2 * len(text) - 3 for text in rows[1].responses]
     with torch.no_grad(), Controller(two, 0.5, 2, head_weights=[2.0, -3.0]).attach(model):
         assert [response.text for response in generate_batch(model, tokenizer, prompts[:2], max_new_tokens=3).responses] == rows[1].responses
-    with pytest.raises(ValueError, match="head_weights must say"):
+    with pytest.raises(ValueError, match="found 2 rewards a response: give head_weights, 2 numbers"):
         evaluate(model, tokenizer, prompts[:2], reward=rewards, max_new_tokens=2, progress=False)
-    with pytest.raises(ValueError, match="found 3 head_weights for 2 rewards"):
+    with pytest.raises(ValueError, match="head_weights must be 2 numbers, one a reward, found 3"):
         evaluate(model, tokenizer, prompts[:2], reward=rewards, head_weights=[1, 1, 1], max_new_tokens=2, progress=False)
 
 

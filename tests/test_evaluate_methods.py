@@ -216,7 +216,12 @@ def test_what_a_method_writes_has_to_fit(model, tokenizer, prompts):
 
 def test_speed_memory_and_training_are_reported(model, tokenizer, prompts, value):
     base, row = evaluate(model, tokenizer, prompts, methods=[Together([Sharper(), ReControl(Control(value, 5.0, 10))])], reward=letters, **SAMPLING)
-    assert row.kind == "sharper + RE-Control" and row.settings == {"factor": 2.0, "alpha": 5.0, "n": 10} and row.setting == (0.0, 0)
+    assert (
+        row.method == "sharper (factor 2) + RE-Control (alpha 5, n 10)"
+        and row.kind == "sharper + RE-Control"
+        and row.settings == {"factor": 2.0, "alpha": 5.0, "n": 10}
+        and row.setting == (0.0, 0)
+    )
     assert row.training.parameters == sum(parameter.numel() for parameter in value.parameters()) and base.training.parameters == 0
     assert base.added_seconds == 0 and math.isfinite(row.added_seconds) and row.tokens_per_second > 0 and row.peak_bytes >= 0
     summary = json.loads(json.dumps(row.summary()))

@@ -74,7 +74,7 @@ def test_blocks_too_few_are_refused(model):
 
 
 def test_a_controller_that_is_attached_is_not_doubled(model):
-    with rc.Controller(CONTROL.value).attach(model), pytest.raises(RuntimeError, match="a Controller is attached"):
+    with rc.Controller(CONTROL.value).attach(model), pytest.raises(RuntimeError, match="a Controller, or what else edits states, is attached"):
         generate(model, control=CONTROL)
 
 

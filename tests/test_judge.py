@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from recontrol.data.rewards import Judge, as_reward, checked_rewards, reward_name
-from recontrol.data.rewards.judge import TRIES
+from recontrol.data.rewards.chat import TRIES
 
 
 class Server(ThreadingHTTPServer):
-    """Answers chat completions with `answer(prompt text)`: a text, or a status code and no text."""
+    """Answers chat completions with `answer(prompt text)`: a text, or a status code and no text; says `usage` where it is told to."""
 
     daemon_threads = True
 
@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
         self.answer = answer
         self.requests, self.running, self.most, self.lock = [], 0, 0, threading.Lock()
         self.keys = []
+        self.usage = None
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -41,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         status = answer if isinstance(answer, int) else 200
         message = {"role": "assistant", "content": answer}
         body = {"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+        if server.usage is not None:
+            body["usage"] = server.usage
         content = json.dumps(body if status == 200 else {"error": {"message": "told to fail"}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

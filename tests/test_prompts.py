@@ -8,7 +8,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from recontrol.data.prompts import load_prompts
+from recontrol.data.prompts import load_prompts, load_prompts_with_references
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -171,6 +171,55 @@ def test_options_that_need_a_tokenizer_say_so(tmp_path, tokenizer):
         load_prompts(path, limit=0)
 
 
+SHP = [
+    {"history": "Why?", "human_ref_A": "Because.", "human_ref_B": "No idea.", "labels": 1, "score_A": 9, "score_B": 2},
+    {"history": "word " * 60, "human_ref_A": "long A", "human_ref_B": "long B", "labels": 1, "score_A": 4, "score_B": 3},
+    {"history": "When?", "human_ref_A": "Then.", "human_ref_B": "Now.", "labels": 0, "score_A": 1, "score_B": 5},
+]
+
+
+class TestReferences:
+    def test_the_preferred_response_follows_the_last_mark_of_a_dialogue(self, tmp_path):
+        path = write_lines(tmp_path / "hh.jsonl", HH[:1])
+        prompts, references = load_prompts_with_references(path, human="User")
+        assert prompts == load_prompts(path, human="User") and references == [" This is CHOSEN. Assistant: yes"]
+        # Prompt and reference are the dialogue, whole.
+        prompts, references = load_prompts_with_references(path)
+        assert [prompt + reference for prompt, reference in zip(prompts, references, strict=True)] == [HH[0]["chosen"]]
+
+    def test_the_answer_with_the_higher_score(self, tmp_path, tokenizer):
+        path = write_lines(tmp_path / "shp.jsonl.gz", SHP)
+        assert load_prompts_with_references(path) == (load_prompts(path), [" Because.", " long A", " Now."])
+        # Responses are left out with their prompts, and no more are read than asked for.
+        short = {"tokenizer": tokenizer, "max_prompt_tokens": 40}
+        assert load_prompts_with_references(path, **short) == (["Human: Why?\nAssistant:", "Human: When?\nAssistant:"], [" Because.", " Now."])
+        assert load_prompts_with_references(path, limit=1, **short) == (["Human: Why?\nAssistant:"], [" Because."])
+
+    def test_plain_pairs(self, tmp_path):
+        path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}])
+        assert load_prompts_with_references(path) == (["a"], [" b"])
+
+    def test_chat_templates_leave_no_space_around_the_response(self, tmp_path, chat_tokenizer):
+        for name, rows, reference in (("hh.jsonl", HH[:1], "This is CHOSEN. Assistant: yes"), ("shp.jsonl", SHP[:1], "Because.")):
+            path = write_lines(tmp_path / name, rows)
+            prompts, references = load_prompts_with_references(path, tokenizer=chat_tokenizer, chat_template=True)
+            assert prompts == load_prompts(path, tokenizer=chat_tokenizer, chat_template=True) and references == [reference]
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([{"prompt": "a"}], r"has no preferred responses: beside prompt it must have the columns chosen; found \['prompt'\]"),
+            ([{"history": "a", "labels": 1}], "beside history it must have the columns human_ref_A, human_ref_B, labels"),
+            ([SHP[0], {**SHP[0], "human_ref_B": None}], "row 1 must have text in its columns human_ref_B"),
+            ([{**SHP[0], "labels": 3}], "row 0: labels must be 1, where human_ref_A is preferred, or 0, found 3"),
+            ([{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": None}], "row 1 must have text in its columns chosen"),
+        ],
+    )
+    def test_rows_that_prefer_nothing_are_refused(self, tmp_path, rows, message):
+        with pytest.raises(ValueError, match=message):
+            load_prompts_with_references(write_lines(tmp_path / "p.jsonl", rows))
+
+
 @pytest.mark.shared
 @pytest.mark.skipif(not (DATA / "hh-rlhf-harmless-test.jsonl.gz").exists(), reason="the real lines of HH-RLHF are not beside the checkout")
 def test_real_lines_of_hh_rlhf(chat_tokenizer):
@@ -183,6 +232,7 @@ def test_real_lines_of_hh_rlhf(chat_tokenizer):
         assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:")
         # The dialogue is prompt then response, and the prompt has nothing of the response.
         assert text.startswith(prompt) and "\n\nAssistant:" not in text[len(prompt) :]
+    assert load_prompts_with_references(path) == (prompts, [text.removeprefix(prompt) for prompt, text in zip(prompts, chosen, strict=True)])
     rendered = load_prompts(path, tokenizer=chat_tokenizer, chat_template=True)
     assert all(text.startswith("[user]") and text.endswith("[end][assistant]") for text in rendered)
     assert load_prompts(path, human="User", limit=1)[0].startswith("\n\nUser:")

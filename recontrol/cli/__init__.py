@@ -1,4 +1,4 @@
-"""The command line: `recontrol collect | relabel | train | generate | serve | evaluate | push | info`."""
+"""The command line: `recontrol collect | relabel | train | generate | serve | evaluate | judge | push | info`."""
 
 import argparse
 import logging
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from recontrol.cli import collect, evaluate, generate, info, push, relabel, serve, train
+from recontrol.cli import collect, evaluate, generate, info, judge, push, relabel, serve, train
 from recontrol.version import __version__
 
 SUBCOMMANDS = {
@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "generate": generate,
     "serve": serve,
     "evaluate": evaluate,
+    "judge": judge,
     "push": push,
     "info": info,
 }
@@ -29,6 +30,7 @@ the whole method, in this order:
 
 beside it:
   recontrol relabel    score the responses of rollouts again, with another reward
+  recontrol judge      win rate of responses against others, by a language model or a reward model
   recontrol serve      serve the model over HTTP, each request under its own control
   recontrol push       upload a value function to the hub
   recontrol info       say what runs here

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     shared.add_model_options(parser)
     shared.add_prompt_options(parser)
-    shared.add_reward_options(parser, required=False)
+    shared.add_reward_options(parser, default="none")
     shared.add_generation_options(parser)
     parser.set_defaults(batch_size=None)
 

@@ -6,22 +6,31 @@ from pathlib import Path
 
 from recontrol.cli import options as shared
 
-HELP = "compare step sizes and numbers of steps with the uncontrolled model"
+HELP = "compare step sizes, numbers of steps and other methods with the uncontrolled model"
 DESCRIPTION = """\
 Decode prompts without control and under each setting, and measure reward, diversity, coherence, likelihood, speed and the
 cost of control. With --validation-prompts or --validation-split, the setting with the largest coherence + diversity +
-average reward there is marked, as in the paper. Prints a table, and writes report.json, report.png and responses.jsonl."""
+average reward there is marked, as in the paper. Prints a table, and writes report.json, report.png and responses.jsonl.
+
+With --config, a whole study: rollouts and a value function are made where the file asks for them, settings are chosen on
+validation prompts for each of its methods (RE-Control, prompting, static editing, ARGS, prefix scorer, best-of-n, LoRA DPO,
+RLOO and GRPO), and report.html, report.json, report.csv and responses.jsonl are written. The same command goes on with a study
+that was stopped. These are in the package: hh-rlhf-vicuna-7b, hh-rlhf-falcon-7b, shp-vicuna-7b, shp-llama3-8b."""
 EPILOG = """\
-example:
+examples:
+  recontrol evaluate --config hh-rlhf-vicuna-7b --dry-run --out out/dry-run
+  recontrol evaluate --config hh-rlhf-vicuna-7b --out out/hh-rlhf-vicuna-7b
   recontrol evaluate --model lmsys/vicuna-7b-v1.5 --value value/hh --dataset Anthropic/hh-rlhf --split test --limit 300 \\
       --validation-split "train[-100:]" --step-sizes 0.25,0.5,1 --steps 30,50 --reward-model argsearch/llama-7b-rm-float32 \\
       --encoder princeton-nlp/sup-simcse-bert-base-uncased --dtype bfloat16 --out report/hh"""
-AFTER_INTERRUPT = "no report was written"
+AFTER_INTERRUPT = "no report was written; with --config, repeat the command to go on"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the report is written")
+    parser.add_argument("--config", metavar="FILE", help="a study: a YAML file, or the name of one of the package (default: the options below say what to do)")
+    parser.add_argument("--dry-run", action="store_true", help="with --config: try all of it on small random models and data that are made here, in a minute")
     parser.add_argument(
         "--step-sizes", type=shared.listed(shared.positive_float), default=(0.25, 0.5, 1.0), metavar="A,...", help="step sizes (default: 0.25,0.5,1)"
     )
@@ -31,19 +40,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="sentence encoder for the coherence, loaded by sentence-transformers, of the extra `coherence` (default: none, no coherence)",
     )
-    shared.add_model_options(parser)
-    shared.add_value_options(parser, required=True)
-    shared.add_prompt_options(parser, split="test")
+    shared.add_model_options(parser, default="that of --config")
+    shared.add_value_options(parser, default="that of --config")
+    shared.add_prompt_options(parser, default="that of --config", split="test")
     group = parser.add_argument_group("choice")
     group.add_argument("--validation-prompts", metavar="NAME", help="data set to choose the setting on (default: --dataset, if a split is given)")
     group.add_argument("--validation-split", metavar="SPLIT", help="its split; a file has none (default: validation)")
     group.add_argument("--validation-limit", type=shared.positive_int, metavar="N", help="use the first N validation prompts (default: all)")
-    shared.add_reward_options(parser)
+    shared.add_reward_options(parser, default="that of --config")
     shared.add_generation_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and write the report."""
+    needed = {"--model": options.model, "--value": options.value, "--dataset": options.dataset, "--reward-model": options.reward_model}
+    if options.config is not None:
+        given = [name for name, option in needed.items() if option is not None]
+        if given:
+            raise ValueError(f"--config says what to do; found {', '.join(given)} beside it")
+        _run_config(options)
+        return
+    missing = [name for name, option in needed.items() if option is None]
+    if missing or options.dry_run:
+        raise ValueError("--dry-run goes with --config" if options.dry_run else f"{', '.join(missing)} must be given, or --config")
     from recontrol.evaluation.evaluate import choose, evaluate
     from recontrol.evaluation.metrics import load_encoder
     from recontrol.evaluation.report import save_report, table
@@ -82,3 +101,20 @@ def run(options: argparse.Namespace) -> None:
     about = {name: value for name, value in vars(options).items() if name not in ("run", "after_interrupt", "debug", "verbose", "subcommand")}
     save_report(options.out, results, prompts, chosen=chosen, validation=validation, about=about)
     print(f"\nreport.json, report.png and responses.jsonl are in {options.out}")
+
+
+def _run_config(options: argparse.Namespace) -> None:
+    """Run a study, and write its report."""
+    from recontrol.evaluation.report_files import save_findings
+    from recontrol.studies.dry_run import small
+    from recontrol.studies.run import run_study
+    from recontrol.studies.study import load_study
+
+    study = load_study(options.config)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.dry_run:
+        study = small(study, out / "made-up")
+    findings = run_study(study, out)
+    save_findings(out, findings, study)
+    print(f"report.html, report.json, report.csv and responses.jsonl are in {out}")

@@ -39,10 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cache-budget", metavar="SIZE", help="memory for the key/value cache, for example 40GiB (default: half of what is free)")
     shared.add_model_options(parser)
-    shared.add_value_options(parser, required=False)
+    shared.add_value_options(parser, default="none, no control")
     parser.add_argument("--step-size", type=shared.positive_float, default=0.5, metavar="ALPHA", help="of a gradient step (default: 0.5)")
     parser.add_argument("--steps", type=shared.positive_int, default=30, metavar="N", help="gradient steps a token (default: 30)")
-    shared.add_prompt_options(parser, required=False)
+    shared.add_prompt_options(parser, default="none, give --prompt")
     shared.add_generation_options(parser)
 
 

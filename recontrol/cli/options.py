@@ -4,17 +4,13 @@ Heavy imports are inside the functions that need them, so that `--help` answers 
 """
 
 import argparse
-import importlib
+import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Where a model that was not tuned to stop goes on with the dialogue by itself.
-TURNS = ("\n\n{human}:", "\n{human}:", "{human}:")
-DIALOGUES = ("Anthropic/hh-rlhf", "stanfordnlp/SHP")
 
 
 def positive_int(text: str) -> int:
@@ -66,25 +62,44 @@ def escaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device."""
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object, found {text!r} ({error})") from None
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, found {text!r}")
+    return content
+
+
+def _stated(default: str | None) -> str:
+    return "" if default is None else f" (default: {default})"
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--model, --dtype, --device. Here and below, what has no default in words must be given."""
     group = parser.add_argument_group("language model")
-    group.add_argument("--model", required=True, metavar="NAME", help="causal language model: a name on the hub, or a folder")
+    group.add_argument(
+        "--model",
+        required=default is None,
+        metavar="NAME",
+        help="causal language model: a name on the hub, or a folder" + _stated(default),
+    )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the dtype they were saved in)")
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto to spread the model over all GPUs (default: cuda if there is one, else cpu)"
     )
 
 
-def add_value_options(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_value_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """--value and what steers the ascent beside step size and steps."""
     group = parser.add_argument_group("control")
     group.add_argument(
         "--value",
-        required=required,
+        required=default is None,
         metavar="PATH",
-        help="value function: a folder written by `recontrol train`, a name on the hub, or a .pth file of the released code"
-        + ("" if required else " (default: none, no control)"),
+        help="value function: a folder written by `recontrol train`, a name on the hub, or a .pth file of the released code" + _stated(default),
     )
     group.add_argument("--radius", type=positive_float, metavar="R", help="bound on the norm of an edit, in units of the hidden state (default: none)")
     group.add_argument("--target", type=finite_float, metavar="V", help="steer V towards this number, in the unit of V, instead of upward (default: none)")
@@ -98,15 +113,14 @@ def add_value_options(parser: argparse.ArgumentParser, required: bool) -> None:
     group.add_argument("--allow-other-model", action="store_true", help="accept a value function that was trained on the states of another model")
 
 
-def add_prompt_options(parser: argparse.ArgumentParser, required: bool = True, split: str = "train") -> None:
+def add_prompt_options(parser: argparse.ArgumentParser, default: str | None = None, split: str = "train") -> None:
     """--dataset, --split, --limit and how prompts are written."""
     group = parser.add_argument_group("prompts")
     group.add_argument(
         "--dataset",
-        required=required,
+        required=default is None,
         metavar="NAME",
-        help="a name on the hub such as Anthropic/hh-rlhf or stanfordnlp/SHP, or a .jsonl file with a column prompt, chosen or history"
-        + ("" if required else " (default: none, give --prompt)"),
+        help="a name on the hub such as Anthropic/hh-rlhf or stanfordnlp/SHP, or a .jsonl file with a column prompt, chosen or history" + _stated(default),
     )
     group.add_argument("--split", default=split, metavar="SPLIT", help=f"of a data set of the hub; a file has none (default: {split})")
     group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N prompts (default: all)")
@@ -151,7 +165,9 @@ def stop_strings(options: argparse.Namespace) -> list[str]:
         return []
     if options.stop:
         return options.stop
-    return [] if options.chat_template or options.dataset not in DIALOGUES else [turn.format(human=options.human) for turn in TURNS]
+    from recontrol.data.prompts import turn_marks
+
+    return turn_marks(options.dataset, options.human, options.chat_template)
 
 
 def device(options: argparse.Namespace) -> str:
@@ -201,16 +217,16 @@ def controller_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"radius": options.radius, "target": options.target, "backend": options.backend, "allow_other_model": options.allow_other_model}
 
 
-def add_reward_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_reward_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """--reward-model, and how sequence classifiers and judges are used."""
     group = parser.add_argument_group("reward")
     group.add_argument(
         "--reward-model",
         action="append",
-        required=required,
+        required=default is None,
         metavar="NAME",
         help="sequence classifier that scores prompt and response as one text: name or folder; or judge:NAME, a chat model that is asked for a score; or "
-        "python:MODULE:FUNCTION, a function (prompts, responses) -> scores. Given again, each reward becomes a head" + ("" if required else " (default: none)"),
+        "python:MODULE:FUNCTION, a function (prompts, responses) -> scores. Given again, each reward becomes a head" + _stated(default),
     )
     group.add_argument("--reward-batch-size", type=positive_int, default=16, metavar="N", help="texts scored at once (default: 16)")
     group.add_argument(
@@ -224,39 +240,23 @@ def add_reward_options(parser: argparse.ArgumentParser, required: bool = True) -
     group.add_argument("--judge-range", type=listed(finite_float), default=(1.0, 10.0), metavar="A,B", help="lowest and highest score (default: 1,10)")
     group.add_argument("--judge-cache", metavar="FILE", help="keep the judge's answers in this file, and do not ask again (default: none)")
     group.add_argument("--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests to the judge at a time (default: 8)")
+    group.add_argument("--judge-request", type=json_object, metavar="JSON", help='further fields of each request to the judge (default: {"temperature": 0})')
+
+
+def judge_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that every judge takes for its server."""
+    return {"base_url": options.judge_url, "cache": options.judge_cache, "concurrency": options.judge_concurrency, "request": options.judge_request}
 
 
 def load_reward(options: argparse.Namespace) -> Any:
-    """The reward, or a list of several."""
-    rewards = [_reward(options, name) for name in options.reward_model]
-    return rewards[0] if len(rewards) == 1 else rewards
+    """The reward."""
+    from recontrol.data.rewards.loading import load_reward
 
-
-def _reward(options: argparse.Namespace, name: str) -> Any:
-    from recontrol.data.rewards import Judge, RewardModel
-
-    kind, _, rest = name.partition(":")
-    if kind == "judge" and rest:
-        if len(options.judge_range) != 2:
-            raise ValueError(f"--judge-range must be two numbers, found {len(options.judge_range)}")
-        low, high = options.judge_range
-        keywords = {"base_url": options.judge_url, "cache": options.judge_cache, "concurrency": options.judge_concurrency}
-        return Judge(rest, minimum=low, maximum=high, **keywords)
-    if kind == "python" and rest:
-        return _function(rest)
-    place = device(options)
-    where: dict[str, Any] = {"device_map": place} if place == "auto" else {"device": place}
-    return RewardModel.from_pretrained(name, batch_size=options.reward_batch_size, template=options.reward_template, **where)
-
-
-def _function(name: str) -> Any:
-    """The function that MODULE:FUNCTION names; modules in the current folder are found too, as by `python -m`."""
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
-        raise ValueError(f"a function is named MODULE:FUNCTION, found {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise ValueError(f"the module {module} has no {attribute}") from None
+    return load_reward(
+        options.reward_model,
+        batch_size=options.reward_batch_size,
+        template=options.reward_template,
+        device=device(options),
+        judge_range=options.judge_range,
+        judge=judge_options(options),
+    )

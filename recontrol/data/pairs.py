@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recontrol.data.batches import some
-from recontrol.data.prompts import TURN, load_rows, rename_user, render
+from recontrol.data.prompts import TURN, better_and_worse, load_rows, rename_user, render
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,5 @@ def _dialogues(row: dict[str, Any], where: str, human: str) -> Preference:
 
 
 def _question(row: dict[str, Any], where: str, human: str) -> Preference:
-    if row["labels"] not in (0, 1):
-        raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
-    better, worse = ("human_ref_A", "human_ref_B") if row["labels"] else ("human_ref_B", "human_ref_A")
-    return Preference(f"{human}: {row['history']}\nAssistant:", " " + row[better], " " + row[worse])
+    better, worse = better_and_worse(row, where)
+    return Preference(f"{human}: {row['history']}\nAssistant:", " " + better, " " + worse)

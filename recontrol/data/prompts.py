@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 # The marks between the turns of a dialogue of HH-RLHF. A bare "Assistant:" or "Human:" inside a turn is text.
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
+# By the column of the prompt, the columns that tell the preferred response beside it.
+REFERENCE_COLUMNS = {"prompt": ("chosen",), "chosen": (), "history": ("human_ref_A", "human_ref_B", "labels")}
+# Data sets whose prompts end with the mark of the assistant's turn. A model that was not tuned to stop goes on with the dialogue by itself.
+DIALOGUES = ("Anthropic/hh-rlhf", "stanfordnlp/SHP")
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
 
@@ -54,35 +58,61 @@ def load_prompts(
 
     Source: Kong et al. 2024, section 5 and appendix (data sets; prompts of at most 512 tokens).
     """
-    if tokenizer is None and (chat_template or max_prompt_tokens is not None):
-        raise ValueError("chat_template and max_prompt_tokens need the tokenizer of the language model")
-    if chat_template and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; use chat_template=False")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, found {limit}")
-    rows = load_rows(str(source), split)
-    column = next((name for name in ("prompt", "chosen", "history") if name in rows.column_names), None)
-    if column is None:
-        raise ValueError(f"{source} has no column prompt, chosen or history; found {rows.column_names}")
-    prompts: list[str] = []
-    too_long = 0
-    for number, text in enumerate(rows[column]):
-        if len(prompts) == limit:
-            break
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{source}: row {number} must have text in its column {column}, found {text!r}")
-        prompt = _prompt(text, column, "Human" if chat_template else human, f"{source}: row {number}")
-        if chat_template:
-            prompt = render(tokenizer, text if column == "history" else prompt)
-        if max_prompt_tokens is not None and len(tokenizer(prompt).input_ids) > max_prompt_tokens:
-            too_long += 1
-            continue
-        prompts.append(prompt)
-    if too_long:
-        logger.info("left out %d prompts of %s with more than %d tokens", too_long, source, max_prompt_tokens)
-    if not prompts:
-        raise ValueError(f"{source} has no prompt" + (f" of at most {max_prompt_tokens} tokens ({too_long} are longer)" if too_long else ""))
+    prompts, _ = _load(source, split, False, limit, tokenizer, chat_template, human, max_prompt_tokens)
     return prompts
+
+
+def load_prompts_with_references(
+    source: str | os.PathLike,
+    split: str = "train",
+    *,
+    limit: int | None = None,
+    tokenizer: Any = None,
+    chat_template: bool = False,
+    human: str = "Human",
+    max_prompt_tokens: int | None = None,
+) -> tuple[list[str], list[str]]:
+    r"""Read prompts as `load_prompts` does, each with the response that the data set prefers. The columns tell how:
+
+    - `prompt`, `chosen`: the response as it is;
+    - `chosen` (HH-RLHF): what follows the mark of the last turn, "Assistant:";
+    - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): " " and the answer with the higher score, which is A where the label is 1.
+
+    Args:
+        source: this and the rest as for `load_prompts`.
+        split: which split.
+        limit: keep at most this many prompts.
+        tokenizer: for `chat_template` and `max_prompt_tokens`.
+        chat_template: render the prompts; the responses lose the space around them.
+        human: what the user's turns are marked with.
+        max_prompt_tokens: leave out longer prompts, with their responses.
+
+    Returns:
+        (prompts, responses), the prompts being those that `load_prompts` returns for the same arguments.
+
+    Raises:
+        FileNotFoundError: the source is neither here nor on the hub.
+        ValueError: as for `load_prompts`, the source has no preferred responses, or a row has none.
+
+    Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
+    """
+    return _load(source, split, True, limit, tokenizer, chat_template, human, max_prompt_tokens)
+
+
+def turn_marks(source: str | None, human: str = "Human", chat_template: bool = False) -> list[str]:
+    """The strings at which responses to a data set's prompts end by default: the mark of a further turn of the user, as models write it.
+
+    Args:
+        source: the data set.
+        human: what the user's turns are marked with.
+        chat_template: whether the tokenizer's chat template is used, whose turns end with a token.
+
+    Returns:
+        Empty for what is no data set of dialogues.
+    """
+    if chat_template or source not in DIALOGUES:
+        return []
+    return [f"\n\n{human}:", f"\n{human}:", f"{human}:"]
 
 
 def load_rows(source: str, split: str) -> "datasets.Dataset":
@@ -115,16 +145,94 @@ def load_rows(source: str, split: str) -> "datasets.Dataset":
         raise FileNotFoundError(f"no prompts at {source!r}: it is no local file or folder, and the hub did not answer ({error})") from error
 
 
+def _load(
+    source: str | os.PathLike,
+    split: str,
+    with_references: bool,
+    limit: int | None,
+    tokenizer: Any,
+    chat_template: bool,
+    human: str,
+    max_prompt_tokens: int | None,
+) -> tuple[list[str], list[str]]:
+    """The prompts, and with `with_references` the preferred response to each."""
+    if tokenizer is None and (chat_template or max_prompt_tokens is not None):
+        raise ValueError("chat_template and max_prompt_tokens need the tokenizer of the language model")
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; use chat_template=False")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, found {limit}")
+    rows = load_rows(str(source), split)
+    column = next((name for name in ("prompt", "chosen", "history") if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(f"{source} has no column prompt, chosen or history; found {rows.column_names}")
+    further = REFERENCE_COLUMNS[column] if with_references else ()
+    if not set(further) <= set(rows.column_names):
+        raise ValueError(f"{source} has no preferred responses: beside {column} it must have the columns {', '.join(further)}; found {rows.column_names}")
+    prompts: list[str] = []
+    references: list[str] = []
+    too_long = 0
+    for number, row in enumerate(rows.select_columns([column, *further])):
+        if len(prompts) == limit:
+            break
+        where, text = f"{source}: row {number}", row[column]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where} must have text in its column {column}, found {text!r}")
+        prompt = _prompt(text, column, "Human" if chat_template else human, where)
+        if chat_template:
+            prompt = render(tokenizer, text if column == "history" else prompt)
+        if max_prompt_tokens is not None and len(tokenizer(prompt).input_ids) > max_prompt_tokens:
+            too_long += 1
+            continue
+        if with_references:
+            reference = _reference(row, column, where)
+            references.append(reference.strip() if chat_template else reference)
+        prompts.append(prompt)
+    if too_long:
+        logger.info("left out %d prompts of %s with more than %d tokens", too_long, source, max_prompt_tokens)
+    if not prompts:
+        raise ValueError(f"{source} has no prompt" + (f" of at most {max_prompt_tokens} tokens ({too_long} are longer)" if too_long else ""))
+    return prompts, references
+
+
 def _prompt(text: str, column: str, human: str, where: str) -> str:
     """The prompt of a row, as text."""
     if column == "history":
         return f"{human}: {text}\nAssistant:"
-    if column == "chosen":
-        ends = [mark.end() for mark in TURN.finditer(text) if mark[1] == "Assistant"]
-        if not ends:
-            raise ValueError(f"{where}: a dialogue must have a turn of the assistant, found {text[-80:]!r}")
-        text = text[: ends[-1]]
-    return rename_user(text, human)
+    return rename_user(text[: _end_of_prompt(text, where)] if column == "chosen" else text, human)
+
+
+def _reference(row: dict[str, Any], column: str, where: str) -> str:
+    """The preferred response of a row, as it follows the prompt."""
+    missing = [name for name in REFERENCE_COLUMNS[column] if name != "labels" and not isinstance(row[name], str)]
+    if missing:
+        raise ValueError(f"{where} must have text in its columns {', '.join(missing)}")
+    if column == "history":
+        return " " + better_and_worse(row, where)[0]
+    return row["chosen"] if column == "prompt" else row["chosen"][_end_of_prompt(row["chosen"], where) :]
+
+
+def better_and_worse(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """The two answers of a row of SHP, the preferred one first.
+
+    Args:
+        row: with its columns human_ref_A, human_ref_B and labels.
+        where: what to call the row in an error.
+
+    Raises:
+        ValueError: a label that is neither 0 nor 1.
+    """
+    if row["labels"] not in (0, 1):
+        raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
+    return (row["human_ref_A"], row["human_ref_B"]) if row["labels"] else (row["human_ref_B"], row["human_ref_A"])
+
+
+def _end_of_prompt(dialogue: str, where: str) -> int:
+    """Where the last turn of the assistant begins, after its mark."""
+    ends = [mark.end() for mark in TURN.finditer(dialogue) if mark[1] == "Assistant"]
+    if not ends:
+        raise ValueError(f"{where}: a dialogue must have a turn of the assistant, found {dialogue[-80:]!r}")
+    return ends[-1]
 
 
 def rename_user(text: str, human: str) -> str:

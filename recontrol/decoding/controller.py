@@ -15,7 +15,7 @@ from recontrol import backends
 from recontrol.arguments import normalise
 from recontrol.ascend import ascend
 from recontrol.decoding.control import check_settings, integer, several
-from recontrol.decoding.editing import Editing
+from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import forget_compiled
 from recontrol.value import ValueFunction
 
@@ -134,7 +134,7 @@ class Handle(Editing):
         super().__init__(model)
         self.controller = controller
         self.stop_token_ids = _stop_token_ids(self.owner) if controller.stop_token_ids is None else tuple(controller.stop_token_ids)
-        self._check_fit(controller.value, controller.allow_other_model)
+        check_fit(self, controller.value, controller.allow_other_model)
         # From the class, because an instance's forward may be a compiled one.
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
         self._thread = _ThreadState()
@@ -147,7 +147,7 @@ class Handle(Editing):
             weights = controller.head_weights
             self._head_weights = None if weights is None else torch.tensor(weights, dtype=wide, device=controller.value.device)
         # A backend that cannot run says so here, and what it precomputes from the weights is ready.
-        self._ascend(torch.zeros(1, controller.value.hidden_size, dtype=self._dtype(), device=controller.value.device), None)
+        self._ascend(torch.zeros(1, controller.value.hidden_size, dtype=self.dtype(), device=controller.value.device), None)
         try:
             self._hooks.append(self.owner.register_forward_pre_hook(self._before_model, with_kwargs=True))
             self._hooks.append(self.owner.register_forward_hook(self._after_model, always_call=True))
@@ -166,7 +166,7 @@ class Handle(Editing):
 
     def backend(self, rows: int) -> str:
         """The name of the backend that climbs from this many states: the controller's, or what "auto" takes for them."""
-        hidden = torch.zeros(rows, self.controller.value.hidden_size, dtype=self._dtype(), device=self.controller.value.device)
+        hidden = torch.zeros(rows, self.controller.value.hidden_size, dtype=self.dtype(), device=self.controller.value.device)
         chosen = self.controller
         arguments = normalise(hidden, chosen.value, chosen.step_size, chosen.steps, None, chosen.radius, chosen.target, self._head_weights)
         backend = backends.choose(chosen.backend, arguments, chosen.value.prepared())

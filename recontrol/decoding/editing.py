@@ -27,32 +27,8 @@ class Editing(Attachment):
         # While edits are proved to reach the logits: what the state is multiplied by.
         self._sign: Tensor | None = None
         if any(isinstance(other, Editing) for other in attachments(self.embedding)):
-            raise RuntimeError(f"a Controller is attached to this {type(self.owner).__name__} already; detach it first, or leave its with block")
-
-    def _check_fit(self, value: ValueFunction, allow_other_model: bool) -> None:
-        """Refuse a value function that cannot be, or should not be, climbed from this model's states."""
-        kind = type(self.owner).__name__
-        width = input_width(self.owner, self.embedding)
-        if value.hidden_size != width:
-            raise ValueError(f"the value function is for hidden states of size {value.hidden_size}, the output embedding of this {kind} reads size {width}")
-        weight = getattr(self.embedding, "weight", None)
-        device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else value.device
-        if value.device != device:
-            raise ValueError(f"the value function is on {value.device}, the output embedding on {device}; move one of them, as by value.to({str(device)!r})")
-        if (self._dtype() == torch.float64) != (value.dtype == torch.float64):
-            raise TypeError(f"float64 goes with float64 only: the model is {self._dtype()}, the value function is {value.dtype}")
-        # A weighted sum has the provenance of each of its terms.
-        for provenance in () if allow_other_model else (value.provenance, *value.provenance.get("terms", ())):
-            recorded = provenance.get("base_model")
-            # A name alone, as one may write by hand, proves nothing.
-            other = difference(recorded, self.model) if isinstance(recorded, dict) else None
-            if other is not None:
-                raise ValueError(f"the value function was trained for another model: {other}; attach it anyway with allow_other_model=True")
-
-    def _dtype(self) -> torch.dtype:
-        """The dtype of the states."""
-        weight = getattr(self.embedding, "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.owner.dtype
+            kind = type(self.owner).__name__
+            raise RuntimeError(f"a Controller, or what else edits states, is attached to this {kind} already; detach it first, or leave its with block")
 
     def _check_that_edits_reach_the_logits(self) -> None:
         """Negate the state of one token: the logits must change, and must not when it is left as it is."""
@@ -87,3 +63,34 @@ class Editing(Attachment):
         finally:
             self._sign = None
         return (output[0] if isinstance(output, tuple) else output.logits).detach().float().clone()
+
+
+def check_fit(attached: Attachment, value: ValueFunction, allow_other_model: bool) -> None:
+    """Refuse a value function that cannot be, or should not be, used on the states that a model's output embedding reads.
+
+    Args:
+        attached: hooks on the model.
+        value: the value function.
+        allow_other_model: accept one that was trained on the states of another model.
+
+    Raises:
+        TypeError: float64 meets another dtype.
+        ValueError: another size, another device, or trained for another model.
+    """
+    kind = type(attached.owner).__name__
+    width = input_width(attached.owner, attached.embedding)
+    if value.hidden_size != width:
+        raise ValueError(f"the value function is for hidden states of size {value.hidden_size}, the output embedding of this {kind} reads size {width}")
+    weight = getattr(attached.embedding, "weight", None)
+    device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else value.device
+    if value.device != device:
+        raise ValueError(f"the value function is on {value.device}, the output embedding on {device}; move one of them, as by value.to({str(device)!r})")
+    if (attached.dtype() == torch.float64) != (value.dtype == torch.float64):
+        raise TypeError(f"float64 goes with float64 only: the model is {attached.dtype()}, the value function is {value.dtype}")
+    # A weighted sum has the provenance of each of its terms.
+    for provenance in () if allow_other_model else (value.provenance, *value.provenance.get("terms", ())):
+        recorded = provenance.get("base_model")
+        # A name alone, as one may write by hand, proves nothing.
+        other = difference(recorded, attached.model) if isinstance(recorded, dict) else None
+        if other is not None:
+            raise ValueError(f"the value function was trained for another model: {other}; attach it anyway with allow_other_model=True")

@@ -57,6 +57,11 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         self._paused = False
 
+    def dtype(self) -> torch.dtype:
+        """The dtype of the states that the output embedding reads."""
+        weight = getattr(self.embedding, "weight", None)
+        return weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else self.owner.dtype
+
     @property
     def attached(self) -> bool:
         """Whether the hooks are in place."""

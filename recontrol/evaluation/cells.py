@@ -76,5 +76,9 @@ class Cells:
 def folder_name(method: Method) -> str:
     """A name for files of a method: its label as far as a file system bears it, and a hash of what it is made of."""
     readable = re.sub(r"[^a-z0-9.]+", "-", method.label.lower()).strip("-")[:LONGEST_NAME]
-    digest = hashlib.sha256(json.dumps([method.label, method.identity], default=str).encode()).hexdigest()[:8]
-    return f"{readable}-{digest}"
+    return f"{readable}-{short_hash([method.label, method.identity])}"
+
+
+def short_hash(content: Any) -> str:
+    """Eight digits that tell contents apart; what JSON does not know counts as its text."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]

@@ -16,9 +16,10 @@ from recontrol.decoding.responses import listed_stop_strings
 from recontrol.evaluation.cells import Cells
 from recontrol.evaluation.measure import Cell, Measure
 from recontrol.evaluation.metrics import load_encoder
-from recontrol.evaluation.results import Result, choose, summarise, weighted
+from recontrol.evaluation.results import Result, choose, summarise
 from recontrol.methods.base import Method, Uncontrolled
 from recontrol.methods.control import ReControl
+from recontrol.methods.scores import one_score
 from recontrol.value import ValueFunction
 
 __all__ = ["Result", "choose", "evaluate"]
@@ -177,4 +178,4 @@ def _warm_up(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]
         warm_up = method.respond(measure.model, measure.tokenizer, prompts, max_new_tokens=min(WARM_UP_TOKENS, measure.max_new_tokens), **measure.options)
         if method is methods[0]:
             scores = checked_rewards(measure.reward, prompts, [response.text for response in warm_up.responses])
-            weighted(scores.double().numpy(), measure.head_weights)
+            one_score(scores, measure.head_weights)

@@ -14,9 +14,9 @@ from recontrol.decoding.generation import evaluation_mode
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.decoding.responses import Response, decode_after
 from recontrol.evaluation.divergence import NextTokenRecorder, likelihoods
-from recontrol.evaluation.memory import peak_memory
 from recontrol.evaluation.metrics import diversity, similarities
 from recontrol.methods.base import Method
+from recontrol.peak_memory import PeakMemory
 from recontrol.value import ValueFunction
 
 # Of how many responses of a batch the edits are made again, to measure them.
@@ -62,7 +62,7 @@ class Cell:
         seed: the seed of the run; batch b is decoded with it + b.
         batch: b.
         seconds: of generation alone.
-        steps: decode steps, the longest row's.
+        steps: tokens kept of the longest response, at least 1: what the time of generation is divided by, however many were decoded for it.
         peak_bytes: of memory during generation, beyond that before.
         edit_norm: mean |u| of the first responses' states, in units of the hidden state; None where the method edits none.
         answers: one a prompt.
@@ -128,12 +128,12 @@ class Measure:
         recorder = NextTokenRecorder() if method.divergence is None else None
         processors = [] if recorder is None else [recorder]
         keywords = {**self.options, "logits_processor": [*self.options.get("logits_processor", []), *processors]}
-        with record_hidden_states(self.model) as states, peak_memory(self.model.device) as peak:
+        with record_hidden_states(self.model) as states, PeakMemory(self.model.device) as peak:
             made = method.respond(self.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, seed=seed + batch, **keywords)
         seconds = made.seconds - (0 if recorder is None else recorder.seconds)
-        # Where a method decodes other rows than one a prompt, they are not those of the responses.
-        fits = bool(states.steps) and all(len(step) == len(prompts) for step in states.steps)
-        if recorder is not None and (not recorder.steps or any(len(step) != len(prompts) for step in recorder.steps)):
+        # A method that responds on its own decodes other rows than those of the responses.
+        fits = type(method).respond is Method.respond and bool(states.steps)
+        if not fits:
             recorder = None
         ids = [response.token_ids for response in made.responses]
         texts = [response.text for response in made.responses]
@@ -158,7 +158,7 @@ class Measure:
             for index, response in enumerate(made.responses)
         ]
         norm = _edit_norm(method, rows[:EDITED_ROWS])
-        return Cell(method.label, seed, batch, seconds, made.steps, peak.bytes, norm, answers)
+        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
 
     @torch.no_grad()
     def _values(self, states: Tensor) -> list[float]:

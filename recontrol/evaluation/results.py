@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from recontrol.evaluation.measure import Answer, Cell
 from recontrol.evaluation.metrics import bootstrap_interval
 from recontrol.methods.base import Method, Training, Uncontrolled
 from recontrol.methods.control import ReControl
+from recontrol.methods.scores import one_score
 
 UNCONTROLLED = Uncontrolled.kind
 
@@ -110,8 +112,8 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
     """
     answers = [answer for cell in cells for answer in cell.answers]
     seeds = len({cell.seed for cell in cells})
-    table = np.array([answer.scores for answer in answers], dtype=np.float64)
-    rewards = weighted(table, head_weights)
+    table = torch.tensor([answer.scores for answer in answers], dtype=torch.float64)
+    rewards = one_score(table, head_weights).numpy()
     tokens = sum(answer.tokens for answer in answers)
     nll = sum(answer.nll for answer in answers) / tokens if tokens else None
     kls = [answer.kl for answer in answers if answer.kl is not None]
@@ -150,21 +152,6 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
         responses=[answer.text for answer in answers],
         answers=answers,
     )
-
-
-def weighted(table: np.ndarray, head_weights: Sequence[float] | None) -> np.ndarray:
-    """(responses, rewards) -> (responses,), float64.
-
-    Raises:
-        ValueError: several rewards without weights, or another number of weights.
-    """
-    if head_weights is None:
-        if table.shape[1] != 1:
-            raise ValueError(f"the reward returns {table.shape[1]} scores a response; head_weights must say how they are added")
-        return table[:, 0]
-    if len(head_weights) != table.shape[1]:
-        raise ValueError(f"found {len(head_weights)} head_weights for {table.shape[1]} rewards")
-    return table @ np.asarray(head_weights, dtype=np.float64)
 
 
 def by_prompt(numbers: np.ndarray, seeds: int) -> np.ndarray:

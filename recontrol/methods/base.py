@@ -32,7 +32,7 @@ def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the bytes of some tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -159,6 +159,11 @@ class Together(Method):
     def kind(self) -> str:  # type: ignore[override]
         """The kinds of all."""
         return " + ".join(method.kind for method in self.methods)
+
+    @property
+    def label(self) -> str:
+        """The labels of all."""
+        return " + ".join(method.label for method in self.methods)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class ReControl(Method):
         control: value function, step size, steps, radius, target, weights of the heads.
         backend: of the ascent, as for `recontrol.ascend`.
         allow_other_model: accept a value function that was trained on the states of another model.
+        trained: what training the value function took, where it is known.
 
     Raises:
         TypeError, ValueError: `control` is no `Control`, or an unknown backend.
@@ -40,6 +41,7 @@ class ReControl(Method):
     control: Control
     backend: str = field(default="auto", kw_only=True)
     allow_other_model: bool = field(default=False, kw_only=True)
+    trained: Training | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.control, Control):
@@ -60,8 +62,8 @@ class ReControl(Method):
 
     @property
     def training(self) -> Training:
-        """The value function's parameters, and how long they were trained where that was recorded."""
-        return training_of(self.control.value)
+        """As given, else the value function's parameters alone."""
+        return self.trained or training_of(self.control.value)
 
     def edit(self, states: Tensor) -> Tensor:
         """(rows, hidden_size) -> o_t + u_t."""
@@ -97,9 +99,9 @@ class ReControl(Method):
 
 
 def training_of(value: ValueFunction) -> Training:
-    """What a value function had to be trained, as far as its provenance says.
+    """What is known of a value function's training where nobody has said more: how many parameters it has.
 
     Args:
         value: the value function.
     """
-    return Training(sum(parameter.numel() for parameter in value.parameters()), value.provenance.get("training_seconds"), None)
+    return Training(sum(parameter.numel() for parameter in value.parameters()), None, None)

@@ -1,0 +1,240 @@
+"""Questions to a chat model behind any server that speaks OpenAI's protocol: side by side, sent again after failures, answers kept."""
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+# Answers that cannot be read, for one question, before it is given up.
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What questions have cost.
+
+    Attributes:
+        requests: that were answered; those that failed and were sent again are not billed, and those answered by the cache not sent.
+        input_tokens: of the questions, as the server counts them; None where it does not say.
+        output_tokens: of the answers, likewise.
+    """
+
+    requests: int = 0
+    input_tokens: int | None = 0
+    output_tokens: int | None = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """The sum; unknown where a part is."""
+        return Usage(self.requests + other.requests, _sum(self.input_tokens, other.input_tokens), _sum(self.output_tokens, other.output_tokens))
+
+    def cost(self, price_per_million: tuple[float, float]) -> float | None:
+        """(input_tokens * input price + output_tokens * output price) / 1e6; None where the tokens are unknown.
+
+        Args:
+            price_per_million: of tokens of the questions, and of the answers.
+        """
+        if self.input_tokens is None or self.output_tokens is None:
+            return None
+        return (self.input_tokens * price_per_million[0] + self.output_tokens * price_per_million[1]) / 1e6
+
+
+class ChatModel:
+    """A chat model that is asked many questions.
+
+    Requests run side by side, at most `concurrency` at a time; one that fails for a while (rate limit, server error, no connection)
+    is sent again with growing delays by the `openai` client. Answers are kept on disk under the hash of the request, so a run that
+    was stopped pays for none of them again.
+
+    Args:
+        model: the name that the server knows it by.
+        base_url: of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI.
+        api_key: by default OPENAI_API_KEY; a server of your own may need none.
+        cache: file for the answers, an SQLite data base, made if absent; None keeps them while the object lives.
+        concurrency: requests at a time.
+        max_retries: how often a request that failed is sent again.
+        timeout: seconds to wait for an answer.
+        request: further fields of each request, those that only some servers know inside "extra_body"; by default {"temperature": 0}.
+
+    Raises:
+        ImportError: the extra `judge` (the package openai) is not installed.
+        ValueError: a `concurrency` below 1, no key for OpenAI's server, or a cache that is no such file.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        cache: str | os.PathLike | None = None,
+        concurrency: int = 8,
+        max_retries: int = 5,
+        timeout: float = 120.0,
+        request: dict[str, Any] | None = None,
+    ):
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, found {concurrency}")
+        self.model, self.concurrency = model, concurrency
+        self.request = {"temperature": 0} if request is None else dict(request)
+        self._client = _client(base_url, api_key, max_retries, timeout)
+        self._cache = _Cache(cache)
+
+    def ask(
+        self, questions: Sequence[str], read: Callable[[str | None], Answer], *, context: Sequence[Any] = (), unreadable: int = 0
+    ) -> tuple[list[Answer | None], Usage]:
+        """Ask each question, in a conversation of its own.
+
+        Args:
+            questions: equal ones are asked once.
+            read: makes of the text of an answer what is returned; raises ValueError where it cannot, and then the question is asked
+                again, up to `TRIES` times in all. Answers that cannot be read are not kept.
+            context: what else the meaning of an answer depends on, ready for JSON; an answer kept under another context is not used.
+            unreadable: how many different questions may be given up.
+
+        Returns:
+            One answer a question, None where it was given up, and what the requests of this call have cost.
+
+        Raises:
+            ConnectionError: the server cannot be reached, refuses the request, or fails after all retries.
+            ValueError: one question more than `unreadable` was given up; the answer is quoted.
+        """
+        keys = [self._key(question, context) for question in questions]
+        known = self._cache.read(keys)
+        answers: dict[str, Answer | None] = {key: read(text) for key, text in known.items()}
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
+        usage, given_up = Usage(), 0
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            futures = {pool.submit(self._ask, key, question, read): key for key, question in missing.items()}
+            for future in as_completed(futures):
+                answers[futures[future]], spent, error = future.result()
+                usage += spent
+                if error is not None:
+                    given_up += 1
+                    if given_up > unreadable:
+                        raise error
+                    logger.warning("%s", error)
+        finally:
+            # After an error or Ctrl-C nothing more is asked for; answers that are under way still reach the cache.
+            pool.shutdown(cancel_futures=True)
+        return [answers[key] for key in keys], usage
+
+    def missing(self, questions: Iterable[str], *, context: Sequence[Any] = ()) -> list[str]:
+        """The questions that `ask` would send, each once.
+
+        Args:
+            questions: to ask.
+            context: as for `ask`.
+        """
+        keys = {self._key(question, context): question for question in questions}
+        known = self._cache.read(list(keys))
+        return [question for key, question in keys.items() if key not in known]
+
+    def _key(self, question: str, context: Sequence[Any]) -> str:
+        content = [str(self._client.base_url), *context, self._request(question)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _request(self, question: str) -> dict[str, Any]:
+        return {"model": self.model, "messages": [{"role": "user", "content": question}], **self.request}
+
+    def _ask(self, key: str, question: str, read: Callable[[str | None], Answer]) -> tuple[Answer | None, Usage, ValueError | None]:
+        """The answer, once it can be read, kept before it is returned; or why it could not be read."""
+        import openai
+
+        usage = Usage()
+        for _ in range(TRIES):
+            try:
+                completion = self._client.chat.completions.create(**self._request(question))
+            except openai.APIError as error:
+                raise ConnectionError(f"the judge {self.model} at {self._client.base_url} did not answer: {error}") from error
+            usage += _usage(completion)
+            text = completion.choices[0].message.content if completion.choices else None
+            try:
+                answer = read(text)
+            except ValueError as error:
+                failure = ValueError(f"{error} ({TRIES} times)")
+                continue
+            self._cache.write(key, str(text))
+            return answer, usage, None
+        return None, usage, failure
+
+
+def marked(name: str, instructions: str, default: str) -> str:
+    """The name of a judge, with the start of the hash of its instructions where they are not the default ones.
+
+    Args:
+        name: without it.
+        instructions: of the judge.
+        default: those that need no mark.
+    """
+    return name if instructions == default else f"{name}, instructions {hashlib.sha256(instructions.encode()).hexdigest()[:8]}"
+
+
+def quoted(answer: str | None) -> str:
+    """An answer as it stands in an error: between quotes, its first 200 characters.
+
+    Args:
+        answer: its text; None where the server sent none.
+    """
+    return repr(answer if answer is None or len(answer) <= 200 else answer[:200] + "...")
+
+
+class _Cache:
+    """Answers by the hash of their request, in an SQLite file or in memory; several threads and processes may share it."""
+
+    def __init__(self, path: str | os.PathLike | None):
+        self._path = path
+        self._lock = threading.Lock()
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._base = sqlite3.connect(":memory:" if path is None else path, timeout=60, check_same_thread=False)
+            with self._base:
+                self._base.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+        except sqlite3.Error as error:
+            raise ValueError(f"{path} is no file for the answers of a judge: {error}") from error
+
+    def read(self, keys: Sequence[str]) -> dict[str, str]:
+        with self._lock:
+            found = [self._base.execute("SELECT request, answer FROM answers WHERE request = ?", (key,)).fetchone() for key in set(keys)]
+        return dict(filter(None, found))
+
+    def write(self, key: str, answer: str) -> None:
+        try:
+            with self._lock, self._base:
+                self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
+        except sqlite3.Error as error:
+            raise OSError(f"could not write {self._path}: {error}; the answers before stay") from error
+
+
+def _client(base_url: str | None, api_key: str | None, max_retries: int, timeout: float) -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError('a judge needs the package openai: pip install "recontrol[judge]"') from error
+    key = api_key or os.environ.get("OPENAI_API_KEY")
+    if not key:
+        if not (base_url or os.environ.get("OPENAI_BASE_URL")):
+            raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that wants none")
+        # The client insists on one.
+        key = "none"
+    return openai.OpenAI(api_key=key, base_url=base_url, max_retries=max_retries, timeout=timeout)
+
+
+def _usage(completion: Any) -> Usage:
+    found = getattr(completion, "usage", None)
+    return Usage(1, getattr(found, "prompt_tokens", None), getattr(found, "completion_tokens", None))
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other

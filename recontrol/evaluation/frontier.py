@@ -1,0 +1,225 @@
+"""Reward against divergence: which settings are worth their divergence, and how methods compare at the same one.
+
+A point is anything with `.reward`, a mean reward, and `.kl`, the divergence KL(controlled || uncontrolled) of a response that was paid for it, in
+nats and 0 or more. Lines between points are straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence
+by one in s^2, so the reward is linear in d where a line begins, while over KL its slope there is infinite; and reward models that are climbed too far have been
+seen to follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
+"""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+
+class Point(Protocol):
+    """A setting that was measured.
+
+    For intervals it has `.rewards` and `.kls` too, one number a response, in the same order at all points: those of the prompts, seed after seed, with
+    `.seeds` that says of how many (1 where it is missing). `recontrol.evaluation.results.Result` is one.
+    """
+
+    @property
+    def reward(self) -> float:
+        """Mean reward."""
+        ...
+
+    @property
+    def kl(self) -> float:
+        """Mean divergence from the uncontrolled model, in nats a response."""
+        ...
+
+
+AnyPoint = TypeVar("AnyPoint", bound=Point)
+
+
+@dataclass(frozen=True)
+class AtKL:
+    """A method at one level of divergence.
+
+    Attributes:
+        kl: the level.
+        reward: by interpolation; None beyond the largest divergence at which the method was measured.
+        interval: (low, high), percentile bootstrap over prompts; None without `reward`, or where points have no numbers for each response.
+    """
+
+    kl: float
+    reward: float | None
+    interval: tuple[float, float] | None
+
+
+def pareto(points: Sequence[AnyPoint]) -> list[AnyPoint]:
+    """The points that no other beats: none has a larger reward at no larger KL, or a smaller KL at no smaller reward.
+
+    Args:
+        points: measured settings.
+
+    Returns:
+        By growing KL, and therefore by growing reward; of equal points the first.
+
+    Raises:
+        ValueError: a reward that is not finite, or a KL that is not finite or is negative.
+    """
+    _check(points)
+    kept: list[AnyPoint] = []
+    for point in sorted(points, key=lambda each: (each.kl, -each.reward)):
+        if not kept or point.reward > kept[-1].reward:
+            kept.append(point)
+    return kept
+
+
+def choose_at_kl(points: Sequence[AnyPoint], max_kl: float) -> AnyPoint:
+    """The largest reward that can be had for a divergence: argmax of reward over the points with KL <= max_kl.
+
+    Args:
+        points: measured settings, the uncontrolled model among them if it may be chosen.
+        max_kl: the budget, in nats.
+
+    Returns:
+        The best; of equals the one of the smallest KL, then the first.
+
+    Raises:
+        ValueError: all points have a larger KL, or as for `pareto`.
+    """
+    affordable = [point for point in pareto(points) if point.kl <= max_kl]
+    if not affordable:
+        smallest = f"the smallest KL of these {len(points)} points is {min(point.kl for point in points):.4g}" if points else "there are no points"
+        raise ValueError(f"no point has a KL of {max_kl} or less: {smallest}")
+    return affordable[-1]
+
+
+def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
+    """Where further divergence begins to pay less than on average: the point of the frontier that is furthest above its chord.
+
+    The frontier runs from (d_0 = 0, R_0), the uncontrolled model, to its last point (d_m, R_m), d = sqrt(KL); the point chosen is
+
+        argmax_i  (R_i - R_0) / (R_m - R_0) - d_i / d_m.
+
+    On a parabola R = d (a - b d) up to its top that is half of the top's d: three quarters of the largest gain for a quarter of its KL. The largest gain for
+    each unit of d would be no rule: on such a line it is had by the weakest control there is.
+
+    Args:
+        points: measured settings.
+        uncontrolled: the uncontrolled model; its KL counts as 0.
+
+    Returns:
+        The point, the one of the largest reward among equals (the last, on a straight line); `uncontrolled` where no point has a larger reward.
+
+    Raises:
+        ValueError: as for `pareto`.
+
+    Source: Satopaa et al. 2011 (Kneedle), for the distance to the chord.
+    """
+    _check([uncontrolled])
+    frontier = [point for point in pareto(points) if point.reward > uncontrolled.reward]
+    if not frontier:
+        return uncontrolled
+    last = frontier[-1]
+    if last.kl == 0:
+        return last
+
+    def height(point: Point) -> float:
+        gain = (point.reward - uncontrolled.reward) / (last.reward - uncontrolled.reward)
+        # Rounding must not decide between the points of a straight line.
+        return round(gain - math.sqrt(point.kl / last.kl), 9)
+
+    return max(frontier, key=lambda point: (height(point), point.reward))
+
+
+def at_equal_kl(
+    points: Mapping[str, Sequence[Point]],
+    kl_levels: Sequence[float],
+    uncontrolled: Point,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, list[AtKL]]:
+    """The reward of each method at the same divergences, so that none wins by going further from the uncontrolled model.
+
+    A method's line runs along its own frontier (`pareto`), which begins with the uncontrolled model at KL 0, straight in d = sqrt(KL) between neighbours:
+
+        R(d) = R_i + (R_{i+1} - R_i) (d - d_i) / (d_{i+1} - d_i),  d_i <= d <= d_{i+1}.
+
+    So it never falls: it says what can be had for at most that divergence. From the frontier's last point to the largest KL measured, where more
+    divergence bought less reward, it is level. Beyond that nothing was measured, and nothing is said.
+
+    Intervals: prompts are drawn with replacement, the same ones for all points of all methods, and means and lines are made anew; where a draw's
+    largest KL is below a level that was reached, its line goes on level. The seeds of a prompt are averaged first.
+
+    Args:
+        points: by method, its measured settings.
+        kl_levels: divergences, in nats a response.
+        uncontrolled: the uncontrolled model; its KL counts as 0.
+        level: the share of resampled rewards inside an interval.
+        resamples: how many times the prompts are drawn.
+        seed: of the draws.
+
+    Returns:
+        By method, one entry for each level, in order.
+
+    Raises:
+        ValueError: a level that is negative or not finite, points with other numbers of responses than the uncontrolled model, or as for `pareto`.
+    """
+    if any(not math.isfinite(kl) or kl < 0 for kl in kl_levels):
+        raise ValueError(f"levels of KL must be finite and 0 or more, found {list(kl_levels)}")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level must be inside (0, 1) and resamples at least 1, found {level} and {resamples}")
+    for given in ([uncontrolled], *points.values()):
+        _check(given)
+    at = np.sqrt(np.asarray(kl_levels, dtype=np.float64))
+    start = getattr(uncontrolled, "rewards", None)
+    seeds = getattr(uncontrolled, "seeds", 1)
+    prompts = 0 if start is None else len(start) // seeds
+    draws = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts)) if prompts else None
+    table = {}
+    for method, given in points.items():
+        rewards = _line(np.array([[uncontrolled.reward, 0.0], *([point.reward, point.kl] for point in given)]), at)
+        largest = max((point.kl for point in given), default=0.0)
+        responses = None if start is None or draws is None else _responses(method, start, given, seeds)
+        bounds = None
+        if responses is not None and draws is not None:
+            # A mean of estimated divergences may fall below 0 in a draw.
+            lines = [_line(responses[:, :, draw].mean(-1).clip([-np.inf, 0.0]), at) for draw in draws]
+            bounds = np.quantile(lines, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        table[method] = [
+            AtKL(float(kl), None, None)
+            if kl > largest
+            else AtKL(float(kl), float(rewards[place]), None if bounds is None else (float(bounds[0, place]), float(bounds[1, place])))
+            for place, kl in enumerate(kl_levels)
+        ]
+    return table
+
+
+def _line(means: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The line through (points, [reward, KL]) at these d, level behind its last point."""
+    order = np.lexsort((-means[:, 0], means[:, 1]))
+    rewards, kls = means[order].T
+    # A running maximum that does not rise is a point that another beats.
+    best = np.maximum.accumulate(rewards)
+    kept = np.concatenate([[True], best[1:] > best[:-1]])
+    return np.interp(at, np.sqrt(kls[kept]), rewards[kept])
+
+
+def _responses(method: str, start: Sequence[float], points: Sequence[Point], seeds: int) -> np.ndarray | None:
+    """(points, [reward, KL], prompts), the uncontrolled model first; None where a point has no numbers for each response."""
+    found = [start, np.zeros(len(start))]
+    for point in points:
+        for name in ("rewards", "kls"):
+            given = getattr(point, name, None)
+            if given is None or not len(given):
+                return None
+            if len(given) != len(start):
+                raise ValueError(f"a point of {method!r} has {len(given)} {name}, the uncontrolled model {len(start)} rewards: one a response is wanted")
+            found.append(given)
+    return np.array(found, dtype=np.float64).reshape(-1, 2, seeds, len(start) // seeds).mean(2)
+
+
+def _check(points: Sequence[Point]) -> None:
+    for place, point in enumerate(points):
+        # A method that shows no distributions may have None.
+        if not all(isinstance(given, numbers.Real) and math.isfinite(given) for given in (point.reward, point.kl)) or point.kl < 0:
+            raise ValueError(f"points need a finite reward and a finite KL of 0 or more, found {point.reward} and {point.kl} at {place}")

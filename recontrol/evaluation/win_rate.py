@@ -1,0 +1,127 @@
+"""Win rates: how often a response is better than another one to the same prompt, for example the one that the data set prefers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from recontrol.data.rewards import reward_name
+from recontrol.data.rewards.chat import Usage
+from recontrol.evaluation.judges import Judgement
+from recontrol.evaluation.metrics import bootstrap_interval
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How responses fare against others.
+
+    Attributes:
+        rate: (wins + ties / 2) / pairs.
+        interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts; the pairs of one prompt, such as those of several
+            seeds, are drawn together, since they are not independent.
+        wins: pairs whose response is better.
+        ties: pairs of which neither is.
+        losses: pairs whose other response is better.
+        position_bias: the share of pairs that the order decided, see `Judgement`; None where the judge has no order.
+        unreadable: pairs that are ties for want of an answer that can be read.
+        requests: that were sent and answered in this run; 0 where the judge sends none.
+        input_tokens: of these requests; None where the judge or its server does not say.
+        output_tokens: of the answers, likewise.
+        cost: of both, in the currency of the judge's prices; None without prices.
+        judge: its name.
+        verdicts: one a pair, 1 for a win, 0.5 for a tie, 0 for a loss.
+    """
+
+    rate: float
+    interval: tuple[float, float]
+    wins: int
+    ties: int
+    losses: int
+    position_bias: float | None
+    unreadable: int
+    requests: int
+    input_tokens: int | None
+    output_tokens: int | None
+    cost: float | None
+    judge: str
+    verdicts: list[float] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Two or three lines for a reader."""
+        low, high = self.interval
+        lines = [
+            f"win rate {self.rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}]",
+            f"wins {self.wins}, ties {self.ties}, losses {self.losses}, by {self.judge}",
+        ]
+        if self.position_bias is not None:
+            lines[-1] += f"; the order decided {self.position_bias:.1%} of the pairs"
+        if self.unreadable:
+            lines[-1] += f"; no readable answer: {self.unreadable} of the ties"
+        if self.position_bias is not None or self.requests:
+            tokens = "" if self.input_tokens is None else f", {self.input_tokens} tokens of questions and {self.output_tokens} of answers"
+            lines.append(f"{self.requests} requests{tokens}" + ("" if self.cost is None else f", cost {self.cost:.4g}"))
+        return "\n".join(lines)
+
+
+def win_rate(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    others: Sequence[str],
+    judge: Callable[..., Judgement | Sequence[float]],
+) -> WinRate:
+    """The share of pairs that the response wins: (wins + ties / 2) / pairs.
+
+    Args:
+        prompts: one a pair.
+        responses: that are judged.
+        others: what they are compared with: another method's, or the preferred ones from `load_prompts_with_references`.
+        judge: a `PairwiseJudge`, a `RewardJudge`, or any function (prompts, responses, others) -> verdicts, one of 1, 0.5 and 0 a pair.
+
+    Raises:
+        ValueError: no pairs, different counts, or something else than one such verdict a pair.
+        ConnectionError: see `PairwiseJudge`.
+
+    Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
+    """
+    if not prompts or not len(prompts) == len(responses) == len(others):
+        raise ValueError(f"a win rate needs pairs: found {len(prompts)} prompts, {len(responses)} responses and {len(others)} others, wanted equally many")
+    judgement = judge(prompts, responses, others)
+    if not isinstance(judgement, Judgement):
+        judgement = Judgement(judgement)
+    verdicts = [float(verdict) for verdict in judgement.verdicts]
+    strange = sorted({verdict for verdict in verdicts if verdict not in (0, 0.5, 1)})
+    if strange or len(verdicts) != len(prompts):
+        raise ValueError(
+            f"a judge must return 1, 0.5 or 0 for each of {len(prompts)} pairs, found {len(verdicts)} verdicts, among them {strange or 'no other'}"
+        )
+    usage = judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None)
+    rate = sum(verdicts) / len(verdicts)
+    return WinRate(
+        rate=rate,
+        interval=bootstrap_interval(_by_prompt(prompts, verdicts, rate)),
+        wins=verdicts.count(1.0),
+        ties=verdicts.count(0.5),
+        losses=verdicts.count(0.0),
+        position_bias=judgement.position_bias,
+        unreadable=judgement.unreadable,
+        requests=usage.requests,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cost=judgement.cost,
+        judge=str(reward_name(judge)),
+        verdicts=verdicts,
+    )
+
+
+def _by_prompt(prompts: Sequence[str], verdicts: Sequence[float], rate: float) -> list[float]:
+    """Numbers whose mean is the rate, one a prompt: rate + sum over its pairs of (verdict - rate) * prompts / pairs.
+
+    Where every prompt has as many pairs, they are the means of its verdicts; else the rate is a ratio, and this is its linearisation.
+    """
+    sums: dict[str, float] = {}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        sums[prompt] = sums.get(prompt, 0.0) + verdict - rate
+    return [rate + difference * len(sums) / len(prompts) for difference in sums.values()]

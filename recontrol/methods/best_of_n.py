@@ -1,0 +1,163 @@
+"""Sampling several responses to a prompt and keeping the one with the largest reward."""
+
+import math
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from recontrol.data.rewards import as_reward, checked_rewards
+from recontrol.decoding.generation import Batch, check_options, effective, greedy_unless_asked
+from recontrol.decoding.responses import Response
+from recontrol.methods.base import Method, Training, Uncontrolled
+from recontrol.methods.scores import one_score
+
+
+@dataclass(frozen=True, eq=False)
+class BestOfN(Method):
+    """y = argmax_{i <= n} r(y_i), y_1 ... y_n sampled independently: the first of equals is kept.
+
+    Every response is decoded and scored to its end, so it costs n times the decoding, and the reward at test time.
+
+    Args:
+        n: responses to a prompt, at least 1.
+        reward: as for `collect`: a callable (prompts, responses) -> scores, a pair (sequence classifier, tokenizer), or a name or path.
+        inner: how each of them is made.
+        head_weights: one number a reward, where there are several: their weighted sum is the largest.
+        rows_at_once: decode at most this many responses at once, in several rounds, but never fewer than one to each prompt; None for all at once.
+            Another number gives other samples.
+        sampling: options of `model.generate` in the place of those that a comparison has for all methods, do_sample=True where it is greedy.
+
+    Raises:
+        TypeError: `reward` is nothing that can be called, `inner` no method.
+        ValueError: n or rows_at_once below 1, or an `inner` that chooses between responses itself.
+
+    Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
+    """
+
+    n: int
+    reward: Any
+    inner: Method = field(default_factory=Uncontrolled)
+    head_weights: Sequence[float] | None = field(default=None, kw_only=True)
+    rows_at_once: int | None = field(default=None, kw_only=True)
+    sampling: Mapping[str, Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, number in {"n": self.n, "rows_at_once": self.n if self.rows_at_once is None else self.rows_at_once}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, found {number!r}")
+        if not isinstance(self.inner, Method):
+            raise TypeError(f"inner must be a method, found {type(self.inner).__name__}")
+        if type(self.inner).respond is not Method.respond:
+            raise ValueError(f"{self.inner.label} chooses between responses on its own: give one that makes each of them")
+        object.__setattr__(self, "reward", as_reward(self.reward))
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """Best-of-n, and what each response is made by."""
+        return "best-of-n" if isinstance(self.inner, Uncontrolled) else f"best-of-n + {self.inner.kind}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How many samples, and what tells the inner method from others of its kind."""
+        # Not "n", which are the steps of an ascent.
+        return {"samples": self.n, **self.inner.settings}
+
+    @property
+    def identity(self) -> Any:
+        """What else the responses depend on; a reward has no checksum."""
+        return [self.inner.identity, self.rows_at_once, None if self.head_weights is None else list(self.head_weights)]
+
+    @property
+    def training(self) -> Training:
+        """That of the inner method."""
+        return self.inner.training
+
+    @property
+    def divergence(self) -> float | None:
+        """The formula log n - (n - 1) / n, an upper bound of the KL; None where the inner method is not the uncontrolled model.
+
+        It is the KL where no two responses have the same reward and every single one is improbable.
+
+        Source: Stiennon et al. 2020, appendix (the formula); Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy" (a bound).
+        """
+        return math.log(self.n) - (self.n - 1) / self.n if isinstance(self.inner, Uncontrolled) else None
+
+    def write(self, prompt: str) -> str:
+        """The text that the model is given for a prompt."""
+        return self.inner.write(prompt)
+
+    def edit(self, states: Tensor) -> Tensor | None:
+        """(rows, hidden_size) -> the same states as the inner method lets the model read them; None where it edits none."""
+        return self.inner.edit(states)
+
+    def respond(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        stop_strings: Sequence[str] | None = None,
+        **generation_kwargs: Any,
+    ) -> Batch:
+        """Sample n responses to each prompt and keep the best.
+
+        Args:
+            model: a causal language model, with nothing attached to it.
+            tokenizer: its tokenizer; its padding settings are neither used nor changed.
+            prompts: the texts to respond to.
+            max_new_tokens: length of a response at most, in tokens.
+            seed: of sampling; the caller's generators are left as they were. With n = 1 it gives the inner method's response.
+            stop_strings: strings at which a response ends; it is cut before the first token that touches one.
+            generation_kwargs: passed on to `model.generate`; must say do_sample, for greedy responses to a prompt are all the same.
+
+        Returns:
+            One response a prompt; `steps` are those of all rounds, `seconds` include the scoring.
+
+        Raises:
+            ValueError: no prompts, an option that does not go with one response a prompt, greedy decoding, or a reward that returns NaN, the wrong count
+                or several scores without `head_weights`.
+        """
+        generation_kwargs |= self.sampling or {}
+        check_options(generation_kwargs)
+        if not prompts:
+            raise ValueError("there are no prompts")
+        if effective(model, generation_kwargs, "num_return_sequences") not in (None, 1):
+            raise ValueError("num_return_sequences must be left at 1: how many responses are sampled is n")
+        if self.n > 1 and not effective(model, {**greedy_unless_asked(generation_kwargs), **generation_kwargs}, "do_sample"):
+            raise ValueError(f"best of {self.n} wants sampling, found greedy decoding, whose responses to a prompt are all the same: give do_sample=True")
+        at_once = self.n if self.rows_at_once is None else min(self.n, max(1, self.rows_at_once // len(prompts)))
+        # The samples of each prompt, round by round.
+        samples: list[list[Response]] = [[] for _ in prompts]
+        steps, seconds = 0, 0.0
+        for start in range(0, self.n, at_once):
+            count = min(at_once, self.n - start)
+            repeated = [prompt for prompt in prompts for _ in range(count)]
+            made = self.inner.respond(
+                model,
+                tokenizer,
+                repeated,
+                max_new_tokens=max_new_tokens,
+                seed=_seed(seed, start),
+                stop_strings=stop_strings,
+                **generation_kwargs,
+            )
+            steps, seconds = steps + made.steps, seconds + made.seconds
+            for place, of_prompt in enumerate(samples):
+                of_prompt += made.responses[place * count : (place + 1) * count]
+        began = time.perf_counter()
+        texts = [response.text for of_prompt in samples for response in of_prompt]
+        rewards = checked_rewards(self.reward, [prompt for prompt in prompts for _ in range(self.n)], texts)
+        best = one_score(rewards, self.head_weights).reshape(len(prompts), self.n).argmax(1).tolist()
+        seconds += time.perf_counter() - began
+        return Batch([of_prompt[choice] for of_prompt, choice in zip(samples, best, strict=True)], steps, seconds)
+
+
+def _seed(seed: int, start: int) -> int:
+    """Of the round that begins with sample `start`: the caller's own first, then others that are not those of neighbouring batches."""
+    return seed if start == 0 else zlib.crc32(f"{seed} {start}".encode())

@@ -1,0 +1,149 @@
+"""Alignment by the prompt: an instruction around it, and examples before it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from recontrol.data.rollouts import Rollouts
+from recontrol.methods.base import Method
+from recontrol.methods.scores import one_score
+
+PLACE = "{prompt}"
+# Said before a dialogue, whose turns follow.
+INSTRUCTIONS = {
+    "helpful": (
+        "Below is a conversation between a person and an AI assistant. The assistant finds out what the person needs and answers it directly. "
+        "Its replies are correct, concrete and as detailed as the question deserves, and it says so when it is not sure of something."
+    ),
+    "harmless": (
+        "Below is a conversation between a person and an AI assistant. The assistant never insults anybody and never helps to hurt people or to break the "
+        "law. Asked for such a thing, it declines politely, says why, and offers something safe that it can do instead."
+    ),
+}
+INSTRUCTIONS["helpful and harmless"] = (
+    f"{INSTRUCTIONS['helpful']} It is careful as well: it never insults anybody, declines politely to help with what could hurt people or break the law, "
+    "and then offers something safe that it can do instead."
+)
+# Of a template without a name, in tables.
+SHOWN = 40
+
+
+@dataclass(frozen=True)
+class Prompting(Method):
+    r"""The prompt inside a template, with examples of good responses before it: `template` with "{prompt}" replaced by examples and prompt.
+
+    The model itself is not changed, and no token is decoded more; what it reads is longer. Prompts that a chat template has rendered want the marks of
+    that template in this one too.
+
+    Args:
+        template: the text around the prompt; has "{prompt}" exactly once. Other braces are text.
+        examples: pairs (prompt, response), which stand directly before the prompt, each response right after its prompt as the model would write it.
+        separator: stands between an example and what follows it; where a prompt begins with the separator and the text before it ends with it, it is
+            written once.
+        name: what the template is called in tables; by default its first words.
+
+    Raises:
+        TypeError: a text that is none.
+        ValueError: not exactly one "{prompt}", an example that is no pair of texts, an empty response, or a template that is the prompt alone without
+            examples.
+
+    Source: Kong et al. 2024, section 5 (baselines: prompt engineering).
+    """
+
+    kind = "prompting"
+    template: str = PLACE
+    examples: Sequence[tuple[str, str]] = ()
+    separator: str = field(default="\n\n", kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, text in {"template": self.template, "separator": self.separator, "name": "" if self.name is None else self.name}.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a text, found {type(text).__name__}")
+        count = self.template.count(PLACE)
+        if count != 1:
+            raise ValueError(f"a template must have {PLACE} exactly once, found it {count} times in {self.template!r}")
+        object.__setattr__(self, "examples", tuple(_checked(number, example) for number, example in enumerate(self.examples)))
+        if self.template == PLACE and not self.examples:
+            raise ValueError("found neither a template nor examples: that is the uncontrolled model")
+
+    @classmethod
+    def for_dialogues(cls, goal: str = "helpful and harmless", examples: Sequence[tuple[str, str]] = ()) -> "Prompting":
+        r"""An instruction before a dialogue such as "\n\nHuman: ...\n\nAssistant:" (HH-RLHF) or "Human: ...\nAssistant:" (SHP).
+
+        Args:
+            goal: what the assistant should be: "helpful", "harmless" or "helpful and harmless".
+            examples: pairs (dialogue, response).
+
+        Raises:
+            ValueError: another goal, or examples as `Prompting` refuses them.
+        """
+        if goal not in INSTRUCTIONS:
+            raise ValueError(f"unknown goal {goal!r}; choose one of {', '.join(map(repr, INSTRUCTIONS))}")
+        return cls(f"{INSTRUCTIONS[goal]}\n\n{PLACE}", examples, name=goal)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The template's name or first words, and how many examples there are."""
+        shown = " ".join(self.template.split())
+        named = self.name or (shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}...")
+        return {**({} if self.template == PLACE else {"template": named}), **({"examples": len(self.examples)} if self.examples else {})}
+
+    @property
+    def identity(self) -> Any:
+        """The texts."""
+        return [self.template, [list(example) for example in self.examples], self.separator]
+
+    def write(self, prompt: str) -> str:
+        """The text that the model is given for a prompt."""
+        before, _, after = self.template.partition(PLACE)
+        for asked, answered in self.examples:
+            before = self._append(before, asked + answered)
+            before += "" if before.endswith(self.separator) else self.separator
+        return self._append(before, prompt) + after
+
+    def _append(self, text: str, more: str) -> str:
+        return text + (more.removeprefix(self.separator) if text.endswith(self.separator) else more)
+
+
+def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, head_weights: Sequence[float] | None = None) -> list[tuple[str, str]]:
+    """The best-rewarded responses of rollouts, as in-context examples: of each prompt its best response, of these the best.
+
+    They should come from other prompts than those that a comparison is made on.
+
+    Args:
+        rollouts: what `collect` made, or its folder.
+        count: how many.
+        head_weights: one number a reward, where there are several: the best is that with the largest weighted sum.
+
+    Returns:
+        Pairs (prompt, response), the best one last, where it is nearest to the prompt; of equals the earlier in the rollouts counts as the better.
+
+    Raises:
+        ValueError: fewer prompts than `count`, rollouts without texts, or weights that do not go with the rewards.
+    """
+    rollouts = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
+    prompts = len(rollouts.groups.unique())
+    if not 1 <= count <= prompts:
+        raise ValueError(f"count must be from 1 to {prompts}, the prompts of {rollouts.path}, found {count}")
+    chosen: dict[int, int] = {}
+    for index in one_score(rollouts.rewards, head_weights).argsort(descending=True, stable=True).tolist():
+        chosen.setdefault(int(rollouts.groups[index]), index)
+        if len(chosen) == count:
+            break
+    wanted = set(chosen.values())
+    found = {index: (record["prompt"], record["response"]) for index, record in enumerate(rollouts.records()) if index in wanted}
+    blank = [index for index, (_, response) in found.items() if not response.strip()]
+    if blank:
+        raise ValueError(f"the responses {blank} of {rollouts.path}, which are among the best, have no text")
+    return [found[index] for index in reversed(chosen.values())]
+
+
+def _checked(number: int, example: Any) -> tuple[str, str]:
+    pair = () if isinstance(example, str) else tuple(example)
+    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise ValueError(f"example {number} must be a pair of texts (prompt, response), found {example!r}")
+    if not pair[1].strip():
+        raise ValueError(f"example {number} has a blank response, to the prompt {pair[0][-SHOWN:]!r}")
+    return pair[0], pair[1]

@@ -1,0 +1,173 @@
+"""A study on models, prompts and rewards that are small, random and made here: proof that all of it runs, before hours are spent on it."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from recontrol.data.prompts import turn_marks
+from recontrol.data.rewards.regression import LlamaRegressionModel
+from recontrol.files import write_aside
+from recontrol.studies.study import GenerationSection, ModelSection, RewardSection, SourceSection, Study
+
+WORDS = [
+    "the",
+    "a",
+    "my",
+    "one",
+    "people",
+    "film",
+    "story",
+    "question",
+    "answer",
+    "help",
+    "think",
+    "say",
+    "make",
+    "want",
+    "know",
+    "good",
+    "bad",
+    "fair",
+    "kind",
+    "honest",
+    "why",
+    "how",
+    "when",
+    "who",
+    "not",
+    "never",
+    "very",
+]
+# Prompts of each part, tokens of a response, and units of a hidden layer.
+COUNTS = {"train": 24, "validation": 6, "test": 8}
+NEW_TOKENS = 8
+WIDTH = 32
+# What fine-tuning is cut down to.
+FINE_TUNING = {"batch_size": 4, "epochs": 1, "rank": 2, "micro_batch_size": None}
+
+
+def small(study: Study, out: Path) -> Study:
+    """The same study, with everything that is large or far away replaced.
+
+    The architecture of the language model and of the reward models, the columns of the data, the methods and their settings stay as they are; weights are
+    random, so the numbers mean nothing. The coherence and a judge's win rate are left out, since both would ask for a model that is not here.
+
+    Args:
+        study: what is to be tried.
+        out: folder for the small models and data.
+
+    Returns:
+        A study that needs nothing but the package.
+    """
+    torch.manual_seed(0)
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {name: getattr(study.prompts, name) for name in COUNTS}
+    files = {name: None if source is None else _source(source, out, name) for name, source in sources.items()}
+    tokenizer = _tokenizer()
+    model = _save_model(study.model.name, tokenizer, out / "lm")
+    rewards = [_save_reward(name, tokenizer, out / f"reward-{number}") for number, name in enumerate(study.reward.names)]
+    stop = study.generation.stop
+    if stop is None:
+        stop = turn_marks(study.prompts.test.source, study.prompts.human, study.prompts.chat_template)
+    train = {**study.train, "hidden_dims": [WIDTH] * len(study.train.get("hidden_dims", (0,))), "epochs": 2}
+    return dataclasses.replace(
+        study,
+        model=ModelSection(str(model), "float32", "cpu"),
+        prompts=dataclasses.replace(study.prompts, **files, chat_template=False),
+        reward=RewardSection([str(reward) for reward in rewards], study.reward.head_weights, 4, study.reward.template),
+        methods=[_small_method(entry) for entry in study.methods],
+        generation=GenerationSection(NEW_TOKENS, 4, stop, study.generation.options),
+        train=train,
+        value=None,
+        encoder=None,
+        wins=None,
+    )
+
+
+def _small_method(entry: dict[str, Any]) -> dict[str, Any]:
+    """Training is cut short; a list of settings is cut to two, which is enough to choose."""
+    cut = {name: given[:2] if isinstance(given, list) and name not in ("head_weights", "examples") else given for name, given in entry.items()}
+    trained = entry.get("method") in ("dpo", "rloo", "grpo")
+    return {**cut, **FINE_TUNING} if trained else cut
+
+
+def _source(source: SourceSection, out: Path, name: str) -> SourceSection:
+    """A file with the columns of the source, as far as prompts and references are read from them."""
+    generator = random.Random(name)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randint(low, high)))
+
+    rows: list[dict[str, Any]] = []
+    for _ in range(COUNTS[name]):
+        if "hh-rlhf" in source.source.lower():
+            dialogue = f"\n\nHuman: {text(4, 12)}?\n\nAssistant:"
+            rows.append({"chosen": f"{dialogue} {text(3, 8)}.", "rejected": f"{dialogue} {text(3, 8)}."})
+        elif "shp" in source.source.lower():
+            rows.append({"history": text(6, 20), "human_ref_A": text(3, 8), "human_ref_B": text(3, 8), "labels": generator.randint(0, 1)})
+        else:
+            rows.append({"prompt": text(4, 12)})
+    path = out / f"{name}.jsonl"
+    with write_aside(path) as aside:
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return SourceSection(str(path), "train", None)
+
+
+def _tokenizer() -> Any:
+    """Byte-level, trained on the words of the prompts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Without a bar, which it would print.
+    made.train_from_iterator(
+        [" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def _save_model(name: str, tokenizer: Any, path: Path) -> Path:
+    """A model of the architecture that the name says: Falcon's, else Llama's, whose own Vicuna and Llama 3 are."""
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    if "falcon" in name.lower():
+        config: Any = transformers.FalconConfig(**shared, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
+    else:
+        config = LlamaConfig(**shared, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _save_reward(name: str, tokenizer: Any, path: Path) -> Path:
+    """UltraRM's architecture, else a sequence classifier."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=1,
+        max_position_embeddings=1024,
+    )
+    kind: Any = LlamaRegressionModel if "ultrarm" in name.lower() else LlamaForSequenceClassification
+    kind(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
