@@ -5,7 +5,6 @@ python -m benchmarks.pipeline collect|train VARIANT FOLDER SIZE does the work, a
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recontrol as rc
+from benchmarks.memory import forget_peak, peak_bytes
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "movie_reviews"
 NEW_TOKENS, GENERATED_AT_ONCE = 32, 16
@@ -131,14 +131,10 @@ def main(arguments: list[str]) -> None:
         return
     kind, variant, folder, size = arguments
     work = WORK[kind, variant](Path(folder), int(size))
-    before, start = _peak_bytes(), time.perf_counter()
+    forget_peak()
+    before, start = peak_bytes(), time.perf_counter()
     tokens = work()
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes() - before, "tokens": tokens}))
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes() - before, "tokens": tokens}))
 
 
 if __name__ == "__main__":

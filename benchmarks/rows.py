@@ -39,11 +39,11 @@ class Row:
         threads: threads of torch and of the kernel.
         torch: version.
         recontrol: version.
-        suite: "ascend", "decode", "training", "collect" or "train".
+        suite: "ascend", "decode", "generate", "training", "collect" or "train".
         case: what is measured, in words; variants of one case were interleaved.
         layers: linear layers of the value function.
         weights: "initialised" or "trained".
-        batch: hidden states, or sequences.
+        batch: hidden states, or sequences; of "generate" all prompts.
         hidden_size: width of the hidden state.
         width: units of each hidden layer of the value function.
         step_size: alpha.
@@ -66,6 +66,10 @@ class Row:
         triton: version.
         copy_gb_per_s: measured speed of a large copy on the device, bytes read and bytes written; 0 on a processor.
         peak_bytes: most memory in use at once, beyond what was there before, on the device or of the process; 0 where it is not measured.
+        wasted_cache: share of the key/value cache handed out that never holds a token that is read; like the next two of "generate" only, see
+            `benchmarks.cache_use`.
+        cache_bytes: key/value cache held at once at most.
+        needed_cache_bytes: what of it one step reads at most: the bytes that have to exist.
     """
 
     commit: str
@@ -101,6 +105,9 @@ class Row:
     triton: str = ""
     copy_gb_per_s: float = 0.0
     peak_bytes: int = 0
+    wasted_cache: float = 0.0
+    cache_bytes: int = 0
+    needed_cache_bytes: int = 0
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
@@ -188,6 +195,10 @@ def ratio_lines(rows: Iterable[Row]) -> list[str]:
             times = ratio(variants, name)
             if times is not None:
                 parts.append(f"| {times:.1f} x the {label}" if name.startswith("floor") else f"| {label} takes {times:.1f} x")
+        if "static" in variants and OURS in variants:
+            ours, static = variants[OURS], variants["static"]
+            waste = f"waste {static.wasted_cache:.0%} of their cache, ours {ours.wasted_cache:.0%}"
+            parts.append(f"| static batches take {static.p50_ms / ours.p50_ms:.1f} x and {waste}")
         if "uncontrolled" in variants and OURS in variants:
             parts.append(f"| {variants[OURS].p50_ms / variants['uncontrolled'].p50_ms:.2f} x uncontrolled")
         if "released_code" in variants and OURS in variants:

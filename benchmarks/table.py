@@ -37,6 +37,26 @@ def decode_table(cases: list[dict[str, Row]]) -> list[str]:
     return lines
 
 
+def generate_table(cases: list[dict[str, Row]]) -> list[str]:
+    """For each way of batching tokens per second without control and with it, what becomes of the cache, and peak of memory under control."""
+    ways = {
+        "continuous": (OURS, "uncontrolled"),
+        "padded, by length": ("static", "static_uncontrolled"),
+        "padded, as given, released loop": ("released_loop", "released_uncontrolled"),
+    }
+    head = ["batches", "prompts", "without control, tokens/s", "with control, tokens/s", "time of control"]
+    head += ["wasted cache", "cache", "read at once", "peak memory"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for variants in cases:
+        for label, (name, free) in ways.items():
+            ours, other = variants[name], variants[free]
+            speeds = [f"{1e3 * row.tokens / row.p50_ms:,.0f}" for row in (other, ours)]
+            sizes = [f"{size / 2**20:,.1f} MiB" for size in (ours.cache_bytes, ours.needed_cache_bytes, ours.peak_bytes)]
+            cost = f"{ours.p50_ms / other.p50_ms - 1:+.0%}"
+            lines.append(_line([label, f"{ours.batch}, {ours.detail}", *speeds, cost, f"{ours.wasted_cache:.0%}", *sizes]))
+    return lines
+
+
 def growth_table(cases: list[dict[str, Row]]) -> list[str]:
     """Tokens per second and peak of memory as the data grow, and those of the released code's way."""
     head = ["data", "tokens", "recontrol, tokens/s", "released code, tokens/s", "recontrol, peak", "released code, peak"]
@@ -50,13 +70,13 @@ def growth_table(cases: list[dict[str, Row]]) -> list[str]:
 
 
 def render(rows: Iterable[Row]) -> str:
-    """All tables of processors, one pair for each run and machine whose rows are the newest."""
+    """All tables of processors, one set for each run and machine whose rows are the newest."""
     parts: list[str] = []
     cases = [variants for variants in by_case(latest(row for row in rows if not row.device)) if OURS in variants]
     for machine in dict.fromkeys(_machine(variants[OURS]) for variants in cases):
         here = [variants for variants in cases if _machine(variants[OURS]) == machine]
         parts += [machine, ""]
-        for suite, table in (("ascend", ascend_table), ("decode", decode_table)):
+        for suite, table in (("ascend", ascend_table), ("decode", decode_table), ("generate", generate_table)):
             chosen = [variants for variants in here if variants[OURS].suite == suite]
             if chosen:
                 parts += [*table(chosen), ""]

@@ -48,6 +48,7 @@ def value():
         ({"step_size": "0.5"}, TypeError, "step_size must be a number, found '0.5'"),
         ({"step_size": None}, TypeError, "step_size must be a number, found None"),
         ({"steps": -1}, ValueError, "steps must be 0 or more, found -1"),
+        ({"steps": 2**31}, ValueError, "steps must be at most 2147483647, found 2147483648"),
         ({"steps": 3.0}, TypeError, "steps must be an integer, found 3.0"),
         ({"steps": True}, TypeError, "steps must be an integer, found True"),
         ({"radius": float("nan")}, ValueError, "radius must be finite and 0 or more, found nan"),

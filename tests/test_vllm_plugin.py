@@ -74,6 +74,8 @@ def test_a_control_is_a_mapping_or_json(values):
         ({"value": "both"}, "has 2 heads: give head_weights"),
         ({"value": "both", "head_weights": [1]}, "head_weights must be 2 numbers"),
         ({"value": "x" * 5000}, "x{90,}\\.\\.\\.$"),
+        ({"value": "helpful", "step_size": 1e39}, "step_size must be within the range of float32, found 1e\\+39"),
+        ({"value": "both", "head_weights": [1, 1e39]}, "head_weights must be within the range of float32"),
     ],
 )
 def test_a_malformed_control_is_refused(values, given, message):

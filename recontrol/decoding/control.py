@@ -10,6 +10,9 @@ from torch import Tensor
 
 from recontrol.value import ValueFunction
 
+# Far more than anybody means, and few enough for the integers of every kernel.
+MOST_STEPS = 2**31 - 1
+
 
 @dataclass(frozen=True, eq=False)
 class Control:
@@ -55,6 +58,8 @@ def check_settings(settings: Any) -> None:
     if not isinstance(settings.value, ValueFunction):
         raise TypeError(f"value must be a recontrol.ValueFunction, found {type(settings.value).__name__}")
     checked: dict[str, Any] = {"step_size": number("step_size", settings.step_size, 0), "steps": integer("steps", settings.steps)}
+    if checked["steps"] > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS}, found {settings.steps}")
     if settings.radius is not None:
         checked["radius"] = number("radius", settings.radius, 0)
     if settings.target is not None:

@@ -16,7 +16,7 @@ from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import forget_compiled
 from recontrol.evaluation.gumbel import add_gumbel
 from recontrol.generation.requests import Options, Trace
-from recontrol.generation.steering import _divergence
+from recontrol.generation.steering import divergence
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class ForkedDecoding(Editing):
         places = torch.tensor([place for place, row in enumerate(rows) for _ in row.settings], device=input_ids.device)
         logits = outputs.logits[:, -1]
         if self.traces is not None:
-            for (row, setting), divergence in zip(pairs, _divergence(logits[: len(pairs)], logits[len(pairs) :][places]).tolist(), strict=True):
-                self.traces[setting, row.prompt].divergence.append(divergence)
+            for (row, setting), moved in zip(pairs, divergence(logits[: len(pairs)], logits[len(pairs) :][places]).tolist(), strict=True):
+                self.traces[setting, row.prompt].divergence.append(moved)
         # As `generate` has it: processors get float32.
         scores = logits[: len(pairs)].to(dtype=torch.float32, device=input_ids.device, copy=True)
         if processors:

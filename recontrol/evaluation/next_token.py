@@ -11,7 +11,7 @@ from recontrol.ascend import ascend
 from recontrol.decoding.control import Control, integer
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import forget_compiled
-from recontrol.generation.steering import _divergence
+from recontrol.generation.steering import divergence
 from recontrol.value import ValueFunction
 
 # States in one ascent and one forward call: their logits over a large vocabulary are most of the memory.
@@ -99,8 +99,8 @@ def path_of_steps(
                 )
                 heads = value(edited).double().cpu()
                 norms = (edited.double() - hidden.double()).norm(dim=-1)
-                divergence = _divergence(reading.logits(edited), plain)
-                rows = [heads @ weights, value.to_reward(heads) @ weights, norms.cpu(), divergence.double().cpu()]
+                moved = divergence(reading.logits(edited), plain)
+                rows = [heads @ weights, value.to_reward(heads) @ weights, norms.cpu(), moved.double().cpu()]
                 sums[place] += torch.stack([row.sum() for row in rows])
     return [PathPoint(control.step_size, n, *mean) for n, mean in zip(steps, (sums / len(states)).tolist(), strict=True)]
 

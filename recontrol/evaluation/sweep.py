@@ -11,7 +11,7 @@ from recontrol.decoding.control import Control, integer
 from recontrol.decoding.generation import REFUSED, check_options, check_token_counts, effective, evaluation_mode
 from recontrol.decoding.responses import StopStrings, make_response
 from recontrol.evaluation.forking import ForkedDecoding
-from recontrol.generation.generate import _options
+from recontrol.generation.generate import checked_options
 from recontrol.generation.plan import batches_of
 from recontrol.generation.requests import Generation, token_ids
 from recontrol.value import ValueFunction
@@ -144,7 +144,7 @@ def sweep_settings(
     controls = [Control(value, step_size, steps, radius, target, head_weights=head_weights) for step_size, steps in pairs]
     if integer("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-    options = _options(model, tokenizer, generation_kwargs, max_new_tokens, stop_strings, seed, stream=False)
+    options = checked_options(model, tokenizer, generation_kwargs, max_new_tokens, stop_strings, seed, stream=False)
     ids = token_ids(tokenizer, prompts)
     check_token_counts(model, list(map(len, ids)), max_new_tokens)
     sampled = bool(effective(model, dict(options.generation), "do_sample"))

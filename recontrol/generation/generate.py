@@ -132,7 +132,7 @@ def generate(
     output_embedding(model)
     ids = token_ids(tokenizer, prompts)
     requests = [Request(each, chosen) for each, chosen in zip(ids, listed_controls(control, len(ids)), strict=True)]
-    options = _options(model, tokenizer, generation_kwargs, max_new_tokens, stop_strings, seed, stream)
+    options = checked_options(model, tokenizer, generation_kwargs, max_new_tokens, stop_strings, seed, stream)
     check_token_counts(model, [len(each) for each in ids], max_new_tokens)
     lengths = [len(each) + max_new_tokens for each in ids]
     chosen = _chosen(batching, model, options)
@@ -156,10 +156,23 @@ def generate(
     return [responses[index] for index in range(len(ids))]
 
 
-def _options(
+def checked_options(
     model: Any, tokenizer: Any, generation_kwargs: dict[str, Any], max_new_tokens: int, stop_strings: str | Sequence[str] | None, seed: int, stream: bool
 ) -> Options:
-    """What is asked for, checked."""
+    """What `generate` is asked for.
+
+    Args:
+        model: the language model, whose generation config fills gaps.
+        tokenizer: its tokenizer.
+        generation_kwargs: options of transformers.
+        max_new_tokens: length of a response at most.
+        stop_strings: strings at which a response ends.
+        seed: of sampling.
+        stream: whether tokens are wanted as they come.
+
+    Raises:
+        TypeError, ValueError: as `generate`.
+    """
     if integer("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     check_options(generation_kwargs, NOT_TAKEN)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recontrol import backends
 from recontrol.ascend import ascend
 from recontrol.decoding.control import Control
-from recontrol.decoding.editing import Editing
+from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import forget_compiled
 from recontrol.generation.requests import Trace
 
@@ -96,11 +96,12 @@ class Steering(Editing):
         self.traces: dict[int, Trace] = {index: Trace() for index, control in enumerate(controls) if control is not None} if trace else {}
         self._groups = _grouped(self.controls, trace)
         self._call = _Call()
+        _check_range(self.controls, _wide(self.dtype()))
         for value in {id(group.first.value): group.first.value for group in self._groups}.values():
-            self._check_fit(value, allow_other_model)
+            check_fit(self, value, allow_other_model)
         for group in self._groups:
             # A backend that cannot run says so here, and what it precomputes from the weights is ready.
-            hidden = torch.zeros(1, group.first.value.hidden_size, dtype=self._dtype(), device=group.first.value.device)
+            hidden = torch.zeros(1, group.first.value.hidden_size, dtype=self.dtype(), device=group.first.value.device)
             self._ascend(group, [min(group.requests)], hidden)
         try:
             self._hooks.append(self.owner.register_forward_pre_hook(self._before_model, with_kwargs=True))
@@ -155,12 +156,12 @@ class Steering(Editing):
             return
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         count = kept.shape.numel()
-        for request, divergence in zip(kept.requests, _divergence(logits[kept.places], logits[count:]).tolist(), strict=True):
-            self.traces[request].divergence.append(divergence)
+        for request, moved in zip(kept.requests, divergence(logits[kept.places], logits[count:]).tolist(), strict=True):
+            self.traces[request].divergence.append(moved)
         output.logits = logits[:count].reshape(*kept.shape, -1)
 
     def _ascend(self, group: _Group, requests: list[int], hidden: Tensor) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = _wide(hidden.dtype)
 
         def by_row(name: str, dtype: torch.dtype = wide) -> Tensor:
             return torch.tensor([getattr(self.controls[request], name) for request in requests], dtype=dtype, device=hidden.device)
@@ -191,8 +192,30 @@ def _grouped(controls: Sequence[Control | None], trace: bool) -> list[_Group]:
     return [_Group(first, frozenset(indices)) for indices in groups.values() if (first := controls[indices[0]]) is not None]
 
 
-def _divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(others)), row by row, in nats."""
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the numbers of an ascent whose states have this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_range(controls: Sequence[Control | None], dtype: torch.dtype) -> None:
+    """Refuse what would be infinite in this dtype, which would come out at the first token of its prompt only."""
+    for index, control in enumerate(controls):
+        for name in ("step_size", "radius", "target", "head_weights"):
+            held = getattr(control, name, None)
+            if held is not None and not torch.tensor(held, dtype=dtype).isfinite().all():
+                raise ValueError(f"{name} must be within the range of {str(dtype).removeprefix('torch.')}, found {held} in the control of prompt {index}")
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(others)), row by row, in nats.
+
+    Args:
+        logits: (rows, vocabulary).
+        others: (rows, vocabulary).
+
+    Returns:
+        (rows,), float32, 0 or more.
+    """
     log_p, log_q = logits.float().log_softmax(-1), others.float().log_softmax(-1)
     p = log_p.exp()
     # Tokens that a model rules out have logits of minus infinity in both.

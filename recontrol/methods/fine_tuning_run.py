@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import huggingface_hub
 import numpy
-import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from recontrol.decoding.controller import Controller
 from recontrol.value import ValueFunction
 
@@ -52,6 +54,11 @@ def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Controller |
         raise ValueError(str(error)) from None
     if control.steps > MOST_STEPS:
         raise ValueError(f"steps must be {MOST_STEPS} or less, found {control.steps}")
+    for field in ("step_size", "radius", "target", "head_weights"):
+        held = getattr(control, field)
+        # What the workers make of it: there, infinity would be an error that stops them all.
+        if held is not None and not torch.tensor(held, dtype=torch.float32).isfinite().all():
+            raise ValueError(f"{field} must be within the range of float32, found {_shown(held)}")
     return control
 
 

@@ -1,6 +1,12 @@
 """What the tests in a real vLLM share: the model, the engine's settings, controls, and asking the engine."""
 
+import http.client
 import json
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import recontrol as rc
@@ -10,8 +16,11 @@ HIDDEN = 256
 MAX_TOKENS = 12
 # float32, so that tokens can be compared; nothing is compiled, so that it starts sooner.
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 6, "kv_cache_memory_bytes": 1 << 26}
-# So few tokens a step that prompts are read in pieces, and so few blocks of 32 tokens (6 layers, 2 heads, 64 wide) that requests lose theirs.
-CROWDED = {"max_num_batched_tokens": 8, "block_size": 32, "kv_cache_memory_bytes": 7 * 32 * 6 * 2 * 2 * 64 * 4, "enable_prefix_caching": False}
+# A block of the key/value cache: tokens, and bytes of keys and values in 6 layers with 2 heads, 64 wide.
+BLOCK = 32
+BLOCK_BYTES = BLOCK * 6 * 2 * 2 * 64 * 4
+# So few tokens a step that prompts are read in pieces, and so few blocks that requests lose theirs.
+CROWDED = {"max_num_batched_tokens": 8, "block_size": BLOCK, "kv_cache_memory_bytes": 7 * BLOCK_BYTES, "enable_prefix_caching": False}
 # Draft tokens that repeat what was said before.
 DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}}
 ENVIRONMENT = {
@@ -31,6 +40,8 @@ PROMPTS = (
     "The actors in it are good, but the story that they have to tell is one that we all have seen before in films that were",
     "I saw this film with a friend of mine who had read the book, and he told me that the end of it was not the one that",
 )
+# The tokenizer brings none.
+TEMPLATE = "{{ messages[0].content }}"
 ABSENT = "absent"
 CONTROLS = (
     ABSENT,
@@ -65,3 +76,54 @@ def controller(bank, control):
     """The same control for `model.generate`."""
     given = json.loads(control) if isinstance(control, str) else dict(control)
     return rc.Controller(rc.ValueFunction.from_pretrained(bank / given.pop("value")), **given)
+
+
+@contextmanager
+def serving(folder, bank, default, *options):
+    """Run `recontrol serve` with the control of requests that carry none and options of vLLM; the process and its port.
+
+    Args:
+        folder: for its chat template and its log.
+        bank: the value functions.
+        default: a control.
+        options: of `vllm serve`, beside those that all servers here have.
+    """
+    port = free_port()
+    (folder / "template.jinja").write_text(TEMPLATE)
+    options = ["--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", ENGINE["max_model_len"], *options]
+    options += ["--chat-template", folder / "template.jinja", "--served-model-name", "reviews"]
+    command = [sys.executable, "-m", "recontrol", "serve", "--model", MODEL, "--bank", bank, "--default", json.dumps(default), "--", *options]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while not healthy(port):
+            assert server.poll() is None, (folder / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        yield server, port
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def healthy(port):
+    try:
+        return read(port, "/health")[0] == 200
+    except OSError:
+        return False
+
+
+def read(port, path, body=None):
+    """The status and the text of an answer; to a POST of JSON if there is a body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()

@@ -1,6 +1,9 @@
 """Requests in vLLM's engine, compared with `model.generate` and with each other."""
 
 import ast
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +107,6 @@ def start(environment, tmp_path):
     """Start an engine in a process of its own; what it printed and its exit status."""
 
     def started(code, folder, **options):
-        environment.setenv("RECONTROL_BANK", str(folder))
         program = (
             "import sys; sys.path.insert(0, sys.argv[1])\n"
             "from served import *\n"
@@ -114,8 +116,16 @@ def start(environment, tmp_path):
             f"    {code}\n"
         )
         (tmp_path / "script.py").write_text(program)
-        done = subprocess.run([sys.executable, tmp_path / "script.py", Path(__file__).parent], capture_output=True, text=True, timeout=200)
-        return done.stdout + done.stderr, done.returncode
+        command = [sys.executable, tmp_path / "script.py", Path(__file__).parent]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, env={**os.environ, "RECONTROL_BANK": str(folder)}, start_new_session=True, **streams) as process:
+            try:
+                output, _ = process.communicate(timeout=400)
+            finally:
+                # The processes that it started, too, which would wait for it forever.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return output, process.returncode
 
     return started
 

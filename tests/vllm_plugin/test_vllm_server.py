@@ -1,54 +1,19 @@
 """`recontrol serve` and the official client."""
 
-import http.client
 import json
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
-from served import ABSENT, CONTROLS, MAX_TOKENS, MODEL, PROMPTS
+from served import ABSENT, CONTROLS, ENGINE, MAX_TOKENS, PROMPTS, serving
 
 DEFAULT = CONTROLS[1]
-# The tokenizer brings none.
-TEMPLATE = "{{ messages[0].content }}"
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def answers(port):
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
 def client(environment, bank, tmp_path_factory):
     from openai import OpenAI
 
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    (folder / "template.jinja").write_text(TEMPLATE)
-    options = ["--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", 128, "--kv-cache-memory-bytes", 1 << 26]
-    options += ["--chat-template", folder / "template.jinja", "--served-model-name", "reviews"]
-    command = [sys.executable, "-m", "recontrol", "serve", "--model", MODEL, "--bank", bank, "--default", json.dumps(DEFAULT), "--", *options]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
-    try:
-        while not answers(port):
-            assert server.poll() is None, (folder / "log").read_text()[-3000:]
-            time.sleep(0.2)
+    with serving(tmp_path_factory.mktemp("server"), bank, DEFAULT, "--kv-cache-memory-bytes", ENGINE["kv_cache_memory_bytes"]) as (_, port):
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def carrying(control):
