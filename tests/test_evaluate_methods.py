@@ -180,6 +180,8 @@ def test_what_belongs_to_another_evaluation_is_refused(model, tokenizer, prompts
         evaluate(model, tokenizer, prompts, **{**keywords, "max_new_tokens": 7})
     with pytest.raises(ValueError, match="another prompts_sha256"):
         evaluate(model, tokenizer, prompts[:3], **keywords)
+    with pytest.raises(ValueError, match="another value_sha256"):
+        evaluate(model, tokenizer, prompts, value=value, **keywords)
     # Another value function under the same settings has cells of its own.
     torch.manual_seed(1)
     other = ReControl(Control(ValueFunction(256, (32,)), 5.0, 10))

@@ -10,12 +10,13 @@ HELP = "compare step sizes, numbers of steps and other methods with the uncontro
 DESCRIPTION = """\
 Decode prompts without control and under each setting, and measure reward, diversity, coherence, likelihood, speed and the
 cost of control. With --validation-prompts or --validation-split, the setting with the largest coherence + diversity +
-average reward there is marked, as in the paper. Prints a table, and writes report.json, report.png and responses.jsonl.
+average reward there is marked, as in the paper. Prints a table, and writes report.json, report.png and responses.jsonl. The same
+command goes on with what was stopped.
 
 With --config, a whole study: rollouts and a value function are made where the file asks for them, settings are chosen on
 validation prompts for each of its methods (RE-Control, prompting, static editing, ARGS, prefix scorer, best-of-n, LoRA DPO,
-RLOO and GRPO), and report.html, report.json, report.csv and responses.jsonl are written. The same command goes on with a study
-that was stopped. These are in the package: hh-rlhf-vicuna-7b, hh-rlhf-falcon-7b, shp-vicuna-7b, shp-llama3-8b."""
+RLOO and GRPO), and report.html, report.json, report.csv and responses.jsonl are written. These are in the package:
+hh-rlhf-vicuna-7b, hh-rlhf-falcon-7b, shp-vicuna-7b, shp-llama3-8b."""
 EPILOG = """\
 examples:
   recontrol evaluate --config hh-rlhf-vicuna-7b --dry-run --out out/dry-run
@@ -23,7 +24,7 @@ examples:
   recontrol evaluate --model lmsys/vicuna-7b-v1.5 --value value/hh --dataset Anthropic/hh-rlhf --split test --limit 300 \\
       --validation-split "train[-100:]" --step-sizes 0.25,0.5,1 --steps 30,50 --reward-model argsearch/llama-7b-rm-float32 \\
       --encoder princeton-nlp/sup-simcse-bert-base-uncased --dtype bfloat16 --out report/hh"""
-AFTER_INTERRUPT = "no report was written; with --config, repeat the command to go on"
+AFTER_INTERRUPT = "no report was written; repeat the command to go on"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--step-sizes", type=shared.listed(shared.positive_float), default=(0.25, 0.5, 1.0), metavar="A,...", help="step sizes (default: 0.25,0.5,1)"
     )
     parser.add_argument("--steps", type=shared.listed(shared.positive_int), default=(30,), metavar="N,...", help="gradient steps a token (default: 30)")
+    parser.add_argument(
+        "--seeds", type=shared.positive_int, default=1, metavar="N", help="how many times the prompts are decoded, each with seeds of its own (default: 1)"
+    )
     parser.add_argument(
         "--encoder",
         metavar="NAME",
@@ -69,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
 
     stops = shared.stop_strings(options)
     # A folder that cannot be written is better found before the work than after it.
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = shared.load_model(options)
     prompts = shared.load_prompts(options, tokenizer, options.dataset, options.split, options.limit)
     validation_prompts = None
@@ -93,10 +98,10 @@ def run(options: argparse.Namespace) -> None:
     }
     validation, chosen = None, None
     if validation_prompts is not None:
-        validation = evaluate(model, tokenizer, validation_prompts, **keywords)
+        validation = evaluate(model, tokenizer, validation_prompts, out=out / "validation", **keywords)
         chosen = choose(validation).setting
         print(f"validation prompts ({len(validation_prompts)}):\n{table(validation, chosen)}\n")
-    results = evaluate(model, tokenizer, prompts, **keywords)
+    results = evaluate(model, tokenizer, prompts, out=out / "test", seeds=options.seeds, **keywords)
     print(f"prompts ({len(prompts)}):\n{table(results, chosen)}")
     about = {name: value for name, value in vars(options).items() if name not in ("run", "after_interrupt", "debug", "verbose", "subcommand")}
     save_report(options.out, results, prompts, chosen=chosen, validation=validation, about=about)

@@ -17,7 +17,7 @@ from recontrol.evaluation.cells import Cells
 from recontrol.evaluation.measure import Cell, Measure
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, choose, summarise
-from recontrol.methods.base import Method, Uncontrolled
+from recontrol.methods.base import Method, Uncontrolled, tensors_checksum
 from recontrol.methods.control import ReControl
 from recontrol.methods.scores import one_score
 from recontrol.value import ValueFunction
@@ -110,7 +110,9 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "seed": seed,
-        "coherence": encoder is not None,
+        "encoder": encoder if encoder is None or isinstance(encoder, str) else type(encoder).__name__,
+        "value_sha256": None if value is None else tensors_checksum(value.parameters()),
+        "head_weights": head_weights,
         "options": {name: repr(option) for name, option in options.items()},
     }
     cells = None if out is None else Cells(Path(out), about)
