@@ -8,6 +8,7 @@ from results import result
 
 from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.report import draw, plot, save_report, table
+from recontrol.evaluation.response_files import pair_up, read_responses
 
 PROMPTS = ["one", "two", "three"]
 
@@ -51,7 +52,8 @@ def test_files_say_what_was_found(results, tmp_path):
     assert first["reward_gain_interval"] == list(bootstrap_difference(results[1].rewards, results[0].rewards))
     lines = [json.loads(line) for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 9 * 3
-    assert lines[4] == {"step_size": 0.25, "steps": 30, "index": 1, "prompt": "two", "response": "réponse 1", "reward": 0.1}
+    label = "RE-Control (alpha 0.25, n 30)"
+    assert lines[4] == {"method": label, "seed": 0, "index": 1, "prompt": "two", "response": "réponse 1", "reward": 0.1}
     # The texts are not there twice.
     assert "responses" not in base and "rewards" not in base
 
@@ -116,5 +118,31 @@ def test_an_error_leaves_the_old_report(results, tmp_path, monkeypatch):
 
 
 def test_every_result_needs_a_response_to_every_prompt(results, tmp_path):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=r"uncontrolled has 3 responses and 3 rewards for 2 prompts and 1 seeds, wanted 2"):
         save_report(tmp_path, results, PROMPTS[:2])
+
+
+def test_seeds_are_numbered_and_the_lines_can_be_judged(tmp_path):
+    rows = [result(0.0, 0, [-1.0, 0.0, 0.5, 1.0, 2.0, 4.0], seeds=2), result(0.5, 30, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], seeds=2)]
+    save_report(tmp_path, rows, PROMPTS)
+    lines = read_responses(tmp_path / "responses.jsonl", "RE-Control (alpha 0.5, n 30)")
+    assert [(line.seed, line.prompt, line.response) for line in lines] == [
+        (seed, prompt, f"réponse {3 * seed + index}") for seed in range(2) for index, prompt in enumerate(PROMPTS)
+    ]
+    prompts, responses, others = pair_up(lines, read_responses(tmp_path / "responses.jsonl", "uncontrolled"))
+    assert prompts == PROMPTS * 2 and responses == others
+    gained = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["results"][1]
+    # Over three prompts whose seeds are averaged, not over six responses.
+    assert gained["reward_gain_interval"] == list(bootstrap_difference([1.5, 2.5, 3.5], [0.0, 1.0, 2.25]))
+    assert gained["reward_gain_interval"] != list(bootstrap_difference(rows[1].rewards, rows[0].rewards))
+
+
+def test_numbers_that_json_does_not_have_are_null(results, tmp_path):
+    save_report(tmp_path, [results[0], result(0.5, 30, [1.0, 2.0, 3.0], perplexity=math.inf, settings={"radius": math.nan})], PROMPTS)
+
+    def refuse(name):
+        raise AssertionError(f"the file has {name}")
+
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert report["results"][1]["perplexity"] is None and report["results"][1]["settings"] == {"radius": None}
+    assert report["results"][0]["perplexity"] == 70.0

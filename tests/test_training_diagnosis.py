@@ -9,7 +9,7 @@ import torch
 from recontrol.cli import main
 from recontrol.cli.train import add_options
 from recontrol.data.rollouts import Rollouts
-from recontrol.training.diagnosis import Diagnosis, diagnose, save_diagnosis, table
+from recontrol.training.diagnosis import Diagnosis, diagnose, diagnose_values, save_diagnosis, table
 from recontrol.training.objectives import OBJECTIVES
 from recontrol.value import ValueFunction
 
@@ -154,3 +154,27 @@ def test_the_command_knows_all_objectives():
     parser = Parser()
     add_options(parser)
     assert parser.choices == OBJECTIVES
+
+
+def test_values_that_were_recorded_give_the_same_numbers(rollouts):
+    value = linear([0.7, 0.2], 0.1)
+    values = [value(rollouts.batch([number])[0]).detach()[:, 0].tolist() for number in range(60)]
+    rewards = rollouts.rewards[:, 0].tolist()
+    found, wanted = diagnose_values(values, rewards, bins=4), diagnose(value, rollouts, bins=4)
+    assert found.tokens == wanted.tokens and found.correlation == pytest.approx(wanted.correlation) and found.movement == pytest.approx(wanted.movement)
+    assert np.array(found.calibration) == pytest.approx(np.array(wanted.calibration))
+    # A response without a token has no V, and its reward is not looked at.
+    assert diagnose_values([[], *values], [100.0, *rewards], bins=4) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "rewards", "bins", "message"),
+    [
+        ([[0.0]] * 3, [1.0], 4, "found 1 rewards for the values along 3 responses"),
+        ([[0.0], [], [1.0]], [1.0, 2.0, 3.0], 4, "found 2 responses with tokens"),
+        ([[0.0]] * 3, [1.0, 2.0, 3.0], 0, "bins=0"),
+    ],
+)
+def test_values_that_cannot_be_compared(values, rewards, bins, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose_values(values, rewards, bins=bins)

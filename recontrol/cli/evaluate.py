@@ -121,5 +121,5 @@ def _run_config(options: argparse.Namespace) -> None:
     if options.dry_run:
         study = small(study, out / "made-up")
     findings = run_study(study, out)
-    save_findings(out, findings, study)
+    save_findings(out, findings, study, command=f"recontrol evaluate --config {options.config} --out {options.out}")
     print(f"report.html, report.json, report.csv and responses.jsonl are in {out}")

@@ -1,24 +1,18 @@
-"""Reports of an evaluation: a table in plain text, a JSON file, the responses as lines, and a figure."""
+"""The report of an evaluation of step sizes: a table in plain text, a JSON file, the responses as lines, and a figure."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.evaluation.metrics import bootstrap_difference
+from recontrol.evaluation.report_files import save_content, save_responses, summary
 from recontrol.evaluation.results import Result
-from recontrol.files import write_aside, write_json
-from recontrol.version import __version__
+from recontrol.evaluation.svg import COLOURS, RED
+from recontrol.files import write_aside
 
-FORMAT = "recontrol.report"
-FORMAT_VERSION = 1
 HEADER = ("setting", "reward", "95 % interval", "diversity", "coherence", "NLL", "length", "tokens/s", "cost", "|edit|")
 # Responses whose V is drawn; more lines cannot be told apart.
 DRAWN_TRACES = 3
-# Told apart by readers who cannot tell red from green (Okabe and Ito's palette).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-RED = "#D55E00"
 
 
 def table(results: Sequence[Result], chosen: tuple[float, int] | None = None) -> str:
@@ -77,28 +71,20 @@ def save_report(
         about: what else belongs in the report, ready for JSON: names of the model, the data, the reward model, sizes.
 
     Raises:
+        ValueError: a result has another number of responses than prompts and seeds.
         OSError: the folder cannot be written.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {"step_size": result.step_size, "steps": result.steps, "index": index, "prompt": prompt, "response": response, "reward": reward}
-        for result in results
-        for index, (prompt, response, reward) in enumerate(zip(prompts, result.responses, result.rewards, strict=True))
-    ]
-    with write_aside(folder / "responses.jsonl") as aside:
-        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    save_responses(folder / "responses.jsonl", results, prompts)
     plot(results, folder / "report.png", chosen=chosen)
     content = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "made_with": {"recontrol": __version__},
         "about": about or {},
         "chosen": None if chosen is None else {"step_size": chosen[0], "steps": chosen[1]},
-        "results": [_summary(result, results[0]) for result in results],
-        "validation": None if validation is None else [_summary(result, validation[0]) for result in validation],
+        "results": [summary(result, results[0]) for result in results],
+        "validation": None if validation is None else [summary(result, validation[0]) for result in validation],
     }
-    write_json(folder / "report.json", content)
+    save_content(folder / "report.json", content)
 
 
 def plot(results: Sequence[Result], path: str | os.PathLike, *, chosen: tuple[float, int] | None = None) -> None:
@@ -177,15 +163,6 @@ def _trace_panel(axis: Any, results: Sequence[Result], chosen: tuple[float, int]
     if axis.lines:
         axis.legend(frameon=False)
     axis.grid(alpha=0.25)
-
-
-def _summary(result: Result, base: Result) -> dict[str, Any]:
-    """A result without its texts, which `responses.jsonl` has, and with its gain over the uncontrolled model."""
-    content = {**result.summary(), "values": result.values[:DRAWN_TRACES]}
-    if result is not base and not base.steps:
-        content["reward_gain"] = result.reward - base.reward
-        content["reward_gain_interval"] = bootstrap_difference(result.rewards, base.rewards)
-    return content
 
 
 def _number(value: float | None, form: str) -> str:

@@ -50,8 +50,8 @@ class FineTuned(Method):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How much it is held to the model."""
-        return {"beta": self.run.settings.get("beta")}
+        """How much it is held to the model, and the learning rate."""
+        return {"beta": self.run.settings.get("beta"), "learning rate": self.run.settings.get("learning_rate")}
 
     @property
     def identity(self) -> Any:

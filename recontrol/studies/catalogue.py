@@ -240,9 +240,10 @@ def _dpo(materials: Materials, settings: dict[str, Any]) -> Method:
     folder = _adapter_folder(materials, "dpo", settings)
     if not folder.exists():
         options = dict(settings)
-        samples, sampling = options.pop("samples", 2), {**materials.generation, **options.pop("sampling", {"do_sample": True, "temperature": 1.0, "top_k": 0})}
+        samples, prompts = options.pop("samples", 2), materials.prompts[: options.pop("prompts", None)]
+        sampling = {**materials.generation, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         pairs = make_preference_pairs(
-            materials.model, materials.tokenizer, materials.prompts, materials.single_reward, samples=samples, progress=materials.progress, **sampling
+            materials.model, materials.tokenizer, prompts, materials.single_reward, samples=samples, progress=materials.progress, **sampling
         )
         train_dpo(materials.model, materials.tokenizer, pairs.pairs, folder, progress=materials.progress, **options)
     return FineTuned(folder)
@@ -282,7 +283,7 @@ KINDS: dict[str, Kind] = {
     "static editing": Kind(_static_editing, ("strength",), ("direction",)),
     "args": Kind(_args, ("w",), ("k",)),
     "best-of-n": Kind(_best_of_n, ("n",), ("rows_at_once", "sampling")),
-    "dpo": Kind(_dpo, ("beta",), ("*",)),
-    "rloo": Kind(_reinforcement("rloo"), ("beta",), ("*",)),
-    "grpo": Kind(_reinforcement("grpo"), ("beta",), ("*",)),
+    "dpo": Kind(_dpo, ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),
+    "rloo": Kind(_reinforcement("rloo"), ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),
+    "grpo": Kind(_reinforcement("grpo"), ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),
 }

@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from recontrol.data.rewards import Reward
 from recontrol.data.rewards.loading import load_reward
 from recontrol.data.rollouts import Rollouts
 from recontrol.evaluation.evaluate import evaluate
+from recontrol.evaluation.findings import Findings
 from recontrol.evaluation.frontier import choose_at_kl
 from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
 from recontrol.evaluation.metrics import load_encoder
@@ -33,29 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Between the seeds of rollouts, of validation and of the test: no batch of one has the seed of a batch of another.
 SEEDS_APART = 1_000_000
-
-
-@dataclass
-class Findings:
-    """What a study found.
-
-    Attributes:
-        results: on the test prompts: the uncontrolled model, then one for each row.
-        names: of the rows, one a result.
-        prompts: the test prompts.
-        validation: on the validation prompts: the uncontrolled model, then all settings of all rows; empty where there was no choice to make.
-        groups: by the name of a row, which results of `validation` are its settings.
-        wins: one a result; None for the uncontrolled model itself, or all where there is no judge.
-        against: what the win rate compares with; None without it.
-    """
-
-    results: list[Result]
-    names: list[str]
-    prompts: list[str]
-    validation: list[Result] = field(default_factory=list)
-    groups: dict[str, list[int]] = field(default_factory=dict)
-    wins: list[WinRate | None] = field(default_factory=list)
-    against: str | None = None
 
 
 def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True, load_model: Callable[[Study], tuple[Any, Any]] | None = None) -> Findings:

@@ -1,7 +1,7 @@
 """What a value function knows as a response unfolds, and what it says that is not so: numbers, a table and a figure."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,44 @@ def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor |
     for part in parts(responses, rollouts.lengths):
         states, _, _ = rollouts.batch(part)
         predicted.append(value.to_reward(value(states.to(value.device)))[:, head].double().cpu())
-    v, lengths = torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy()
     rewards = rollouts.rewards[responses, head].double().numpy()
+    return _compare(torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy(), rewards, bins)
+
+
+def diagnose_values(values: Sequence[Sequence[float]], rewards: Sequence[float], *, bins: int = 10) -> Diagnosis:
+    """The same of values that are known, as an evaluation records them along its responses.
+
+    Args:
+        values: of each response, V(s_t) for each token, in the unit of the reward; responses without a token are left out.
+        rewards: one a response.
+        bins: of relative position, and of V for the calibration.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: another number of rewards than responses, fewer than three responses with tokens, or no bins.
+    """
+    if len(values) != len(rewards):
+        raise ValueError(f"found {len(rewards)} rewards for the values along {len(values)} responses, wanted one each")
+    kept = [number for number, along in enumerate(values) if len(along)]
+    if len(kept) < 3:
+        raise ValueError(f"found {len(kept)} responses with tokens to diagnose a value function on, wanted at least 3")
+    if type(bins) is not int or bins < 1:
+        raise ValueError(f"bins must be at least 1, found bins={bins!r}")
+    v = np.concatenate([np.asarray(values[number], dtype=np.float64) for number in kept])
+    return _compare(v, np.array([len(values[number]) for number in kept]), np.array([rewards[number] for number in kept], dtype=np.float64), bins)
+
+
+def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int) -> Diagnosis:
+    """(tokens,) of all responses in turn, (responses,) and (responses,)."""
     r, starts = np.repeat(rewards, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
     place = np.minimum(((np.arange(len(v)) - starts + 0.5) / np.repeat(lengths, lengths) * bins).astype(int), bins - 1)
     low, high = np.quantile(rewards, [1 / 3, 2 / 3])
     inside = [place == number for number in range(bins)]
     calibration = [(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in np.array_split(np.argsort(v, kind="stable"), bins) if len(rows)]
     return Diagnosis(
-        responses=len(responses),
+        responses=len(rewards),
         tokens=[int(rows.sum()) for rows in inside],
         correlation=[_correlation(v[rows], r[rows]) for rows in inside],
         explained_variance=[_explained(v[rows], r[rows]) for rows in inside],
