@@ -26,7 +26,9 @@ demo: $(READY) ## Run the whole method on the embedded model: collect, train, ch
 	$(BIN)/python examples/movie_reviews/demo.py --out out/demo
 
 report: $(READY) ## Compare every method on the embedded model, in about an hour; what it writes is in reports/movie_reviews
-	$(BIN)/recontrol evaluate --config examples/movie_reviews/report.yaml --out out/report
+	$(BIN)/python -m recontrol evaluate --config examples/movie_reviews/report.yaml --out out/report
+	mkdir -p reports/movie_reviews
+	cp out/report/report.html out/report/report.csv out/report/report.json reports/movie_reviews
 
 # Test processes side by side; whichever is done takes tests from the other.
 WORKERS ?= 2

@@ -226,6 +226,13 @@ def test_measured_tables_in_the_readme_are_those_of_the_recorded_rows(name, data
     assert found and found[1].strip() == render(read_rows(data) if data.exists() else []).strip()
 
 
+def test_the_table_of_methods_in_the_readme_is_that_of_the_report():
+    path = "reports/movie_reviews/report.csv"
+    shown = re.search(rf"<!-- python examples/movie_reviews/summary\.py {re.escape(path)} -->\n(.*?)\n<!-- end -->", readme(), re.DOTALL)
+    done = subprocess.run([sys.executable, "examples/movie_reviews/summary.py", path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert shown and shown[1].strip() == done.stdout.strip()
+
+
 def test_files_named_in_the_readme_exist():
     """Relative links lead somewhere."""
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", readme())
