@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from recontrol.data.texts import collect_pairs, collect_texts
     from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import choose, evaluate
-    from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
     from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
-    from recontrol.evaluation.next_token import path_of_steps
-    from recontrol.evaluation.sweep import sweep_settings, sweep_steps
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.online import train_online
     from recontrol.training.train import train
+    from recontrol.tuning.frontier import at_equal_kl, choose_at_kl, knee, pareto
+    from recontrol.tuning.next_token import path_of_steps
+    from recontrol.tuning.sweep import sweep_settings, sweep_steps
     from recontrol.weighted_sum import WeightedSum
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
@@ -44,9 +44,9 @@ _ON_DEMAND = {
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
     "WeightedSum": "recontrol.weighted_sum",
-    "at_equal_kl": "recontrol.evaluation.frontier",
+    "at_equal_kl": "recontrol.tuning.frontier",
     "choose": "recontrol.evaluation.evaluate",
-    "choose_at_kl": "recontrol.evaluation.frontier",
+    "choose_at_kl": "recontrol.tuning.frontier",
     "collect": "recontrol.data.collect",
     "collect_pairs": "recontrol.data.texts",
     "collect_texts": "recontrol.data.texts",
@@ -54,15 +54,15 @@ _ON_DEMAND = {
     "evaluate": "recontrol.evaluation.evaluate",
     "generate": "recontrol.generation.generate",
     "join_rollouts": "recontrol.data.join",
-    "knee": "recontrol.evaluation.frontier",
+    "knee": "recontrol.tuning.frontier",
     "load_pairs": "recontrol.data.pairs",
     "load_prompts": "recontrol.data.prompts",
     "load_prompts_with_references": "recontrol.data.prompts",
-    "pareto": "recontrol.evaluation.frontier",
-    "path_of_steps": "recontrol.evaluation.next_token",
+    "pareto": "recontrol.tuning.frontier",
+    "path_of_steps": "recontrol.tuning.next_token",
     "relabel": "recontrol.data.relabel",
-    "sweep_settings": "recontrol.evaluation.sweep",
-    "sweep_steps": "recontrol.evaluation.sweep",
+    "sweep_settings": "recontrol.tuning.sweep",
+    "sweep_steps": "recontrol.tuning.sweep",
     "train": "recontrol.training.train",
     "train_online": "recontrol.training.online",
     "win_rate": "recontrol.evaluation.win_rate",

@@ -7,8 +7,8 @@ import pytest
 from results import result
 
 from recontrol.evaluation.metrics import bootstrap_difference
-from recontrol.evaluation.report import draw, plot, save_report, table
 from recontrol.evaluation.response_files import pair_up, read_responses
+from recontrol.reports.report import draw, plot, save_report, table
 
 PROMPTS = ["one", "two", "three"]
 

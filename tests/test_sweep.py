@@ -24,10 +24,10 @@ from transformers import (
 import recontrol as rc
 from recontrol.data.prompts import load_prompts
 from recontrol.decoding.generation import generate_batch
-from recontrol.evaluation import next_token
-from recontrol.evaluation.gumbel import GumbelNoise, add_gumbel
-from recontrol.evaluation.next_token import path_of_steps
-from recontrol.evaluation.sweep import sweep_settings, sweep_steps
+from recontrol.tuning import next_token
+from recontrol.tuning.gumbel import GumbelNoise, add_gumbel
+from recontrol.tuning.next_token import path_of_steps
+from recontrol.tuning.sweep import sweep_settings, sweep_steps
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
 STEPS = [0, 2, 5, 12]

@@ -23,7 +23,7 @@ from recontrol.data.prompts import load_prompts
 from recontrol.data.rewards import RewardModel
 from recontrol.evaluation.evaluate import choose, evaluate
 from recontrol.evaluation.metrics import load_encoder
-from recontrol.evaluation.report import save_report, table
+from recontrol.reports.report import save_report, table
 from recontrol.training.train import train
 
 HERE = Path(__file__).resolve().parent

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--dry-run goes with --config" if options.dry_run else f"{', '.join(missing)} must be given, or --config")
     from recontrol.evaluation.evaluate import choose, evaluate
     from recontrol.evaluation.metrics import load_encoder
-    from recontrol.evaluation.report import save_report, table
+    from recontrol.reports.report import save_report, table
 
     stops = shared.stop_strings(options)
     # A folder that cannot be written is better found before the work than after it.
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _run_config(options: argparse.Namespace) -> None:
     """Run a study, and write its report."""
-    from recontrol.evaluation.report_files import save_findings
+    from recontrol.reports.report_files import save_findings
     from recontrol.studies.dry_run import small
     from recontrol.studies.run import run_study
     from recontrol.studies.study import load_study

@@ -217,7 +217,7 @@ def _prompting(materials: Materials, settings: dict[str, Any]) -> Method:
 
 def _static_editing(materials: Materials, settings: dict[str, Any]) -> Method:
     which = settings.get("direction", "reward")
-    makers = {"reward": reward_direction, "mean-difference": mean_difference}
+    makers: dict[str, Callable[..., Direction]] = {"reward": reward_direction, "mean-difference": mean_difference}
     if which not in makers:
         raise ValueError(f"the direction of static editing must be one of {', '.join(makers)}, found {which!r}")
     path = materials.folder / "directions" / f"{which}.safetensors"

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from recontrol.data.prompts import turn_marks
 from recontrol.data.rewards.regression import LlamaRegressionModel
@@ -68,7 +67,7 @@ def small(study: Study, out: Path) -> Study:
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     sources = {name: getattr(study.prompts, name) for name in COUNTS}
-    files = {name: None if source is None else _source(source, out, name) for name, source in sources.items()}
+    files: dict[str, Any] = {name: None if source is None else _source(source, out, name) for name, source in sources.items()}
     tokenizer = _tokenizer()
     model = _save_model(study.model.name, tokenizer, out / "lm")
     rewards = [_save_reward(name, tokenizer, out / f"reward-{number}") for number, name in enumerate(study.reward.names)]
@@ -136,7 +135,7 @@ def _tokenizer() -> Any:
 
 def _save_model(name: str, tokenizer: Any, path: Path) -> Path:
     """A model of the architecture that the name says: Falcon's, else Llama's, whose own Vicuna and Llama 3 are."""
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -146,7 +145,7 @@ def _save_model(name: str, tokenizer: Any, path: Path) -> Path:
         "pad_token_id": 1,
     }
     if "falcon" in name.lower():
-        config: Any = transformers.FalconConfig(**shared, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
+        config: Any = AutoConfig.for_model("falcon", **shared, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
     else:
         config = LlamaConfig(**shared, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
     model = AutoModelForCausalLM.from_config(config)
@@ -157,16 +156,8 @@ def _save_model(name: str, tokenizer: Any, path: Path) -> Path:
 
 def _save_reward(name: str, tokenizer: Any, path: Path) -> Path:
     """UltraRM's architecture, else a sequence classifier."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=1,
-        max_position_embeddings=1024,
-    )
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes | {"num_labels": 1}, pad_token_id=1, max_position_embeddings=1024)
     kind: Any = LlamaRegressionModel if "ultrarm" in name.lower() else LlamaForSequenceClassification
     kind(config).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -14,9 +14,9 @@ from recontrol.decoding.control import Control
 from recontrol.decoding.controller import CACHE_NAMES
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import forget_compiled
-from recontrol.evaluation.gumbel import add_gumbel
 from recontrol.generation.requests import Options, Trace
 from recontrol.generation.steering import divergence
+from recontrol.tuning.gumbel import add_gumbel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,8 +28,8 @@ class Point(Protocol):
         ...
 
     @property
-    def kl(self) -> float:
-        """Mean divergence from the uncontrolled model, in nats a response."""
+    def kl(self) -> Any:
+        """Mean divergence from the uncontrolled model, in nats a response; a point whose divergence is None is refused."""
         ...
 
 

@@ -10,10 +10,10 @@ from recontrol import backends
 from recontrol.decoding.control import Control, integer
 from recontrol.decoding.generation import REFUSED, check_options, check_token_counts, effective, evaluation_mode
 from recontrol.decoding.responses import StopStrings, make_response
-from recontrol.evaluation.forking import ForkedDecoding
 from recontrol.generation.generate import checked_options
 from recontrol.generation.plan import batches_of
 from recontrol.generation.requests import Generation, token_ids
+from recontrol.tuning.forking import ForkedDecoding
 from recontrol.value import ValueFunction
 
 

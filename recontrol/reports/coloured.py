@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recontrol.evaluation.comparison import Row, the_control
 from recontrol.evaluation.measure import Answer
+from recontrol.reports.comparison import Row, the_control
 
 # Shades on each side of the middle.
 SHADES = 8

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from recontrol.evaluation.columns import QUALITY, interval_digits
-from recontrol.evaluation.comparison import EqualKL, Row, not_told_apart, the_control
-from recontrol.evaluation.findings import Findings
+from recontrol.reports.columns import QUALITY, interval_digits
+from recontrol.reports.comparison import EqualKL, Row, not_told_apart, the_control
+from recontrol.reports.findings import Findings
 from recontrol.version import __version__
 
 REWARD = QUALITY[0]

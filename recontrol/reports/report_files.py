@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.evaluation.columns import COST, QUALITY
-from recontrol.evaluation.comparison import Row, equal_kl, gain_interval, make_rows
-from recontrol.evaluation.findings import Findings
-from recontrol.evaluation.headline import versions
 from recontrol.evaluation.results import UNCONTROLLED, Result
 from recontrol.files import write_aside, write_json
+from recontrol.reports.columns import COST, QUALITY
+from recontrol.reports.comparison import Row, equal_kl, gain_interval, make_rows
+from recontrol.reports.findings import Findings
+from recontrol.reports.headline import versions
 from recontrol.training.diagnosis import Diagnosis, diagnose_values
 from recontrol.version import __version__
 
@@ -41,7 +41,7 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
         OSError: the folder cannot be written.
     """
     # It loads the templates, which nobody else needs.
-    from recontrol.evaluation.report_html import render
+    from recontrol.reports.page import render
 
     rows = make_rows(findings)
     sections = _sections(study)

@@ -56,7 +56,7 @@ def path_of_steps(
 
     With the states of rollouts these are the next-token frontier at the uncontrolled model's own prefixes, for the price of the output
     embedding. It is exact for one next token; it is not that of whole responses, in which control chooses the prefixes too: their divergence
-    is the sum over tokens at their own prefixes (`recontrol.evaluation.sweep`). Use it to see which settings are worth decoding.
+    is the sum over tokens at their own prefixes (`recontrol.tuning.sweep`). Use it to see which settings are worth decoding.
 
     Logits are what the model makes of the states, whatever it does to them after the output embedding.
 

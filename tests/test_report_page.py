@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from results import result
 
-from recontrol.evaluation.columns import COST, DASH, QUALITY, interval_digits
-from recontrol.evaluation.comparison import equal_kl, kl_levels, make_rows, not_told_apart, setting_text
-from recontrol.evaluation.findings import Findings
-from recontrol.evaluation.headline import statements
 from recontrol.evaluation.metrics import bootstrap_difference
-from recontrol.evaluation.report_files import save_findings
 from recontrol.evaluation.response_files import read_responses
 from recontrol.evaluation.results import by_prompt
 from recontrol.evaluation.win_rate import win_rate
+from recontrol.reports.columns import COST, DASH, QUALITY, interval_digits
+from recontrol.reports.comparison import equal_kl, kl_levels, make_rows, not_told_apart, setting_text
+from recontrol.reports.findings import Findings
+from recontrol.reports.headline import statements
+from recontrol.reports.report_files import save_findings
 
 NASTY = "<script>alert('a')</script> & \"b\" </section>\u2028"
 # Elements of HTML that have no end tag.

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.evaluation.report_files import save_content, save_responses, summary
 from recontrol.evaluation.results import Result
-from recontrol.evaluation.svg import COLOURS, RED
 from recontrol.files import write_aside
+from recontrol.reports.report_files import save_content, save_responses, summary
+from recontrol.reports.svg import COLOURS, RED
 
 HEADER = ("setting", "reward", "95 % interval", "diversity", "coherence", "NLL", "length", "tokens/s", "cost", "|edit|")
 # Responses whose V is drawn; more lines cannot be told apart.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from recontrol.evaluation.comparison import Row, not_told_apart
+from recontrol.reports.comparison import Row, not_told_apart
 
 MIB = 2**20
 # As wide as a digit in a column of numbers, and for what was not measured.

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from recontrol.evaluation.comparison import Row
 from recontrol.evaluation.results import Result
-from recontrol.evaluation.svg import COLOURS, INK, RED, drawing, to_svg
+from recontrol.reports.comparison import Row
+from recontrol.reports.svg import COLOURS, INK, RED, drawing, to_svg
 from recontrol.training.diagnosis import Diagnosis
 
 MARKERS = "osD^vP"

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recontrol.evaluation.coloured import SHADES, coloured
-from recontrol.evaluation.columns import COST, QUALITY, Cell, Column, cells, interval_digits, measured
-from recontrol.evaluation.comparison import EqualKL, Row, sweep
-from recontrol.evaluation.figures import calibration, frontier, resources, sweeps
-from recontrol.evaluation.findings import Findings
-from recontrol.evaluation.headline import facts, statements
 from recontrol.methods.control import ReControl
+from recontrol.reports.coloured import SHADES, coloured
+from recontrol.reports.columns import COST, QUALITY, Cell, Column, cells, interval_digits, measured
+from recontrol.reports.comparison import EqualKL, Row, sweep
+from recontrol.reports.figures import calibration, frontier, resources, sweeps
+from recontrol.reports.findings import Findings
+from recontrol.reports.headline import facts, statements
 from recontrol.training.diagnosis import Diagnosis
 
 # Prompts whose responses are shown, the first ones.
@@ -73,7 +73,7 @@ def render(
     base, groups = sweep(findings)
     return (
         _environment()
-        .get_template("report.html")
+        .get_template("page.html")
         .render(
             facts=facts(findings, study),
             statements=statements(rows, equal),
@@ -106,7 +106,7 @@ def render(
 def _environment() -> Any:
     import jinja2
 
-    loader = jinja2.PackageLoader("recontrol.evaluation", "templates")
+    loader = jinja2.PackageLoader("recontrol.reports", "templates")
     # Texts of prompts and responses are anything at all; nothing that is not known is left blank.
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
