@@ -137,6 +137,11 @@ def test_a_value_function_that_is_there_is_taken(study, folder, findings, tmp_pa
         run_study(dataclasses.replace(given, methods=[study.methods[1]]), tmp_path / "other", progress=False)
 
 
+def test_what_nobody_needs_is_not_collected(study, tmp_path):
+    found = run_study(dataclasses.replace(study, methods=[{"method": "best-of-n", "n": 2}], seeds=1), tmp_path, progress=False)
+    assert found.names == ["uncontrolled", "best-of-n"] and not (tmp_path / "rollouts").exists()
+
+
 def test_prompts_that_are_reported_on_are_not_for_choosing(study, tmp_path):
     same = dataclasses.replace(study, prompts=dataclasses.replace(study.prompts, validation=study.prompts.test))
     with pytest.raises(ValueError, match=r"prompts\.validation are the prompts that are reported on"):

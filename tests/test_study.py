@@ -107,7 +107,9 @@ def test_entries_are_all_combinations_of_their_lists():
         [{"method": "prompting + re-control", "name": "both", "template": "Well: {prompt}", "alpha": 1, "n": 3}, {"method": "best-of-n", "n": 4}]
     )
     assert together.name == "both" and together.kinds == ("prompting", "re-control") and together.needs_value
-    assert not plain.needs_value and plain.settings == ({"n": 4},)
+    assert not plain.needs_value and not plain.needs_rollouts and plain.settings == ({"n": 4},)
+    moved, shown = read_entries([{"method": "static editing", "strength": 1}, {"method": "prompting", "examples": 2}])
+    assert moved.needs_rollouts and shown.needs_rollouts and not moved.needs_value
 
 
 @pytest.mark.parametrize(

@@ -106,12 +106,14 @@ class Entry:
         kinds: of the methods that act together, one or several.
         settings: the same settings with one number for each list, one dictionary for each choice.
         needs_value: whether a value function has to be there.
+        needs_rollouts: whether rollouts of the uncontrolled model have to be there.
     """
 
     name: str
     kinds: tuple[str, ...]
     settings: tuple[dict[str, Any], ...]
     needs_value: bool
+    needs_rollouts: bool
 
     def methods(self, materials: Materials) -> list[Method]:
         """One method for each choice; what has to be trained for them is trained, or read where it was before.
@@ -136,6 +138,7 @@ class Kind:
         options: further settings; "*" takes any.
         optional: the strengths that need not be given.
         needs_value: whether it is made of a value function.
+        needs_rollouts: whether it is made of rollouts.
     """
 
     make: Callable[[Materials, dict[str, Any]], Method]
@@ -143,6 +146,7 @@ class Kind:
     options: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     needs_value: bool = False
+    needs_rollouts: bool = False
 
     def takes(self, name: str) -> bool:
         """Whether it has a setting of this name."""
@@ -187,7 +191,8 @@ def read_entries(entries: Sequence[Any], where: str = "methods") -> list[Entry]:
         if any(other.name == name for other in found):
             raise ValueError(f"{place}: two rows are called {name!r}; give one of them a name")
         choices = tuple({**settings, **dict(zip(lists, chosen, strict=True))} for chosen in itertools.product(*lists.values()))
-        found.append(Entry(str(name), kinds, choices, any(KINDS[kind].needs_value for kind in kinds)))
+        of_rollouts = any(KINDS[kind].needs_rollouts for kind in kinds) or isinstance(settings.get("examples"), int)
+        found.append(Entry(str(name), kinds, choices, any(KINDS[kind].needs_value for kind in kinds), of_rollouts))
     return found
 
 
@@ -280,7 +285,7 @@ KINDS: dict[str, Kind] = {
     "prompting": Kind(_prompting, (), ("template", "examples", "separator", "goal", "called")),
     "re-control": Kind(_re_control, ("alpha", "n", "target", "radius"), ("head_weights",), optional=("target", "radius"), needs_value=True),
     "prefix scorer": Kind(_prefix_scorer, ("strength",), ("k", "head_weights"), needs_value=True),
-    "static editing": Kind(_static_editing, ("strength",), ("direction",)),
+    "static editing": Kind(_static_editing, ("strength",), ("direction",), needs_rollouts=True),
     "args": Kind(_args, ("w",), ("k",)),
     "best-of-n": Kind(_best_of_n, ("n",), ("rows_at_once", "sampling")),
     "dpo": Kind(_dpo, ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),

@@ -69,7 +69,7 @@ def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True, lo
     if study.value is not None:
         loaded = ValueFunction.from_reference(study.value) if study.value.endswith(".pth") else ValueFunction.from_pretrained(study.value)
         value = loaded.to(model.get_output_embeddings().weight.device)
-    else:
+    elif any(entry.needs_value or entry.needs_rollouts for entry in entries):
         options = {**generation, **study.generation.options, **study.collect}
         rollouts, _ = timed(
             folder,
