@@ -25,7 +25,7 @@ $(READY): pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*.cpp cs
 demo: $(READY) ## Run the whole method on the embedded model: collect, train, choose, decode, report
 	$(BIN)/python examples/movie_reviews/demo.py --out out/demo
 
-report: $(READY) ## Compare every method on the embedded model, in about an hour; what it writes is in reports/movie_reviews
+report: $(READY) ## Compare every method on the embedded model, in some 45 minutes; what it writes is in reports/movie_reviews
 	$(BIN)/python -m recontrol evaluate --config examples/movie_reviews/report.yaml --out out/report
 	mkdir -p reports/movie_reviews
 	cp out/report/report.html out/report/report.csv out/report/report.json reports/movie_reviews
