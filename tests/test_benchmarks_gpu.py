@@ -141,8 +141,9 @@ def test_files_from_before_a_column_came_are_read(tmp_path):
     path = tmp_path / "old.csv"
     rows.append_rows(path, [made_up("recontrol", 8.0)])
     lines = [line.split(",") for line in path.read_text().replace(", ", "; ").splitlines()]
-    assert lines[0][-6:] == ["device", "driver", "cuda", "triton", "copy_gb_per_s", "peak_bytes"]
-    path.write_text("".join(",".join(line[:-6]).replace("; ", ", ") + "\n" for line in lines))
+    later = ["device", "driver", "cuda", "triton", "copy_gb_per_s", "peak_bytes", "wasted_cache", "cache_bytes", "needed_cache_bytes"]
+    assert lines[0][-9:] == later
+    path.write_text("".join(",".join(line[:-9]).replace("; ", ", ") + "\n" for line in lines))
     assert rows.read_rows(path) == [made_up("recontrol", 8.0)]
     path.write_text("".join(",".join(line[1:]).replace("; ", ", ") + "\n" for line in lines))
     with pytest.raises(ValueError, match="does not hold benchmark rows"):

@@ -78,7 +78,7 @@ def test_how_rewards_are_read():
     model = parsed("--reward-model", EXAMPLE / "reward", "--reward-template", "Q: {prompt}\\nA: {response}", "--reward-batch-size", 3)
     assert (model.template, model.batch_size) == ("Q: {prompt}\nA: {response}", 3)
     assert parsed("--reward-model", EXAMPLE / "reward").template is None
-    assert len(parsed("--reward-model", EXAMPLE / "reward", "--reward-model", EXAMPLE / "reward")) == 2
+    assert len(parsed("--reward-model", EXAMPLE / "reward", "--reward-model", EXAMPLE / "reward").rewards) == 2
 
 
 def test_push(folder, monkeypatch, capsys):

@@ -252,6 +252,8 @@ def load_reward(options: argparse.Namespace) -> Any:
     """The reward."""
     from recontrol.data.rewards.loading import load_reward
 
+    if len(options.judge_range) != 2:
+        raise ValueError(f"--judge-range must be two numbers, found {len(options.judge_range)}")
     return load_reward(
         options.reward_model,
         batch_size=options.reward_batch_size,

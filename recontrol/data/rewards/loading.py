@@ -18,7 +18,7 @@ def load_reward(
     batch_size: int = 16,
     template: str | None = None,
     device: str = "cpu",
-    judge_range: Sequence[float] = (1.0, 10.0),
+    judge_range: tuple[float, float] = (1.0, 10.0),
     judge: Mapping[str, Any] | None = None,
 ) -> Reward:
     """Make one reward of names; several become its heads.
@@ -40,9 +40,8 @@ def load_reward(
     def load(name: str) -> Reward:
         kind, _, rest = name.partition(":")
         if kind == "judge" and rest:
-            if len(judge_range) != 2:
-                raise ValueError(f"the range of a judge must be two numbers, found {len(judge_range)}")
-            return Judge(rest, minimum=judge_range[0], maximum=judge_range[1], **(judge or {}))
+            lowest, highest = judge_range
+            return Judge(rest, minimum=lowest, maximum=highest, **(judge or {}))
         if kind == "python" and rest:
             return _function(rest)
         where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}
