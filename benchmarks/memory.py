@@ -22,3 +22,8 @@ def peak_bytes() -> int:
     if found:
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_beyond(before: int) -> int:
+    """The peak beyond what `peak_bytes` said before, in bytes; 0 where there was none, for the system moves its mark late and may show less than it did."""
+    return max(0, peak_bytes() - before)
