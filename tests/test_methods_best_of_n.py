@@ -158,6 +158,12 @@ def test_its_own_sampling_takes_the_place_of_the_comparison_s(model):
     assert found.responses == sampled.responses
 
 
+def test_responses_of_another_sampling_are_not_taken_for_these():
+    cooler = BestOfN(3, small_letters, sampling={"do_sample": True, "temperature": 0.5})
+    assert cooler.identity != BestOfN(3, small_letters).identity
+    assert cooler.identity == BestOfN(3, small_letters, sampling={"do_sample": True, "temperature": 0.5}).identity
+
+
 def test_a_reward_that_is_none_is_found(model):
     with pytest.raises(ValueError, match=r"returned NaN or infinity for responses \[1\]"):
         respond(BestOfN(2, lambda prompts, responses: [0.0, math.nan]), model, ["or"])

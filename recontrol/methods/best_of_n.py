@@ -69,7 +69,8 @@ class BestOfN(Method):
     @property
     def identity(self) -> Any:
         """What else the responses depend on; a reward has no checksum."""
-        return [self.inner.identity, self.rows_at_once, None if self.head_weights is None else list(self.head_weights)]
+        weights, sampling = self.head_weights, self.sampling
+        return [self.inner.identity, self.rows_at_once, None if weights is None else list(weights), None if sampling is None else dict(sampling)]
 
     @property
     def training(self) -> Training:
