@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from recontrol.data.rollouts import Rollouts
     from recontrol.data.texts import collect_pairs, collect_texts
     from recontrol.decoding.static_decoder import StaticDecoder
-    from recontrol.evaluation.evaluate import choose, evaluate
+    from recontrol.evaluation.evaluate import evaluate
     from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
+    from recontrol.evaluation.results import choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
     from recontrol.training.diagnosis import diagnose
@@ -45,7 +46,7 @@ _ON_DEMAND = {
     "StaticDecoder": "recontrol.decoding.static_decoder",
     "WeightedSum": "recontrol.weighted_sum",
     "at_equal_kl": "recontrol.tuning.frontier",
-    "choose": "recontrol.evaluation.evaluate",
+    "choose": "recontrol.evaluation.results",
     "choose_at_kl": "recontrol.tuning.frontier",
     "collect": "recontrol.data.collect",
     "collect_pairs": "recontrol.data.texts",

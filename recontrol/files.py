@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +103,22 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged or not one of ours") from error
+
+
+def check_same_settings(found: dict[str, Any], wanted: dict[str, Any], what: str, *, ignored: Collection[str] = ()) -> None:
+    """Refuse to go on with what was begun with other settings.
+
+    Args:
+        found: the settings that were written.
+        wanted: those of this call, as JSON reads them back.
+        what: the beginning of the message, up to "another".
+        ignored: names that may differ.
+
+    Raises:
+        ValueError: a setting differs; the first, by name, is shown with what was found and wanted.
+    """
+    for name in sorted((found.keys() | wanted.keys()) - set(ignored)):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{what} another {name}: found {found.get(name)!r}, wanted {wanted.get(name)!r}; use the same settings to go on with it, or another folder"
+            )

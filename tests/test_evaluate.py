@@ -14,8 +14,9 @@ from recontrol.data.prompts import load_prompts
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.generation import Batch, check_lengths, finishing_tokens, generate_batch
 from recontrol.decoding.responses import Response
-from recontrol.evaluation.evaluate import choose, evaluate
+from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.metrics import bootstrap_interval, coherence, diversity, response_nll
+from recontrol.evaluation.results import choose
 from recontrol.value import ValueFunction
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recontrol.data.collect import collect
 from recontrol.data.prompts import load_prompts
 from recontrol.data.rewards import RewardModel
-from recontrol.evaluation.evaluate import choose, evaluate
+from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.metrics import load_encoder
+from recontrol.evaluation.results import choose
 from recontrol.reports.report import save_report, table
 from recontrol.training.train import train
 

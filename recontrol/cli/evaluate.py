@@ -67,8 +67,9 @@ def run(options: argparse.Namespace) -> None:
     missing = [name for name, option in needed.items() if option is None]
     if missing or options.dry_run:
         raise ValueError("--dry-run goes with --config" if options.dry_run else f"{', '.join(missing)} must be given, or --config")
-    from recontrol.evaluation.evaluate import choose, evaluate
+    from recontrol.evaluation.evaluate import evaluate
     from recontrol.evaluation.metrics import load_encoder
+    from recontrol.evaluation.results import choose
     from recontrol.reports.report import save_report, table
 
     stops = shared.stop_strings(options)

@@ -180,13 +180,9 @@ def device(options: argparse.Namespace) -> str:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """(language model, tokenizer)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from recontrol.loading import load_language_model
 
-    place = device(options)
-    # Only device_map needs no copy of the whole model in main memory.
-    keywords = {} if place == "cpu" else {"device_map": place}
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **keywords).eval(), tokenizer
+    return load_language_model(options.model, dtype=options.dtype, device=device(options))
 
 
 def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split: str, limit: int | None) -> list[str]:
@@ -206,10 +202,9 @@ def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split
 
 def load_value(options: argparse.Namespace, model: Any) -> Any:
     """The value function, on the device where the model makes its logits."""
-    from recontrol.value import ValueFunction
+    from recontrol.loading import load_value_function
 
-    loaded = ValueFunction.from_reference(options.value) if options.value.endswith(".pth") else ValueFunction.from_pretrained(options.value)
-    return loaded.to(model.get_output_embeddings().weight.device)
+    return load_value_function(options.value, model)
 
 
 def controller_options(options: argparse.Namespace) -> dict[str, Any]:

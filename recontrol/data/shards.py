@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recontrol.data.checksums import CHECKSUMS_NAME, checksum, file_checksum, listing, read_checksums, write_checksums
 from recontrol.data.storage import encode
-from recontrol.files import interrupts_wait, read_json, remove_leftovers, write_aside, write_json
+from recontrol.files import check_same_settings, interrupts_wait, read_json, remove_leftovers, write_aside, write_json
 
 FORMAT = "recontrol.rollouts"
 # Version 1 had no checksums, and states in their own dtype only.
@@ -80,12 +80,7 @@ class RolloutWriter:
         has_shards = any(self.path.glob("shard-*.safetensors"))
         if (self.path / MANIFEST_NAME).exists() and (has_shards or not first):
             found = read_manifest(self.path)
-            for name in sorted((self.manifest.keys() | found.keys()) - {*ignored, *MEASURED, "checksums_sha256"}):
-                if found.get(name) != self.manifest.get(name):
-                    raise ValueError(
-                        f"{self.path} holds rollouts with another {name}: found {found.get(name)!r}, wanted {self.manifest.get(name)!r}; "
-                        "use the same settings to go on with it, or another folder"
-                    )
+            check_same_settings(found, self.manifest, f"{self.path} holds rollouts with", ignored={*ignored, *MEASURED, "checksums_sha256"})
             self.manifest = found
         elif has_shards or not first:
             raise ValueError(f"{self.path} holds shards but no {MANIFEST_NAME}; use another folder")

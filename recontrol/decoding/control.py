@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recontrol.value import ValueFunction
@@ -67,6 +68,20 @@ def check_settings(settings: Any) -> None:
     checked["head_weights"] = _head_weights(settings.head_weights, settings.value.num_heads)
     for name, argument in checked.items():
         object.__setattr__(settings, name, argument)
+
+
+def beyond_range(settings: Any, dtype: torch.dtype) -> str | None:
+    """The first of the settings that would be infinite in a dtype, which an ascent refuses; None where all of them can be held.
+
+    Args:
+        settings: has the attributes of `Control`.
+        dtype: of the numbers of the ascent.
+    """
+    for name in ("step_size", "radius", "target", "head_weights"):
+        held = getattr(settings, name)
+        if held is not None and not torch.tensor(held, dtype=dtype).isfinite().all():
+            return name
+    return None
 
 
 def number(name: str, given: Any, minimum: float = -math.inf) -> float:

@@ -16,7 +16,6 @@ from recontrol.arguments import normalise
 from recontrol.ascend import ascend
 from recontrol.decoding.control import check_settings, integer, several
 from recontrol.decoding.editing import Editing, check_fit
-from recontrol.decoding.hooks import forget_compiled
 from recontrol.value import ValueFunction
 
 # What the key/value cache is called: the first name in newer releases of transformers, the others in older ones.
@@ -148,16 +147,10 @@ class Handle(Editing):
             self._head_weights = None if weights is None else torch.tensor(weights, dtype=wide, device=controller.value.device)
         # A backend that cannot run says so here, and what it precomputes from the weights is ready.
         self._ascend(torch.zeros(1, controller.value.hidden_size, dtype=self.dtype(), device=controller.value.device), None)
-        try:
+        with self._attaching(self_check=controller.self_check):
             self._hooks.append(self.owner.register_forward_pre_hook(self._before_model, with_kwargs=True))
             self._hooks.append(self.owner.register_forward_hook(self._after_model, always_call=True))
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
-            forget_compiled()
-            if controller.self_check:
-                self._check_that_edits_reach_the_logits()
-        except BaseException:
-            self.detach()
-            raise
 
     @property
     def edited_rows(self) -> int:

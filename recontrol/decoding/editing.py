@@ -1,13 +1,14 @@
 """What everything that edits the states of a model shares: whether a value function fits it, and proof that edits reach the logits."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recontrol.decoding.fingerprint import difference
-from recontrol.decoding.hooks import Attachment, attachments, input_width
+from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
 from recontrol.value import ValueFunction
 
 
@@ -29,6 +30,18 @@ class Editing(Attachment):
         if any(isinstance(other, Editing) for other in attachments(self.embedding)):
             kind = type(self.owner).__name__
             raise RuntimeError(f"a Controller, or what else edits states, is attached to this {kind} already; detach it first, or leave its with block")
+
+    @contextlib.contextmanager
+    def _attaching(self, *, self_check: bool = True) -> Iterator[None]:
+        """Put the hooks in place inside the block; afterwards edits are proved to reach the logits. After an error nothing is attached."""
+        try:
+            yield
+            forget_compiled()
+            if self_check:
+                self._check_that_edits_reach_the_logits()
+        except BaseException:
+            self.detach()
+            raise
 
     def _check_that_edits_reach_the_logits(self) -> None:
         """Negate the state of one token: the logits must change, and must not when it is left as it is."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recontrol.evaluation.measure import Cell
-from recontrol.files import read_json, remove_leftovers, write_aside, write_json
+from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
 from recontrol.methods.base import Method
 
 FORMAT = "recontrol.evaluation"
@@ -23,7 +23,7 @@ class Cells:
         settings: model, prompts, rewards and sampling, ready for JSON; cells of other settings do not belong together.
 
     Raises:
-        ValueError: the folder has cells of other settings; what differs is named.
+        ValueError: the folder has cells of other settings; the first setting that differs is named.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -32,14 +32,7 @@ class Cells:
         wanted = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
         path = folder / "settings.json"
         if path.exists():
-            found = read_json(path)
-            differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            if differing:
-                name = differing[0]
-                raise ValueError(
-                    f"{folder} has an evaluation with another {', '.join(differing)}: found {found.get(name)!r:.80}, wanted {wanted.get(name)!r:.80}; "
-                    "use the same settings to go on with it, or another folder"
-                )
+            check_same_settings(read_json(path), wanted, f"{folder} has an evaluation with")
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         if not path.exists():
@@ -68,9 +61,9 @@ class Cells:
 
     def _path(self, method: Method, seed: int, batch: int) -> Path:
         # Weights are hashed once.
-        name = self._names.setdefault(id(method), "") or folder_name(method)
-        self._names[id(method)] = name
-        return self.folder / name / f"seed-{seed}-batch-{batch:05}.json"
+        if id(method) not in self._names:
+            self._names[id(method)] = folder_name(method)
+        return self.folder / self._names[id(method)] / f"seed-{seed}-batch-{batch:05}.json"
 
 
 def folder_name(method: Method) -> str:

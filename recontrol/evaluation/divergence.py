@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from recontrol.decoding.divergence import divergence
+
 
 class Likelihood(NamedTuple):
     """One response under the uncontrolled model, summed over its tokens.
@@ -79,11 +81,7 @@ def likelihoods(
         nll = float((wide.logsumexp(-1) - wide.gather(1, ids[:, None])[:, 0]).sum())
         kl = None
         if recorder is not None:
-            reference = logits.float().log_softmax(-1)
-            log_p = recorder.row(index, len(ids)).to(reference.device)
-            p = log_p.exp()
-            # Tokens that were ruled out have a log-probability of minus infinity, and add nothing.
-            kl = float(torch.where(p > 0, p * (log_p - reference), 0).double().sum().clamp(min=0))
+            kl = float(divergence(recorder.row(index, len(ids)).to(logits.device), logits).double().sum())
         found[index] = Likelihood(nll, kl)
     return found
 

@@ -16,13 +16,11 @@ from recontrol.decoding.responses import listed_stop_strings
 from recontrol.evaluation.cells import Cells
 from recontrol.evaluation.measure import Cell, Measure
 from recontrol.evaluation.metrics import load_encoder
-from recontrol.evaluation.results import Result, choose, summarise
+from recontrol.evaluation.results import Result, summarise
 from recontrol.methods.base import Method, Uncontrolled, tensors_checksum
 from recontrol.methods.control import ReControl
 from recontrol.methods.scores import one_score
 from recontrol.value import ValueFunction
-
-__all__ = ["Result", "choose", "evaluate"]
 
 # Decode steps of the unmeasured generation that comes first: threads start, and what the ascent precomputes is made.
 WARM_UP_TOKENS = 2
@@ -99,7 +97,9 @@ def evaluate(
     _check_methods(compared)
     check_lengths(model, tokenizer, prompts, max_new_tokens)
     for method in compared:
-        check_lengths(model, tokenizer, [method.write(prompt) for prompt in prompts], max_new_tokens)
+        written = [method.write(prompt) for prompt in prompts]
+        if written != list(prompts):
+            check_lengths(model, tokenizer, written, max_new_tokens)
     if attachments(output_embedding(model)):
         raise ValueError("something is attached to the model already: detach it, so that the uncontrolled model can be measured")
     options = {"stop_strings": listed_stop_strings(stop_strings), **generation_kwargs}
@@ -124,7 +124,7 @@ def evaluate(
     if todo:
         encoder = None if encoder is None else load_encoder(encoder)
         measure = Measure(model, tokenizer, score, value, head_weights, encoder, max_new_tokens, options)
-        _warm_up(measure, compared, batches[0])
+        _warm_up(measure, [method for method in compared if any((method.label, run, number) not in found for run, number in todo)], batches[0])
     with tqdm(total=len(prompts) * len(compared) * seeds, unit="response", disable=not progress) as bar:
         bar.update(sum(len(cell.answers) for cell in found.values()))
         for run, number in todo:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from recontrol import backends
 from recontrol.ascend import ascend
-from recontrol.decoding.control import Control
+from recontrol.decoding.control import Control, beyond_range
+from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
-from recontrol.decoding.hooks import forget_compiled
 from recontrol.generation.requests import Trace
 
 
@@ -103,16 +103,10 @@ class Steering(Editing):
             # A backend that cannot run says so here, and what it precomputes from the weights is ready.
             hidden = torch.zeros(1, group.first.value.hidden_size, dtype=self.dtype(), device=group.first.value.device)
             self._ascend(group, [min(group.requests)], hidden)
-        try:
+        with self._attaching(self_check=bool(self._groups)):
             self._hooks.append(self.owner.register_forward_pre_hook(self._before_model, with_kwargs=True))
             self._hooks.append(self.owner.register_forward_hook(self._after_model, always_call=True))
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
-            forget_compiled()
-            if self._groups:
-                self._check_that_edits_reach_the_logits()
-        except BaseException:
-            self.detach()
-            raise
 
     # Which rows there are changes from step to step: the compiler would compile each step anew.
     @torch.compiler.disable
@@ -200,23 +194,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _check_range(controls: Sequence[Control | None], dtype: torch.dtype) -> None:
     """Refuse what would be infinite in this dtype, which would come out at the first token of its prompt only."""
     for index, control in enumerate(controls):
-        for name in ("step_size", "radius", "target", "head_weights"):
-            held = getattr(control, name, None)
-            if held is not None and not torch.tensor(held, dtype=dtype).isfinite().all():
-                raise ValueError(f"{name} must be within the range of {str(dtype).removeprefix('torch.')}, found {held} in the control of prompt {index}")
-
-
-def divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(others)), row by row, in nats.
-
-    Args:
-        logits: (rows, vocabulary).
-        others: (rows, vocabulary).
-
-    Returns:
-        (rows,), float32, 0 or more.
-    """
-    log_p, log_q = logits.float().log_softmax(-1), others.float().log_softmax(-1)
-    p = log_p.exp()
-    # Tokens that a model rules out have logits of minus infinity in both.
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).clamp(min=0)
+        name = None if control is None else beyond_range(control, dtype)
+        if name is not None:
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} must be within the range of {kind}, found {getattr(control, name)} in the control of prompt {index}")

@@ -14,6 +14,7 @@ from recontrol.decoding.control import number, several
 from recontrol.decoding.generation import finishing_tokens
 from recontrol.decoding.responses import decode_after
 from recontrol.methods.base import Method
+from recontrol.methods.scores import one_score
 from recontrol.methods.top_k import TopK, check_k
 
 
@@ -115,7 +116,7 @@ class _RewardGuided(TopK):
     def _rewards(self, pairs: list[tuple[str, str]]) -> Tensor:
         table = checked_rewards(self.method.reward, [prompt for prompt, _ in pairs], [response for _, response in pairs])
         _check_weights(self.method.weights, table.shape[1])
-        return table[:, 0] if self.method.weights is None else table @ table.new_tensor(self.method.weights)
+        return one_score(table, self.method.weights).float()
 
 
 def _check_weights(weights: Sequence[float] | None, scores: int) -> None:

@@ -23,7 +23,7 @@ from recontrol.data.locking import LOCK_NAME, writing_lock
 from recontrol.data.settings import IGNORED
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.generation import seeded
-from recontrol.files import read_json, write_json
+from recontrol.files import check_same_settings, read_json, write_json
 from recontrol.peak_memory import PeakMemory
 
 FORMAT = "recontrol.fine_tuning"
@@ -258,12 +258,7 @@ def _write(run: FineTuningRun, trainer: Any, folder: Path) -> None:
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], model: Any, where: Path) -> None:
-    for name in sorted((found.keys() | wanted.keys()) - set(IGNORED)):
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{where} is of a run with another {name}: found {found.get(name)!r}, wanted {wanted.get(name)!r}; "
-                "use the same settings to go on with it, or another folder"
-            )
+    check_same_settings(found, wanted, f"{where} is of a run with", ignored=IGNORED)
     other = difference(found["base_model"], model)
     if other:
         raise ValueError(f"{where} is of a run on another model: {other}; use another folder")

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 from recontrol.decoding.control import number
 from recontrol.decoding.editing import Editing
 from recontrol.decoding.fingerprint import difference
-from recontrol.decoding.hooks import forget_compiled, input_width
+from recontrol.decoding.hooks import input_width
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.methods.directions import Direction
 
@@ -122,13 +122,8 @@ class StaticHandle(Editing):
         weight = getattr(self.embedding, "weight", direction.vector)
         # Moved once, so that a decode step copies nothing.
         self._edit = editing._edit_of(direction.vector if weight.is_meta else weight)
-        try:
+        with self._attaching():
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
-            forget_compiled()
-            self._check_that_edits_reach_the_logits()
-        except BaseException:
-            self.detach()
-            raise
 
     def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0]

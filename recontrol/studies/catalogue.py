@@ -31,6 +31,7 @@ from recontrol.methods import (
     train_dpo,
     train_rl,
 )
+from recontrol.methods.scores import one_score
 from recontrol.value import ValueFunction
 
 
@@ -93,8 +94,7 @@ class _Weighted:
         self.name = f"{json.dumps(self.weights)} of {reward_name(reward)}"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        table = checked_rewards(self.reward, prompts, responses).double()
-        return (table @ table.new_tensor(self.weights)).tolist()
+        return one_score(checked_rewards(self.reward, prompts, responses), self.weights).tolist()
 
 
 @dataclass(frozen=True)

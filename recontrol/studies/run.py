@@ -20,7 +20,9 @@ from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, choose
 from recontrol.evaluation.win_rate import WinRate, win_rate
 from recontrol.files import read_json, write_json
+from recontrol.loading import load_language_model, load_value_function
 from recontrol.methods import Method, Training
+from recontrol.methods.control import training_of
 from recontrol.peak_memory import PeakMemory
 from recontrol.reports.findings import Findings
 from recontrol.studies.catalogue import Materials, read_entries
@@ -35,14 +37,13 @@ logger = logging.getLogger(__name__)
 SEEDS_APART = 1_000_000
 
 
-def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True, load_model: Callable[[Study], tuple[Any, Any]] | None = None) -> Findings:
+def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True) -> Findings:
     """Do all that a study says; what was done before in the same folder is not done again.
 
     Args:
         study: what to do.
         out: folder for rollouts, value function, adapters and responses.
         progress: show progress bars.
-        load_model: loads (language model, tokenizer); by default from the hub or the disk, as the study says.
 
     Returns:
         What was found.
@@ -56,8 +57,8 @@ def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True, lo
     folder.mkdir(parents=True, exist_ok=True)
     reward = _reward(study, study.reward.names)
     judge = None if study.wins is None else _judge(study)
-    model, tokenizer = (load_model or _load_model)(study)
-
+    chosen_model = study.model
+    model, tokenizer = load_language_model(chosen_model.name, dtype=chosen_model.dtype, device=_device(chosen_model.device), revision=chosen_model.revision)
     sources = (study.prompts.test, study.prompts.train, study.prompts.validation)
     prompts, train_prompts, validation_prompts = (_read(study, tokenizer, source) for source in sources)
     for name, others in (("train", train_prompts), ("validation", validation_prompts)):
@@ -67,8 +68,7 @@ def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True, lo
     generation = {"max_new_tokens": study.generation.max_new_tokens, "batch_size": study.generation.batch_size, "stop_strings": stops}
     rollouts, value, trained = None, None, None
     if study.value is not None:
-        loaded = ValueFunction.from_reference(study.value) if study.value.endswith(".pth") else ValueFunction.from_pretrained(study.value)
-        value = loaded.to(model.get_output_embeddings().weight.device)
+        value = load_value_function(study.value, model)
     elif any(entry.needs_value or entry.needs_rollouts for entry in entries):
         options = {**generation, **study.generation.options, **study.collect}
         rollouts, _ = timed(
@@ -132,17 +132,6 @@ def _device(given: str | None) -> str:
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_model(study: Study) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    section = study.model
-    device = _device(section.device)
-    # Only device_map needs no copy of the whole model in main memory.
-    keywords = {} if device == "cpu" else {"device_map": device}
-    tokenizer = AutoTokenizer.from_pretrained(section.name, revision=section.revision)
-    return AutoModelForCausalLM.from_pretrained(section.name, dtype=section.dtype, revision=section.revision, **keywords).eval(), tokenizer
-
-
 def _read(study: Study, tokenizer: Any, source: SourceSection | None, *, references: bool = False) -> list[str]:
     """The prompts of a source, or the preferred responses to them: each distinct prompt once, since data sets of comparisons repeat them."""
     if source is None:
@@ -171,7 +160,7 @@ def _train(study: Study, rollouts: Rollouts, folder: Path, model: Any, progress:
         (value, _), seconds = timed(folder, "train", lambda: train(rollouts, out=folder / "value", **options))
     if not record.exists():
         write_json(record, {"peak_bytes": peak.bytes})
-    return value, Training(sum(parameter.numel() for parameter in value.parameters()), seconds, read_json(record)["peak_bytes"])
+    return value, training_of(value)._replace(seconds=seconds, peak_bytes=read_json(record)["peak_bytes"])
 
 
 def _encoder(name: str) -> Any:
@@ -204,8 +193,8 @@ def _choose(
     place = 1
     for name, several in made.items():
         groups[name] = list(range(place, place + len(several)))
-        best = _best(study.choose, [results[index] for index in groups[name]])
-        chosen[name] = [several[next(index for index in range(len(several)) if results[place + index] is best)]]
+        by_label = {method.label: method for method in several}
+        chosen[name] = [by_label[_best(study.choose, results[place : place + len(several)]).method]]
         place += len(several)
     return results, groups, chosen
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from recontrol.data.locking import writing_lock
-from recontrol.files import read_json, remove_leftovers, write_aside, write_json
+from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
 from recontrol.value_files import CONFIG_NAME, WEIGHTS_NAME
 
 FORMAT = "recontrol.training"
@@ -196,12 +196,7 @@ class RunFolder:
         self.finished, self.history = bool(content.get("finished")), content["epochs"]
 
     def _compare(self, found: dict[str, Any], path: Path) -> None:
-        for name in sorted(self.settings.keys() | found.keys()):
-            if found.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"{path} is of a run with another {name}: found {found.get(name)!r}, wanted {self.settings.get(name)!r}; "
-                    "use the same settings to go on with it, or another folder"
-                )
+        check_same_settings(found, self.settings, f"{path} is of a run with")
 
     def _write_history(self, epochs: list[dict[str, Any]], best_epoch: int, *, finished: bool = False) -> None:
         assert self.path is not None

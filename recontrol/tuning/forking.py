@@ -12,10 +12,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from recontrol.ascend import ascend
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import CACHE_NAMES
+from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
-from recontrol.decoding.hooks import forget_compiled
 from recontrol.generation.requests import Options, Trace
-from recontrol.generation.steering import divergence
 from recontrol.tuning.gumbel import add_gumbel
 
 
@@ -77,13 +76,8 @@ class ForkedDecoding(Editing):
         self._head_weights = None if first.head_weights is None else torch.tensor(first.head_weights, dtype=wide, device=device)
         # A backend that cannot run says so here, and what it precomputes from the weights is ready.
         self._edit(torch.zeros(1, first.value.hidden_size, dtype=self.dtype(), device=device), [(_Row(0, [0], []), 0)])
-        try:
+        with self._attaching():
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
-            forget_compiled()
-            self._check_that_edits_reach_the_logits()
-        except BaseException:
-            self.detach()
-            raise
 
     def decode(self, batch: Sequence[int], ids: list[list[int]], options: Options, criteria: StoppingCriteriaList, sampled: bool) -> None:
         """Decode some prompts to the end.

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from recontrol.ascend import ascend
 from recontrol.decoding.control import Control, integer
+from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
-from recontrol.decoding.hooks import forget_compiled
-from recontrol.generation.steering import divergence
 from recontrol.value import ValueFunction
 
 # States in one ascent and one forward call: their logits over a large vocabulary are most of the memory.
@@ -118,13 +117,8 @@ class _Reading(Editing):
         super().__init__(model)
         self._states: Tensor | None = None
         check_fit(self, value, allow_other_model)
-        try:
+        with self._attaching():
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
-            forget_compiled()
-            self._check_that_edits_reach_the_logits()
-        except BaseException:
-            self.detach()
-            raise
 
     def logits(self, states: Tensor) -> Tensor:
         """What the model makes of states: (states, hidden_size) -> (states, vocabulary)."""

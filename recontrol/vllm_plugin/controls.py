@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from recontrol.decoding.control import beyond_range
 from recontrol.decoding.controller import Controller
 from recontrol.value import ValueFunction
 
@@ -54,11 +55,10 @@ def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Controller |
         raise ValueError(str(error)) from None
     if control.steps > MOST_STEPS:
         raise ValueError(f"steps must be {MOST_STEPS} or less, found {control.steps}")
-    for field in ("step_size", "radius", "target", "head_weights"):
-        held = getattr(control, field)
-        # What the workers make of it: there, infinity would be an error that stops them all.
-        if held is not None and not torch.tensor(held, dtype=torch.float32).isfinite().all():
-            raise ValueError(f"{field} must be within the range of float32, found {_shown(held)}")
+    # What the workers make of it: there, infinity would be an error that stops them all.
+    field = beyond_range(control, torch.float32)
+    if field is not None:
+        raise ValueError(f"{field} must be within the range of float32, found {_shown(getattr(control, field))}")
     return control
 
 

@@ -1,0 +1,39 @@
+"""Language models and value functions by name, as the command line and studies give them."""
+
+from typing import Any
+
+from recontrol.value import ValueFunction
+
+
+def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
+    """(language model in evaluation mode, its tokenizer).
+
+    Args:
+        name: on the hub, or a folder.
+        dtype: of the weights; "auto" is the one they were saved in.
+        device: where the model is put; "auto" spreads it over all GPUs.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Only device_map needs no copy of the whole model in main memory.
+    keywords = {} if device == "cpu" else {"device_map": device}
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **keywords).eval(), tokenizer
+
+
+def load_value_function(name: str, model: Any) -> ValueFunction:
+    """A value function, on the device where a model makes its logits.
+
+    Args:
+        name: a folder, a name on the hub, or a .pth file of the released code.
+        model: the language model.
+
+    Raises:
+        OSError, ValueError: as `ValueFunction.from_pretrained` and `ValueFunction.from_reference`.
+    """
+    loaded = ValueFunction.from_reference(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
+    return loaded.to(model.get_output_embeddings().weight.device)
