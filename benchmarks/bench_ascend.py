@@ -135,7 +135,7 @@ def run(cell: Cell, budget: float, most_rounds: int) -> tuple[dict[str, Timing],
 def check(timings: dict[str, Timing], hidden: Tensor, value: ValueFunction, cell: Cell) -> None:
     """Compare each variant's edit of the last row with the oracle's in float64."""
     last = hidden[-1:]
-    target = recontrol.reference.ascend(last, value, cell.step_size, cell.steps, dtype=torch.float64)
+    target = recontrol.oracle.ascend(last, value, cell.step_size, cell.steps, dtype=torch.float64)
     assert isinstance(target, Tensor)
     wanted = target - last
     for name, timing in timings.items():

@@ -68,7 +68,7 @@ def _products(
 
 @triton.jit
 def _fraction_to_radius(move_square, edit_dot_move, room):
-    """`recontrol.trust_region.fraction_to_radius`, with division and root rounded as everywhere else."""
+    """`recontrol.ascent.trust_region.fraction_to_radius`, with division and root rounded as everywhere else."""
     root = tl.sqrt_rn(tl.maximum(edit_dot_move * edit_dot_move + move_square * room, 0.0))
     above = tl.where(edit_dot_move > 0, room, root - edit_dot_move)
     below = tl.where(edit_dot_move > 0, edit_dot_move + root, move_square)

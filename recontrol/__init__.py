@@ -3,9 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from recontrol import reference
-from recontrol.ascend import ascend
-from recontrol.backends import backend_info
+from recontrol.ascent import oracle
+from recontrol.ascent.ascend import ascend
+from recontrol.ascent.backends import backend_info
+from recontrol.checks import renamed
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
 from recontrol.value import ValueFunction
@@ -21,22 +22,23 @@ if TYPE_CHECKING:
     from recontrol.data.rewards import Judge, RewardModel
     from recontrol.data.rollouts import Rollouts
     from recontrol.data.texts import collect_pairs, collect_texts
+    from recontrol.decoding.config import Decoding
     from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import evaluate
+    from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
     from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
+    from recontrol.evaluation.next_token import path_of_steps
     from recontrol.evaluation.results import choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.online import train_online
     from recontrol.training.train import train
-    from recontrol.tuning.frontier import at_equal_kl, choose_at_kl, knee, pareto
-    from recontrol.tuning.next_token import path_of_steps
-    from recontrol.tuning.sweep import sweep_settings, sweep_steps
-    from recontrol.weighted_sum import WeightedSum
+    from recontrol.value.weighted_sum import WeightedSum
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
+    "Decoding": "recontrol.decoding.config",
     "Judge": "recontrol.data.rewards",
     "OnlineRollouts": "recontrol.data.online",
     "PairwiseJudge": "recontrol.evaluation.judges",
@@ -44,10 +46,10 @@ _ON_DEMAND = {
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
-    "WeightedSum": "recontrol.weighted_sum",
-    "at_equal_kl": "recontrol.tuning.frontier",
+    "WeightedSum": "recontrol.value.weighted_sum",
+    "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
-    "choose_at_kl": "recontrol.tuning.frontier",
+    "choose_at_kl": "recontrol.evaluation.frontier",
     "collect": "recontrol.data.collect",
     "collect_pairs": "recontrol.data.texts",
     "collect_texts": "recontrol.data.texts",
@@ -55,15 +57,13 @@ _ON_DEMAND = {
     "evaluate": "recontrol.evaluation.evaluate",
     "generate": "recontrol.generation.generate",
     "join_rollouts": "recontrol.data.join",
-    "knee": "recontrol.tuning.frontier",
+    "knee": "recontrol.evaluation.frontier",
     "load_pairs": "recontrol.data.pairs",
     "load_prompts": "recontrol.data.prompts",
     "load_prompts_with_references": "recontrol.data.prompts",
-    "pareto": "recontrol.tuning.frontier",
-    "path_of_steps": "recontrol.tuning.next_token",
+    "pareto": "recontrol.evaluation.frontier",
+    "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
-    "sweep_settings": "recontrol.tuning.sweep",
-    "sweep_steps": "recontrol.tuning.sweep",
     "train": "recontrol.training.train",
     "train_online": "recontrol.training.online",
     "win_rate": "recontrol.evaluation.win_rate",
@@ -72,6 +72,7 @@ _ON_DEMAND = {
 __all__ = [
     "Control",
     "Controller",
+    "Decoding",
     "Judge",
     "OnlineRollouts",
     "PairwiseJudge",
@@ -98,19 +99,24 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "load_prompts_with_references",
+    "oracle",
     "pareto",
     "path_of_steps",
-    "reference",
     "relabel",
-    "sweep_settings",
-    "sweep_steps",
     "train",
     "train_online",
     "win_rate",
 ]
 
 
+# Names of earlier releases, and what they are called now.
+_RENAMED = {"reference": "oracle"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        renamed(f"recontrol.{name}", f"recontrol.{_RENAMED[name]}")
+        return getattr(importlib.import_module("recontrol"), _RENAMED[name])
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_ON_DEMAND[name]), name)

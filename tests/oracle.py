@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import recontrol as rc
-from recontrol.backends import BACKENDS
+from recontrol.ascent.backends import BACKENDS
 
 
 def runs_on_cpu(status: dict) -> bool:
@@ -29,7 +29,7 @@ def oracle(hidden: Tensor, value: rc.ValueFunction, step_size=0.5, steps=30, **o
     """The edited states and the trace in float64, from the very weights that the tested backend reads."""
     exact = copy.deepcopy(value).double()
     options = {name: option.double() if isinstance(option, Tensor) and option.is_floating_point() else option for name, option in options.items()}
-    return rc.reference.ascend(hidden.double(), exact, step_size, steps, return_trace=True, **options)
+    return rc.oracle.ascend(hidden.double(), exact, step_size, steps, return_trace=True, **options)
 
 
 def released_loop(hidden: Tensor, value: rc.ValueFunction, step_size: float, steps: int) -> Tensor:

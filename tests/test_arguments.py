@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import RUNNING
 
 import recontrol as rc
-from recontrol.arguments import AscentArguments
+from recontrol.ascent.arguments import AscentArguments
 
 SIZE, ROWS = 5, 4
 NAN, INF = math.nan, math.inf
@@ -33,7 +33,7 @@ def value():
 def climb(request):
     """The ascent of each backend, and the public oracle, which promises the same errors."""
     if request.param == "oracle":
-        return rc.reference.ascend
+        return rc.oracle.ascend
     return lambda *arguments, **keywords: rc.ascend(*arguments, **{"backend": request.param, **keywords})
 
 

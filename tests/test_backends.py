@@ -12,9 +12,10 @@ import torch
 from oracle import RUNNING, runs_on_cpu
 
 import recontrol as rc
-from recontrol import _C, backends
-from recontrol.arguments import AscentArguments, normalise
-from recontrol.backends import BACKENDS, cpu, dispatch, extension
+from recontrol import _C
+from recontrol.ascent import backends
+from recontrol.ascent.arguments import AscentArguments, normalise
+from recontrol.ascent.backends import BACKENDS, cpu, dispatch, extension
 
 CHOICES = "choose one of 'auto', 'cpu', 'torch', 'cuda', 'cuda-dense', 'triton', 'reference'"
 SIZE = 6
@@ -296,5 +297,5 @@ def test_every_backend_offers_the_same(used):
             edited, trace = module.run(arguments, prepared, columns)
             assert edited.shape == (3, SIZE) and edited.dtype == torch.float32 and trace.shape == (3, columns) and trace.dtype == torch.float32
             # Three steps of a few roundings each, relative to numbers of size one.
-            torch.testing.assert_close(edited, rc.reference.ascend(hidden, value, 0.5, 3), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(edited, rc.oracle.ascend(hidden, value, 0.5, 3), rtol=1e-5, atol=1e-6)
     assert used == [name for name in RUNNING for _ in range(2)]

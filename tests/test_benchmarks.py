@@ -12,7 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import baselines, pipeline, race, rows, table, traffic, value_nets
-from recontrol import ascend, reference
+from recontrol import ascend, oracle
 
 SETTINGS = [(0.5, 7), (0.2, 1), (1.0, 30)]
 DENSE = [(layout, along) for layout in baselines.LAYOUTS for along in ("rows", "columns")]
@@ -35,7 +35,7 @@ def assert_same_edit(got, wanted, hidden):
 def test_loops_agree_with_the_oracle(loop, layers, step_size, steps):
     value, hidden = double(layers, batch=3)
     before = hidden.clone()
-    assert_same_edit(loop(hidden, value, step_size, steps), reference.ascend(hidden, value, step_size, steps), hidden)
+    assert_same_edit(loop(hidden, value, step_size, steps), oracle.ascend(hidden, value, step_size, steps), hidden)
     assert torch.equal(hidden, before)
 
 
@@ -45,7 +45,7 @@ def test_loops_agree_with_the_oracle(loop, layers, step_size, steps):
 def test_dense_agrees_with_the_oracle(layout, along, layers, step_size, steps):
     value, hidden = double(layers, batch=1 if layout == "vector" else 5)
     dense = baselines.Dense(value, layout, along)
-    assert_same_edit(dense(hidden, step_size, steps), reference.ascend(hidden, value, step_size, steps), hidden)
+    assert_same_edit(dense(hidden, step_size, steps), oracle.ascend(hidden, value, step_size, steps), hidden)
 
 
 def test_compiled_dense_runs_the_compiled_step(monkeypatch):
@@ -56,7 +56,7 @@ def test_compiled_dense_runs_the_compiled_step(monkeypatch):
     assert calls == []
     compiled = baselines.Dense(value, "rows", compiled=True)(hidden, 0.5, 5)
     assert len(calls) == 4
-    assert_same_edit(compiled, reference.ascend(hidden, value, 0.5, 5), hidden)
+    assert_same_edit(compiled, oracle.ascend(hidden, value, 0.5, 5), hidden)
 
 
 def test_released_loop_accumulates_parameter_gradients_and_the_frozen_one_does_not():

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import race, rows, table, value_nets
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import ascend, decode, dense, llama, timing, training
-from recontrol import Controller, reference
+from recontrol import Controller, oracle
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +85,7 @@ def test_cases_that_come_too_late_are_named_and_not_begun(capsys, tmp_path):
 def test_dense_forms_agree_with_the_oracle(form, error, along, layers):
     value = value_nets.initialised(37, (53, 57)[: layers - 1]).bfloat16()
     hidden = value_nets.draw_hidden(5, 37, seed=3)[0]
-    wanted = reference.ascend(hidden, value, 0.5, 7, dtype=torch.float64)
+    wanted = oracle.ascend(hidden, value, 0.5, 7, dtype=torch.float64)
     found = dense.DenseForm(value, form, along)(hidden, 0.5, 7)
     assert (found - wanted).norm() <= error * (wanted - hidden).norm()
 

@@ -330,7 +330,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
     def broken():
         raise KeyError("mistake")
 
-    monkeypatch.setattr("recontrol.backends.backend_info", broken)
+    monkeypatch.setattr("recontrol.ascent.backends.backend_info", broken)
     with pytest.raises(KeyError):
         main(["info"])
 
@@ -339,7 +339,7 @@ def test_training_that_diverges_is_a_line_not_a_traceback(monkeypatch, capsys):
     def diverging():
         raise FloatingPointError("training diverged in epoch 3")
 
-    monkeypatch.setattr("recontrol.backends.backend_info", diverging)
+    monkeypatch.setattr("recontrol.ascent.backends.backend_info", diverging)
     assert run("info") == 2
     assert one_line(capsys) == "recontrol: error: training diverged in epoch 3"
 
@@ -348,7 +348,7 @@ def test_a_long_message_is_cut(monkeypatch, capsys):
     def broken():
         raise RuntimeError("first\n  second " + "x" * 5000)
 
-    monkeypatch.setattr("recontrol.backends.backend_info", broken)
+    monkeypatch.setattr("recontrol.ascent.backends.backend_info", broken)
     assert run("info") == 2
     line = one_line(capsys)
     assert line.startswith("recontrol: error: first second xxx") and len(line) < 900 and line.endswith("(the rest with --debug)")

@@ -5,9 +5,9 @@ import subprocess
 import pytest
 import torch
 
-from recontrol.data.locking import writing_lock
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import RolloutWriter, read_manifest
+from recontrol.files import writing_lock
 
 RECORD = {"index": 0, "prompt": "line\u2028break", "response": "", "reward": [1.0], "finish": "eos"}
 

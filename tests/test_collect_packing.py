@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, FalconConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from recontrol.data.collect import collect
-from recontrol.data.packing import byte_count, cache_bytes_per_token, pack_by_length
+from recontrol.decoding.packing import byte_count, cache_bytes_per_token, pack_by_length
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
 LLAMA = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -1,6 +1,6 @@
 """Control of whole generations: every way to decode, rows that finish at different times, compiled models, pipelines and threads.
 
-The oracle is a plain hook that puts `reference.ascend(h)` in the place of h. With backend="reference" the two must agree to the bit.
+The oracle is a plain hook that puts `oracle.ascend(h)` in the place of h. With backend="reference" the two must agree to the bit.
 """
 
 import contextlib
@@ -169,7 +169,7 @@ def test_a_row_is_edited_up_to_its_end_and_no_further(shared, value, finishing, 
     assert torch.equal(controlled.sequences, expected.sequences)
     assert handle.edited_rows == sum(lengths) and len(states) == 12
     for step, (edited, free) in enumerate(zip(states, recorder.steps, strict=True)):
-        ascended = rc.reference.ascend(free, value, STEP_SIZE, STEPS)
+        ascended = rc.oracle.ascend(free, value, STEP_SIZE, STEPS)
         for row, length in enumerate(lengths):
             # Up to the state that sampled the end-of-sequence token.
             assert torch.equal(edited[row], (ascended if step < length else free)[row])
@@ -231,7 +231,7 @@ def test_what_is_known_of_finished_rows_ends_with_the_forward_call(model, value,
         logits = model.lm_head(states)
         assert handle.edited_rows == PROMPT.numel() + 3
     with torch.no_grad():
-        assert torch.equal(logits, model.lm_head(rc.reference.ascend(states, value, STEP_SIZE, STEPS)))
+        assert torch.equal(logits, model.lm_head(rc.oracle.ascend(states, value, STEP_SIZE, STEPS)))
 
 
 def compiled(model, style, backend="eager"):
@@ -325,7 +325,7 @@ def test_compiled_models_generate_under_control(small, value, style, cache):
     assert len(recorder.steps) == NEW
     for recorded, logits in zip(recorder.steps, controlled.logits, strict=True):
         with torch.no_grad():
-            wanted = small.lm_head(rc.reference.ascend(recorded, value, STEP_SIZE, STEPS))
+            wanted = small.lm_head(rc.oracle.ascend(recorded, value, STEP_SIZE, STEPS))
         # The same operations on the same numbers, but not all in the same memory layout.
         torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
@@ -341,7 +341,7 @@ def test_a_pipeline_is_controlled_through_its_model():
         return [responses[0]["generated_text"] for responses in pipeline(texts, **options)]
 
     def substitute(module, args):
-        return (rc.reference.ascend(args[0].reshape(-1, 256), value, 20.0, 20).reshape(args[0].shape),)
+        return (rc.oracle.ascend(args[0].reshape(-1, 256), value, 20.0, 20).reshape(args[0].shape),)
 
     free = respond()
     hook = pipeline.model.lm_head.register_forward_pre_hook(substitute)

@@ -1,6 +1,6 @@
 """Control of every kind of model: the logits are those that the model's own head computes from the edited states.
 
-The oracle is a plain hook that puts `reference.ascend(h)` in the place of h; what follows in the model (bias, scaling,
+The oracle is a plain hook that puts `oracle.ascend(h)` in the place of h; what follows in the model (bias, scaling,
 soft-capping, the output projection of OPT) is then the model's own. With backend="reference" the two must agree to the bit.
 """
 
@@ -83,7 +83,7 @@ class Substitution:
     def __call__(self, module, args):
         rows = args[0].reshape(-1, args[0].shape[-1])
         self.states.append(rows)
-        return (rc.reference.ascend(rows, self.value, STEP_SIZE, STEPS).reshape(args[0].shape),)
+        return (rc.oracle.ascend(rows, self.value, STEP_SIZE, STEPS).reshape(args[0].shape),)
 
     def __enter__(self):
         return self

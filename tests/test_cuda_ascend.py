@@ -12,8 +12,8 @@ import torch
 from oracle import ROUNDOFF, edit_error, integers, oracle, product_error, released_loop, rounding_error, whole_value_function
 
 import recontrol as rc
-from recontrol.arguments import normalise
-from recontrol.backends import BACKENDS, cuda, extension
+from recontrol.ascent.arguments import normalise
+from recontrol.ascent.backends import BACKENDS, cuda, extension
 
 ON_GPU = BACKENDS["cuda"].status()["available"]
 if not ON_GPU and (reason := emulated.why_not_here()):

@@ -29,7 +29,6 @@ CAPPED = (
     ("recontrol.data.collect", "collect"),
     ("recontrol.training.train", "train"),
     ("recontrol.evaluation.evaluate", "evaluate"),
-    ("recontrol.tuning.sweep", "sweep_settings"),
     ("recontrol.generation.generate", "generate"),
     ("recontrol.methods", "make_preference_pairs"),
 )

@@ -9,10 +9,10 @@ from results import result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recontrol.methods.base
-from recontrol.ascend import ascend
+from recontrol.ascent.ascend import ascend
 from recontrol.data.prompts import load_prompts
+from recontrol.decoding.batches import Batch, check_lengths, finishing_tokens, generate_batch
 from recontrol.decoding.controller import Controller
-from recontrol.decoding.generation import Batch, check_lengths, finishing_tokens, generate_batch
 from recontrol.decoding.responses import Response
 from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.metrics import bootstrap_interval, coherence, diversity, response_nll

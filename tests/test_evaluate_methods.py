@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from recontrol.data.prompts import load_prompts
+from recontrol.decoding.batches import generate_batch
 from recontrol.decoding.control import Control
-from recontrol.decoding.generation import generate_batch
 from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.metrics import bootstrap_interval
 from recontrol.methods import Method, ReControl, Together, Uncontrolled

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
 from recontrol.evaluation.metrics import bootstrap_interval
-from recontrol.tuning.frontier import at_equal_kl, choose_at_kl, knee, pareto
 
 
 @dataclass(frozen=True)

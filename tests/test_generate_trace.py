@@ -29,7 +29,7 @@ def wanted_trace(model, prompt, control, tokens, bend):
     spy.remove()
     states = seen[0][-len(tokens) - 1 : -1]
     keywords = {"radius": control.radius, "target": control.target, "head_weights": control.head_weights}
-    edited = rc.reference.ascend(states, control.value, control.step_size, control.steps, **keywords)
+    edited = rc.oracle.ascend(states, control.value, control.step_size, control.steps, **keywords)
     weights = torch.tensor(control.head_weights or [1.0], dtype=torch.float64)
     head = model.get_output_embeddings()
     with torch.no_grad():

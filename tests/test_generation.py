@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recontrol.decoding.generation import REFUSED, check_lengths, check_options, evaluation_mode, finishing_tokens, generate_batch, seeded
+from recontrol.decoding.batches import REFUSED, check_lengths, check_options, evaluation_mode, finishing_tokens, generate_batch, seeded
 from recontrol.decoding.responses import CONTEXT_TOKENS, StopStrings, decode_after, listed_stop_strings, make_response
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import recontrol as rc
 from benchmarks.gpu.llama import DecodeStep
-from recontrol.backends import BACKENDS
+from recontrol.ascent.backends import BACKENDS
 from recontrol.decoding.static_decoder import CAPTURABLE, StaticDecoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none")]
@@ -73,7 +73,7 @@ def test_a_captured_ascent_follows_new_states_step_sizes_steps_and_masks(backend
         assert torch.equal(edited[~live], hidden[~live])
         # The same kernels on the same numbers.
         assert torch.equal(edited, ascend())
-        wanted = rc.reference.ascend(hidden.double(), value_function(64, 96).to("cuda").double(), step_size, steps, mask=mask)
+        wanted = rc.oracle.ascend(hidden.double(), value_function(64, 96).to("cuda").double(), step_size, steps, mask=mask)
         assert (edited.double() - wanted).norm() <= EDIT_ERROR * (wanted - hidden).norm()
 
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -12,29 +13,26 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".py", ".cpp", ".cc", ".h", ".cu", ".cuh"}
 THIS = Path(__file__).resolve()
 
-# What the modules below the pipelines may import of the package. Anything not named here is a user-facing object.
-BELOW = {
-    "recontrol.version": set(),
-    "recontrol.files": set(),
-    "recontrol.trust_region": set(),
-    "recontrol.prepared": set(),
-    "recontrol.kernels": set(),
-    "recontrol.value_files": {"recontrol.files"},
-    # `push_to_hub` hands over to the hub when it is called, and the operators to the sums.
-    "recontrol.value": {"recontrol.files", "recontrol.hub", "recontrol.prepared", "recontrol.value_files", "recontrol.weighted_sum"},
-    "recontrol.weighted_sum": {"recontrol.value"},
-    "recontrol.arguments": {"recontrol.value"},
-    "recontrol.reference": {"recontrol.arguments", "recontrol.trust_region", "recontrol.value"},
-    "recontrol.backends": {
-        "recontrol.arguments",
-        "recontrol.kernels",
-        "recontrol.prepared",
-        "recontrol.reference",
-        "recontrol.trust_region",
-        "recontrol.version",
-    },
-    "recontrol.ascend": {"recontrol.arguments", "recontrol.backends", "recontrol.prepared", "recontrol.value"},
-}
+# The rooms from the lowest to the highest: a module imports from its own room and from those before it. Rooms on one line are siblings
+# and do not know each other.
+ROOMS = (
+    ("version", "checks", "configs", "files"),
+    ("kernels",),
+    ("value",),
+    ("ascent",),
+    ("decoding",),
+    ("generation", "vllm_plugin", "data"),
+    ("training",),
+    ("methods",),
+    ("evaluation",),
+    ("reports",),
+    ("studies",),
+    ("cli",),
+)
+FLOOR = {f"recontrol.{room}": floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+# What decodes under control; it must not need what the pipelines need.
+CORE = ("checks", "configs", "files", "version", "value", "ascent", "decoding", "generation", "kernels")
+LONGEST_FUNCTION, MOST_LINES = 60, 14_000
 
 
 @cache
@@ -77,43 +75,42 @@ def imports_of(name: str, *, deferred: bool) -> set[str]:
     return {module for module in found if module.split(".")[0] == "recontrol"} - {name}
 
 
-def layer(module: str) -> str:
-    """The entry of BELOW that a module belongs to, or its own name."""
-    return next((entry for entry in BELOW if module == entry or module.startswith(entry + ".")), module)
+def room(module: str) -> str:
+    """`recontrol.value` for `recontrol.value.files`."""
+    return ".".join(module.split(".")[:2])
 
 
-@pytest.mark.parametrize("entry", BELOW)
-def test_modules_import_only_what_lies_below(entry):
-    """user-facing object -> op -> backend -> kernel, also inside functions."""
-    members = [name for name in modules() if layer(name) == entry]
-    assert members, f"{entry} is gone: the table of this test is out of date"
-    for name in members:
-        found = {layer(module) for module in imports_of(name, deferred=True)} - {entry, "recontrol._C"}
-        assert found <= BELOW[entry], f"{name} imports {sorted(found - BELOW[entry])}, which lies above it"
+@pytest.mark.parametrize("name", FLOOR)
+def test_modules_import_only_what_lies_below(name):
+    """Also inside functions."""
+    members = [module for module in modules() if room(module) == name]
+    assert members, f"{name} is gone: the table of this test is out of date"
+    for member in members:
+        for module in imports_of(member, deferred=True) - {"recontrol._C"}:
+            other = room(module)
+            assert other == name or FLOOR.get(other, len(ROOMS)) < FLOOR[name], f"{member} imports {module}, which does not lie below it"
+
+
+def test_every_module_is_in_a_room():
+    assert {room(module) for module in modules()} - FLOOR.keys() == {"recontrol", "recontrol.__main__"}
 
 
 def test_the_table_knows_a_violation_when_it_sees_one(monkeypatch, tmp_path):
-    (tmp_path / "trust_region.py").write_text("def f():\n    from recontrol.backends import cpu\n")
-    monkeypatch.setitem(modules(), "recontrol.trust_region", tmp_path / "trust_region.py")
-    with pytest.raises(AssertionError, match=r"imports \['recontrol.backends'\], which lies above it"):
-        test_modules_import_only_what_lies_below("recontrol.trust_region")
-
-
-def test_nobody_imports_the_command_line():
-    for name in modules():
-        if not name.startswith(("recontrol.cli", "recontrol.__main__")):
-            assert not any(module.startswith("recontrol.cli") for module in imports_of(name, deferred=True)), name
+    (tmp_path / "checks.py").write_text("def f():\n    from recontrol.ascent.backends import cpu\n")
+    monkeypatch.setitem(modules(), "recontrol.checks", tmp_path / "checks.py")
+    with pytest.raises(AssertionError, match=r"recontrol.checks imports recontrol.ascent.backends.cpu, which does not lie below it"):
+        test_modules_import_only_what_lies_below("recontrol.checks")
 
 
 def test_no_import_goes_round_in_a_circle():
-    """At import time; a deferred import may close a circle."""
+    """Not even one that closes inside a function."""
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, f"modules import each other: {' -> '.join((*path[path.index(name) :], name))}"
         if name in done:
             return
-        for module in imports_of(name, deferred=False):
+        for module in imports_of(name, deferred=True):
             # A module's parents are imported before it anyway.
             if module in modules() and not name.startswith(module + ".") and module != "recontrol":
                 visit(module, (*path, name))
@@ -123,16 +120,40 @@ def test_no_import_goes_round_in_a_circle():
         visit(name, ())
 
 
-def test_the_core_needs_torch_and_safetensors_only():
-    """What decodes under control imports no pipeline library; hub access is deferred to the call that needs it."""
-    heavy = {"transformers", "datasets", "accelerate", "tqdm", "matplotlib", "sentence_transformers", "huggingface_hub"}
-    for entry in BELOW:
-        for name in modules():
-            if layer(name) == entry:
-                tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
-                found = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-                found |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
-                assert not {module.split(".")[0] for module in found} & heavy, name
+def test_the_core_needs_torch_numpy_safetensors_and_transformers_only():
+    """The rest comes with extras and is imported where it is used; tqdm, yaml and huggingface_hub come with transformers."""
+    known = {"recontrol", "torch", "numpy", "safetensors", "transformers", "tqdm", "huggingface_hub", "triton"}
+    for name in modules():
+        if room(name).removeprefix("recontrol.") in CORE:
+            tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+            found = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+            found |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+            others = {module.split(".")[0] for module in found} - known - sys.stdlib_module_names
+            assert not others, f"{name} imports {sorted(others)}"
+
+
+def test_the_layer_is_thin():
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items() if room(name) != "recontrol.kernels")
+    assert lines <= MOST_LINES, f"recontrol/ has {lines} lines of Python"
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str]) -> int:
+    """The lines of a function without its docstring, comments and blank lines."""
+    numbers = set(range(function.lineno, (function.end_lineno or 0) + 1))
+    first = function.body[0]
+    if ast.get_docstring(function) is not None:
+        numbers -= set(range(first.lineno, (first.end_lineno or 0) + 1))
+    return sum(bool(text := source[number - 1].strip()) and not text.startswith("#") for number in numbers)
+
+
+def test_no_function_is_longer_than_sixty_lines_of_code():
+    long = {}
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                long[f"{name}.{node.name}"] = code_lines(node, text.splitlines())
+    assert {name: count for name, count in long.items() if count > LONGEST_FUNCTION} == {}
 
 
 def test_kernels_know_no_torch():

@@ -9,7 +9,7 @@ from generating import ENDING, NEW, PROMPTS, TOKENIZER, double_llama, value
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import recontrol as rc
-from recontrol.decoding.generation import finishing_tokens, generate_batch
+from recontrol.decoding.batches import finishing_tokens, generate_batch
 from recontrol.methods.base import Method, Together, Training, Uncontrolled
 from recontrol.methods.best_of_n import BestOfN
 from recontrol.methods.control import ReControl

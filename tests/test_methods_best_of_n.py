@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 import recontrol as rc
 import recontrol.methods.best_of_n
-from recontrol.decoding.generation import generate_batch
+from recontrol.decoding.batches import generate_batch
 from recontrol.methods.base import Uncontrolled
 from recontrol.methods.best_of_n import BestOfN
 from recontrol.methods.control import ReControl

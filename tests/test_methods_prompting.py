@@ -2,7 +2,7 @@ import pytest
 from generating import TOKENIZER, double_llama
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.decoding.generation import check_lengths, generate_batch
+from recontrol.decoding.batches import check_lengths, generate_batch
 from recontrol.methods.prompting import INSTRUCTIONS, Prompting, best_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,8 +15,8 @@ from recontrol.data.collect import collect
 from recontrol.data.prompts import load_prompts
 from recontrol.data.rewards import RewardModel
 from recontrol.data.rollouts import Rollouts
+from recontrol.decoding.batches import generate_batch
 from recontrol.decoding.fingerprint import model_fingerprint
-from recontrol.decoding.generation import generate_batch
 from recontrol.methods.base import Together, Uncontrolled
 from recontrol.methods.control import ReControl
 from recontrol.methods.directions import Direction, mean_difference, reward_direction

@@ -138,7 +138,7 @@ def ascend(backend):
         return error
 by_name = {name: ascend(name) for name in ("cpu", "torch", "reference")}
 auto = [rc.ascend(hidden, value) for _ in range(3)]
-exact = rc.reference.ascend(hidden.double(), value.double())
+exact = rc.oracle.ascend(hidden.double(), value.double())
 print(json.dumps({
     "file": rc.__file__,
     "kernels": recontrol.kernels.__file__,
@@ -163,7 +163,7 @@ class TestContents:
         names = zipfile.ZipFile(wheel).namelist()
         assert {name.split("/")[0] for name in names} == {"recontrol", f"recontrol-{rc.__version__}.dist-info"}
         assert {name for name in names if name.endswith(".py")} == python_files()
-        assert {"recontrol/kernels/__init__.py", "recontrol/backends/__init__.py"} <= set(names)
+        assert {"recontrol/kernels/__init__.py", "recontrol/ascent/backends/__init__.py"} <= set(names)
         extensions = [name for name in names if name.endswith(".so")]
         assert len(extensions) == 1 and extensions[0].startswith("recontrol/_C.")
         assert not [name for name in names if re.search(r"\.(cpp|h|cu|cuh|pyc|o)$|(^|/)(tests|csrc|examples|benchmarks|build)/", name)]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import recontrol as rc
-from recontrol.prepared import Prepared, PreparedCache, cache_of
+from recontrol.value.prepared import Prepared, PreparedCache, cache_of
 
 SIZE = 12
 

@@ -83,7 +83,7 @@ def test_a_finished_study_is_read_and_not_run_again(study, folder, findings, mon
     def never(*arguments, **options):
         raise AssertionError("there was nothing to do")
 
-    monkeypatch.setattr("recontrol.decoding.generation.respond", never)
+    monkeypatch.setattr("recontrol.decoding.batches.respond", never)
     monkeypatch.setattr("recontrol.methods.base.generate_batch", never)
     again = run_study(study, folder, progress=False)
     assert again.results == findings.results and again.groups == findings.groups

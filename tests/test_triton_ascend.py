@@ -13,9 +13,9 @@ import torch
 from oracle import ROUNDOFF, edit_error, integers, oracle, product_error, released_loop, rounding_error, whole_value_function
 
 import recontrol as rc
-from recontrol import backends
-from recontrol.arguments import normalise
-from recontrol.backends import triton as backend
+from recontrol.ascent import backends
+from recontrol.ascent.arguments import normalise
+from recontrol.ascent.backends import triton as backend
 
 pytest.importorskip("triton")
 STATUS = backend.status()

@@ -252,7 +252,7 @@ class TestSaving:
         def fail(*_, **__):
             raise error("cut")
 
-        monkeypatch.setattr(f"recontrol.value.{target}", fail)
+        monkeypatch.setattr(f"recontrol.value.function.{target}", fail)
         with pytest.raises(error, match="cut"):
             rc.ValueFunction(6, (9,)).save_pretrained(saved)
         assert_same(rc.ValueFunction.from_pretrained(saved), old)

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 import recontrol as rc
 from recontrol.decoding.fingerprint import fingerprint_hash
-from recontrol.value_card import CURVE_ROWS, model_card
+from recontrol.value.card import CURVE_ROWS, model_card
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = {"name": "somebody/model-7b", "model_type": "llama", "hidden_size": 6, "samples": {"a": [0.5]}}

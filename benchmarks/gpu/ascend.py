@@ -19,7 +19,7 @@ from benchmarks.race import Timing, Variant, race
 from benchmarks.traffic import traffic
 from benchmarks.value_nets import draw_hidden, initialised, trained
 from recontrol import ValueFunction
-from recontrol.backends import BACKENDS
+from recontrol.ascent.backends import BACKENDS
 from recontrol.decoding.static_decoder import CAPTURABLE
 
 # From hidden states and a value function to the edited states.
@@ -110,7 +110,7 @@ class Bench:
         self.states = [draw_hidden(cell.batch, cell.size, SEED_STATES + k)[0].to(device) for k in range(len(self.values))]
         self.half = [state.bfloat16() for state in self.states]
         self._last = self.states[0][-1:]
-        oracle = recontrol.reference.ascend(self._last, self.values[0], *self.setting, dtype=torch.float64)
+        oracle = recontrol.oracle.ascend(self._last, self.values[0], *self.setting, dtype=torch.float64)
         assert isinstance(oracle, Tensor)
         self._wanted = oracle - self._last
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.timing import measure_on
 from benchmarks.race import Variant, race
 from benchmarks.value_nets import initialised
 from recontrol import Controller, ValueFunction
-from recontrol.backends import BACKENDS
+from recontrol.ascent.backends import BACKENDS
 from recontrol.decoding.static_decoder import StaticDecoder
 
 BATCHES, TINY_BATCHES = (1, 8, 32), (2,)

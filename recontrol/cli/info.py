@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print `backend_info()`."""
-    from recontrol.backends import backend_info
+    from recontrol.ascent.backends import backend_info
 
     info = backend_info()
     print(json.dumps(info, indent=2, default=str) if options.json else "\n".join(_lines(info, "")))

@@ -180,7 +180,7 @@ def device(options: argparse.Namespace) -> str:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """(language model, tokenizer)."""
-    from recontrol.loading import load_language_model
+    from recontrol.decoding.loading import load_language_model
 
     return load_language_model(options.model, dtype=options.dtype, device=device(options))
 
@@ -202,7 +202,7 @@ def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split
 
 def load_value(options: argparse.Namespace, model: Any) -> Any:
     """The value function, on the device where the model makes its logits."""
-    from recontrol.loading import load_value_function
+    from recontrol.decoding.loading import load_value_function
 
     return load_value_function(options.value, model)
 

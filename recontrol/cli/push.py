@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("give --repo, or --card to print the model card")
     value = ValueFunction.from_pretrained(options.value)
     if options.card:
-        from recontrol.value_card import model_card
+        from recontrol.value.card import model_card
 
         print(model_card(value, options.repo))
         return

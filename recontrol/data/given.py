@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from recontrol.data.batches import ScoredResponses, named, some
-from recontrol.data.packing import Packing
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import IGNORED, model_settings, texts_checksum
-from recontrol.decoding.generation import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
+from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
 from recontrol.decoding.hooks import Attachment
+from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from recontrol.data.checksums import checksum
-from recontrol.data.locking import writing_lock
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import MEASURED, RolloutWriter, read_lines
 from recontrol.decoding.fingerprint import fingerprint_hash
+from recontrol.files import writing_lock
 
 # What all folders must have in common, or the states or rewards of one would mean something else than those of another.
 SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")

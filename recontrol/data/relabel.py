@@ -10,13 +10,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from recontrol.data.checksums import CHECKSUMS_NAME, checksum, write_checksums
-from recontrol.data.locking import writing_lock
 from recontrol.data.processes import Peers
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.rewards.checks import head_names, names_of_heads
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import MANIFEST_NAME, MEASURED, RELABELLED_NAME, RolloutWriter, read_lines, read_manifest, shard_checksums, shard_path
-from recontrol.files import write_aside, write_json
+from recontrol.files import write_aside, write_json, writing_lock
 
 logger = logging.getLogger(__name__)
 

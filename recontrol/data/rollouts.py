@@ -11,7 +11,6 @@ from torch import Tensor
 
 from recontrol.data.batches import RolloutBatch, some
 from recontrol.data.checksums import changed_files
-from recontrol.data.locking import writing_lock
 from recontrol.data.shards import (
     MANIFEST_NAME,
     RELABELLED_NAME,
@@ -24,7 +23,7 @@ from recontrol.data.shards import (
     shard_paths,
 )
 from recontrol.data.storage import STORED, check_storage, decode
-from recontrol.files import interrupts_wait
+from recontrol.files import interrupts_wait, writing_lock
 
 
 class Rollouts:

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from recontrol.data.batches import ScoredResponses, named
-from recontrol.data.packing import Packing
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import IGNORED, model_settings, texts_checksum
-from recontrol.decoding.generation import REFUSED as REFUSED_IN_BATCHES
-from recontrol.decoding.generation import TOKENISED_AT_ONCE, check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
+from recontrol.decoding.batches import REFUSED as REFUSED_IN_BATCHES
+from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
+from recontrol.decoding.packing import Packing
 from recontrol.decoding.recording import HiddenStateRecorder, record_hidden_states
 from recontrol.decoding.responses import Response, listed_stop_strings
 

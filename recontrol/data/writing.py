@@ -8,11 +8,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from recontrol.data.batches import Source
-from recontrol.data.locking import writing_lock
 from recontrol.data.processes import Peers
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_manifest
 from recontrol.decoding.fingerprint import difference
+from recontrol.files import writing_lock
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,12 @@
 """The settings of an ascent, checked when they are made."""
 
-import math
-import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from recontrol.checks import integer, number, several
 from recontrol.value import ValueFunction
 
 # Far more than anybody means, and few enough for the integers of every kernel.
@@ -82,49 +80,6 @@ def beyond_range(settings: Any, dtype: torch.dtype) -> str | None:
         if held is not None and not torch.tensor(held, dtype=dtype).isfinite().all():
             return name
     return None
-
-
-def number(name: str, given: Any, minimum: float = -math.inf) -> float:
-    """A finite float of at least `minimum`, which is 0 or no minimum.
-
-    Raises:
-        TypeError, ValueError: it is none; `name` says what it was given for.
-    """
-    if isinstance(given, bool) or not isinstance(given, numbers.Real):
-        raise TypeError(f"{name} must be a number, found {given!r}")
-    wanted = f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}"
-    try:
-        found = float(given)
-    except OverflowError:
-        raise ValueError(f"{wanted}, found a number too large for a float") from None
-    if not math.isfinite(found) or found < minimum:
-        raise ValueError(f"{wanted}, found {given!r}")
-    return found
-
-
-def integer(name: str, given: Any) -> int:
-    """An int of at least 0.
-
-    Raises:
-        TypeError, ValueError: it is none; `name` says what it was given for.
-    """
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-        raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
-    if given < 0:
-        raise ValueError(f"{name} must be 0 or more, found {given!r}")
-    return int(given)
-
-
-def several(name: str, given: Any) -> Iterable[Any]:
-    """What may be iterated over and is no text; a tensor becomes a list.
-
-    Raises:
-        TypeError: it is something else; `name` says what it was given for.
-    """
-    given = given.tolist() if isinstance(given, Tensor) else given
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{name} must be a sequence of numbers, found {given!r}")
-    return given
 
 
 def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:

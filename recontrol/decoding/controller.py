@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recontrol import backends
-from recontrol.arguments import normalise
-from recontrol.ascend import ascend
-from recontrol.decoding.control import check_settings, integer, several
+from recontrol.ascent import backends
+from recontrol.ascent.arguments import normalise
+from recontrol.ascent.ascend import ascend
+from recontrol.checks import integer, several
+from recontrol.decoding.control import check_settings
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.value import ValueFunction
 

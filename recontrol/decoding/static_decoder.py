@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
+from recontrol.decoding.batches import check_options, effective
 from recontrol.decoding.controller import CACHE_NAMES, Handle
-from recontrol.decoding.generation import check_options, effective
 from recontrol.decoding.hooks import attachments, embedding_owner, output_embedding
 
 # Backends that wait for nothing on the host, so that a graph can hold them.

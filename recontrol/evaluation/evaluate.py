@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
+from recontrol.decoding.batches import check_lengths, check_options
 from recontrol.decoding.control import Control
-from recontrol.decoding.generation import check_lengths, check_options
 from recontrol.decoding.hooks import attachments, output_embedding
 from recontrol.decoding.responses import listed_stop_strings
 from recontrol.evaluation.cells import Cells

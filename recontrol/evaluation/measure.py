@@ -10,13 +10,13 @@ from torch import Tensor
 
 from recontrol.data.rewards import checked_rewards
 from recontrol.data.rewards.checks import Reward
-from recontrol.decoding.generation import evaluation_mode
+from recontrol.decoding.batches import evaluation_mode
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.decoding.responses import Response, decode_after
 from recontrol.evaluation.divergence import NextTokenRecorder, likelihoods
 from recontrol.evaluation.metrics import diversity, similarities
+from recontrol.evaluation.peak_memory import PeakMemory
 from recontrol.methods.base import Method
-from recontrol.peak_memory import PeakMemory
 from recontrol.value import ValueFunction
 
 # Of how many responses of a batch the edits are made again, to measure them.

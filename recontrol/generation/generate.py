@@ -7,8 +7,8 @@ from typing import Any, Literal, overload
 
 from tqdm.auto import tqdm
 
-from recontrol.decoding.control import Control, integer
-from recontrol.decoding.generation import (
+from recontrol.checks import integer
+from recontrol.decoding.batches import (
     REFUSED,
     check_options,
     check_token_counts,
@@ -19,6 +19,7 @@ from recontrol.decoding.generation import (
     padding_token,
     seeded,
 )
+from recontrol.decoding.control import Control
 from recontrol.decoding.hooks import output_embedding
 from recontrol.decoding.responses import StopStrings, listed_stop_strings, make_response
 from recontrol.generation import continuous, static

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recontrol import backends
-from recontrol.ascend import ascend
+from recontrol.ascent import backends
+from recontrol.ascent.ascend import ascend
 from recontrol.decoding.control import Control, beyond_range
 from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit

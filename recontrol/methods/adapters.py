@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.fingerprint import difference
-from recontrol.decoding.generation import evaluation_mode, seeded
 from recontrol.decoding.hooks import forget_compiled
 from recontrol.methods.fine_tuning_run import RECORD_NAME, FineTuningRun, check_plain, fine_tuning_package, flags_kept
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from recontrol.checks import number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.decoding.control import number, several
-from recontrol.decoding.generation import finishing_tokens
+from recontrol.decoding.batches import finishing_tokens
 from recontrol.decoding.responses import decode_after
 from recontrol.methods.base import Method
 from recontrol.methods.scores import one_score

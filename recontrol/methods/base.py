@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from recontrol.decoding.generation import Batch, generate_batch
+from recontrol.decoding.batches import Batch, generate_batch
 
 
 class Training(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from recontrol.data.rewards import as_reward, checked_rewards
-from recontrol.decoding.generation import Batch, check_options, effective, greedy_unless_asked
+from recontrol.decoding.batches import Batch, check_options, effective, greedy_unless_asked
 from recontrol.decoding.responses import Response
 from recontrol.methods.base import Method, Training, Uncontrolled
 from recontrol.methods.scores import one_score

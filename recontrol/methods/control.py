@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from recontrol import backends
-from recontrol.ascend import ascend
+from recontrol.ascent import backends
+from recontrol.ascent.ascend import ascend
+from recontrol.decoding.batches import finishing_tokens
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
-from recontrol.decoding.generation import finishing_tokens
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.value import ValueFunction
 

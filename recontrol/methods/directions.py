@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from recontrol.checks import number
 from recontrol.data.rollouts import Rollouts
-from recontrol.decoding.control import number
 from recontrol.files import interrupts_wait, write_aside
 from recontrol.methods.scores import one_score
 from recontrol.training.data import check_rewards, check_states, parts

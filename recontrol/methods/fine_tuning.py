@@ -14,7 +14,7 @@ from recontrol.data.pairs import Preference
 from recontrol.data.rewards import as_reward, reward_name
 from recontrol.data.sampling import token_counts
 from recontrol.data.settings import model_settings, texts_checksum
-from recontrol.decoding.generation import check_lengths, eos_tokens
+from recontrol.decoding.batches import check_lengths, eos_tokens
 from recontrol.decoding.responses import listed_stop_strings, make_response
 from recontrol.methods.fine_tuning_run import FineTuningRun, check_plain, fine_tune, fine_tuning_package
 from recontrol.methods.preferences import check_uncontrolled, single_scores

@@ -19,12 +19,11 @@ import numpy
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from recontrol.data.locking import LOCK_NAME, writing_lock
 from recontrol.data.settings import IGNORED
+from recontrol.decoding.batches import seeded
 from recontrol.decoding.fingerprint import difference
-from recontrol.decoding.generation import seeded
-from recontrol.files import check_same_settings, read_json, write_json
-from recontrol.peak_memory import PeakMemory
+from recontrol.evaluation.peak_memory import PeakMemory
+from recontrol.files import LOCK_NAME, check_same_settings, read_json, write_json, writing_lock
 
 FORMAT = "recontrol.fine_tuning"
 # Beside the adapter: what it was trained with, and what that cost.

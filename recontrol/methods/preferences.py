@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from recontrol.data.pairs import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards
-from recontrol.decoding.generation import check_lengths, check_options, effective, evaluation_mode, respond, seeded
+from recontrol.decoding.batches import check_lengths, check_options, effective, evaluation_mode, respond, seeded
 from recontrol.decoding.hooks import attachments, output_embedding
 from recontrol.decoding.responses import Response, listed_stop_strings
 

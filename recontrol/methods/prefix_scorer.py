@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from recontrol.decoding.control import Control, number
+from recontrol.checks import number
+from recontrol.decoding.batches import eos_tokens
+from recontrol.decoding.control import Control
 from recontrol.decoding.editing import check_fit
-from recontrol.decoding.generation import eos_tokens
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.methods.candidates import CandidateStates
 from recontrol.methods.control import training_of

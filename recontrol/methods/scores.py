@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recontrol.decoding.control import number, several
+from recontrol.checks import number, several
 
 
 def one_score(rewards: Tensor, head_weights: Sequence[float] | None) -> Tensor:

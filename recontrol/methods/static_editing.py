@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from recontrol.decoding.control import number
+from recontrol.checks import number
 from recontrol.decoding.editing import Editing
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import input_width

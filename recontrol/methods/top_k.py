@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from recontrol.decoding.control import integer
+from recontrol.checks import integer
 
 
 class TopK(LogitsProcessor):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recontrol.evaluation.frontier import AtKL, at_equal_kl
 from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.results import Result, by_prompt
 from recontrol.evaluation.win_rate import WinRate
 from recontrol.methods.control import ReControl
 from recontrol.reports.findings import Findings
-from recontrol.tuning.frontier import AtKL, at_equal_kl
 
 # Of the intervals that say which row is the best.
 CHANCE = 0.05

@@ -14,21 +14,21 @@ from recontrol.data.prompts import load_prompts, load_prompts_with_references, t
 from recontrol.data.rewards import Reward
 from recontrol.data.rewards.loading import load_reward
 from recontrol.data.rollouts import Rollouts
+from recontrol.decoding.loading import load_language_model, load_value_function
 from recontrol.evaluation.evaluate import evaluate
+from recontrol.evaluation.frontier import choose_at_kl
 from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
 from recontrol.evaluation.metrics import load_encoder
+from recontrol.evaluation.peak_memory import PeakMemory
 from recontrol.evaluation.results import Result, choose
 from recontrol.evaluation.win_rate import WinRate, win_rate
 from recontrol.files import read_json, write_json
-from recontrol.loading import load_language_model, load_value_function
 from recontrol.methods import Method, Training
 from recontrol.methods.control import training_of
-from recontrol.peak_memory import PeakMemory
 from recontrol.reports.findings import Findings
 from recontrol.studies.catalogue import Materials, read_entries
 from recontrol.studies.study import SourceSection, Study
 from recontrol.training.train import train
-from recontrol.tuning.frontier import choose_at_kl
 from recontrol.value import ValueFunction
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from recontrol.data.locking import writing_lock
-from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
-from recontrol.value_files import CONFIG_NAME, WEIGHTS_NAME
+from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json, writing_lock
+from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME
 
 FORMAT = "recontrol.training"
 HISTORY_NAME = "history.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recontrol.ascend import ascend
+from recontrol.ascent.ascend import ascend
 from recontrol.decoding.controller import Controller
 from recontrol.value import ValueFunction
 

@@ -9,7 +9,7 @@ import torch
 
 from recontrol.decoding.controller import Controller
 from recontrol.value import ValueFunction
-from recontrol.value_files import CONFIG_NAME, WEIGHTS_NAME, read_config
+from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config
 from recontrol.vllm_plugin.controls import parse_control
 
 BANK = "RECONTROL_BANK"

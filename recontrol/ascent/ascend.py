@@ -1,0 +1,125 @@
+"""Gradient ascent on a value function: the one operation that every decode step under control runs."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from recontrol.ascent import backends
+from recontrol.ascent.arguments import AscentArguments, normalise
+from recontrol.value import ValueFunction
+from recontrol.value.prepared import cache_of
+
+
+def ascend(
+    hidden: Tensor,
+    value: ValueFunction,
+    step_size: float | Tensor = 0.5,
+    steps: int | Tensor = 30,
+    *,
+    mask: Tensor | None = None,
+    radius: float | Tensor | None = None,
+    target: float | Tensor | None = None,
+    head_weights: Tensor | None = None,
+    return_trace: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), starting at u = 0.
+
+    `hidden` is the state at the position whose logits sample the next token; the result takes its place as the input of
+    the output embedding. A row's result does not depend, to the bit, on the other rows or on how many there are. No
+    gradient flows through.
+
+    Args:
+        hidden: (rows, hidden_size), float32, bfloat16, float16 or float64; rows may be strided.
+        value: the value function, on the device of `hidden`; its weights may be of another dtype, except that float64
+            goes with float64 only. Half-precision input accumulates in float32.
+        step_size: alpha >= 0, a float or (rows,).
+        steps: n >= 0, an int or (rows,); a row with 0 steps comes back bit-identical.
+        mask: (rows,), bool, True where the row is live; other rows come back bit-identical and cost nothing.
+        radius: trust region: the path is cut where |u| reaches it. A float or (rows,), in units of the hidden state.
+        target: climb -(V - target)^2 instead of V, that is, scale each step by 2 (target - V). A float or (rows,).
+        head_weights: (num_heads,), the objective is the weighted sum of the heads; required if there are several.
+        return_trace: also return V(h + u) after 0, 1, ... steps; a row that ends early keeps its last value.
+        backend: "auto", "cpu" (C++), "torch" (closed form), "cuda" (CUDA kernels), "cuda-dense" (the same with a whole product a step,
+            for steps at which very many units flip), "triton" (two linear layers on a GPU), or "reference" (autograd loop). A
+            backend asked for by name runs or raises; "auto" takes the one that was measured to be the quickest.
+
+    Returns:
+        (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), float32 (float64 for float64).
+
+    Raises:
+        TypeError: wrong types or a mixture of dtypes that is not supported.
+        ValueError: wrong shapes or devices, NaN or infinite hidden states (rows are named), negative or NaN step size,
+            negative steps, an unknown backend.
+        RuntimeError: the backend asked for cannot run here, with the reason.
+
+    Source: Kong et al. 2024, section 4.3 (test-time intervention).
+    """
+    arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
+    backends.check_name(backend)
+    columns = 0
+    if return_trace:
+        columns = 1 + (steps if isinstance(steps, int) and hidden.shape[0] else arguments.most_steps())
+    weights, biases = value.parameters_by_kind
+    # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or hidden.is_meta
+    run = torch.ops.recontrol.ascend if traced else _ascend
+    with torch.no_grad():
+        edited, trace = run(
+            arguments.hidden,
+            weights,
+            biases,
+            arguments.step_size,
+            arguments.steps,
+            arguments.mask,
+            arguments.radius,
+            arguments.target,
+            arguments.head_weights,
+            value._cache.key,
+            backend,
+            columns,
+        )
+    return (edited, trace) if return_trace else edited
+
+
+def _ascend(
+    hidden: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    step_size: Tensor,
+    steps: Tensor,
+    mask: Tensor | None,
+    radius: Tensor | None,
+    target: Tensor | None,
+    head_weights: Tensor,
+    cache_key: int,
+    backend: str,
+    trace_columns: int,
+) -> tuple[Tensor, Tensor]:
+    """Pick the backend, which checks the values, and run it. Opaque to `torch.compile`, so that all of this may look at the data."""
+    arguments = AscentArguments(hidden, step_size, steps, mask, radius, target, head_weights)
+    prepared = cache_of(cache_key).get(weights, biases)
+    edited, trace = backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
+    # What the fake below promises, even for states that lie transposed.
+    return edited.contiguous(), trace
+
+
+_ascend_op = torch.library.custom_op("recontrol::ascend", _ascend, mutates_args=())
+
+
+@_ascend_op.register_fake
+def _(
+    hidden: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    step_size: Tensor,
+    steps: Tensor,
+    mask: Tensor | None,
+    radius: Tensor | None,
+    target: Tensor | None,
+    head_weights: Tensor,
+    cache_key: int,
+    backend: str,
+    trace_columns: int,
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), step_size.new_empty(hidden.shape[0], trace_columns)

@@ -1,0 +1,104 @@
+"""The oracle: gradient ascent on a value function by autograd, one step after another, in any precision."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recontrol.ascent.arguments import AscentArguments, normalise
+from recontrol.ascent.trust_region import fraction_to_radius
+from recontrol.value import ValueFunction
+
+
+def ascend(
+    hidden: Tensor,
+    value: ValueFunction,
+    step_size: float | Tensor = 0.5,
+    steps: int | Tensor = 30,
+    *,
+    mask: Tensor | None = None,
+    radius: float | Tensor | None = None,
+    target: float | Tensor | None = None,
+    head_weights: Tensor | None = None,
+    return_trace: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), starting at u = 0.
+
+    The arguments are those of `recontrol.ascend`, whose oracle this is.
+
+    Args:
+        hidden: (rows, hidden_size), floating point; the state that is read to sample the next token.
+        value: the value function.
+        step_size: alpha, a float or (rows,).
+        steps: n, an int or (rows,).
+        mask: (rows,), bool, True where the row is live; other rows come back unchanged.
+        radius: cut the path where |u| reaches this, a float or (rows,).
+        target: climb -(V - target)^2 instead of V, a float or (rows,).
+        head_weights: (num_heads,), the objective is the weighted sum of the heads.
+        return_trace: also return V along the path.
+        dtype: compute in this precision; by default float64 for float64 input, else float32.
+
+    Returns:
+        (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), the compute dtype.
+
+    Raises:
+        ValueError, TypeError: as `recontrol.ascend`.
+
+    Source: Kong et al. 2024, section 4.3 (test-time intervention).
+    """
+    arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
+    arguments.check()
+    dtype = dtype or (torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    edited, trace = ascend_loop(arguments, *value.parameters_by_kind, dtype)
+    return (edited, trace) if return_trace else edited
+
+
+@torch.inference_mode(False)
+def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Take the steps by autograd; what `ascend` runs when its arguments are checked.
+
+    Args:
+        arguments: of one ascent.
+        weights: of the value function, first layer first.
+        biases: likewise.
+        dtype: compute in this precision.
+
+    Returns:
+        The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1).
+    """
+    # Clones, because tensors made under inference_mode cannot take part in autograd.
+    weights = [weight.detach().clone().to(dtype) for weight in weights]
+    biases = [bias.detach().clone().to(dtype) for bias in biases]
+    start = arguments.hidden.detach().clone().to(dtype)
+    step_size, head_weights = arguments.step_size.to(dtype), arguments.head_weights.clone().to(dtype)
+    live_steps, most = arguments.live_steps(), arguments.most_steps()
+    edit = torch.zeros_like(start)
+    stopped = torch.zeros_like(live_steps, dtype=torch.bool)
+    trace = start.new_empty(start.shape[0], most + 1)
+
+    def objective(states: Tensor) -> Tensor:
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            states = torch.relu(states @ weight.T + bias)
+        return (states @ weights[-1].T + biases[-1]) @ head_weights
+
+    for step in range(most + 1):
+        state = (start + edit).requires_grad_()
+        with torch.enable_grad():
+            values = objective(state)
+            (gradient,) = torch.autograd.grad(values.sum(), state)
+        values = values.detach()
+        trace[:, step] = values
+        scale = step_size if arguments.target is None else 2 * step_size * (arguments.target.to(dtype) - values)
+        move = scale[:, None] * gradient
+        live = (step < live_steps) & ~stopped
+        if arguments.radius is not None:
+            radius = arguments.radius.to(dtype)
+            leaves = live & ((edit + move).norm(dim=1) > radius)
+            room = radius * radius - (edit * edit).sum(1)
+            fraction = fraction_to_radius((move * move).sum(1), (edit * move).sum(1), room)
+            move = torch.where(leaves[:, None], fraction[:, None] * move, move)
+            stopped = stopped | leaves
+        edit = torch.where(live[:, None], edit + move, edit)
+    edited = (start + edit).to(arguments.hidden.dtype)
+    return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace

@@ -1,0 +1,91 @@
+"""Checks of arguments and words for messages, shared by every room."""
+
+import importlib
+import math
+import numbers
+import warnings
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How many of a long list a message names.
+SHOWN = 8
+
+
+def number(name: str, given: Any, minimum: float = -math.inf) -> float:
+    """A finite float of at least `minimum`, which is 0 or no minimum.
+
+    Raises:
+        TypeError, ValueError: it is none; `name` says what it was given for.
+    """
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"{name} must be a number, found {given!r}")
+    wanted = f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}"
+    try:
+        found = float(given)
+    except OverflowError:
+        raise ValueError(f"{wanted}, found a number too large for a float") from None
+    if not math.isfinite(found) or found < minimum:
+        raise ValueError(f"{wanted}, found {given!r}")
+    return found
+
+
+def integer(name: str, given: Any) -> int:
+    """An int of at least 0.
+
+    Raises:
+        TypeError, ValueError: it is none; `name` says what it was given for.
+    """
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+        raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
+    if given < 0:
+        raise ValueError(f"{name} must be 0 or more, found {given!r}")
+    return int(given)
+
+
+def several(name: str, given: Any) -> Iterable[Any]:
+    """What may be iterated over and is no text; a tensor becomes a list.
+
+    Raises:
+        TypeError: it is something else; `name` says what it was given for.
+    """
+    given = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers, found {given!r}")
+    return given
+
+
+def first_few(items: Sequence[Any]) -> str:
+    """`1, 2, 3`, or the first eight and how many more."""
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(map(str, items[:SHOWN])) + more
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of this dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def required(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Raises:
+        ImportError: it is missing; the message names the extra of recontrol that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this needs the package {module.split('.')[0]} ({error}): pip install 'recontrol[{extra}]'") from error
+
+
+def renamed(old: str, new: str) -> None:
+    """Say once, where the caller of the caller stands, that a name has changed."""
+    warnings.warn(f"{old} is now {new}; the old name will go", DeprecationWarning, stacklevel=3)

@@ -1,0 +1,227 @@
+"""Generating responses in batches: left padding, a seed for each batch, and the wall-clock time of generation alone."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+
+from recontrol.decoding.config import Decoding
+from recontrol.decoding.responses import Response, StopStrings, make_response
+
+# The result must be one row of new tokens for each prompt.
+REFUSED = {
+    "max_length": "use max_new_tokens",
+    "stop_strings": "it is an argument of its own",
+    "stopping_criteria": "use stop_strings",
+    "streamer": "responses come in batches",
+    "return_dict_in_generate": "only tokens are returned",
+}
+# Long lists of prompts are measured in pieces, so that their tokens are never all in memory.
+TOKENISED_AT_ONCE = 1024
+
+
+@dataclass
+class Batch:
+    """The responses to a batch of prompts.
+
+    Attributes:
+        responses: one a prompt, or several.
+        steps: decode steps that were run, the longest row's, at least 1.
+        seconds: wall-clock time of `model.generate`, prefill included.
+    """
+
+    responses: list[Response]
+    steps: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens kept, over all rows."""
+        return sum(len(response.token_ids) for response in self.responses)
+
+
+def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
+    """Respond to one batch of prompts with the model as it is: under control if the caller has attached a controller.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; its padding settings are neither used nor changed.
+        prompts: the texts to respond to.
+        decoding: how; the caller's generators are left as they were.
+        keywords: settings of `Decoding` by name, and options of `model.generate`.
+
+    Raises:
+        ValueError: no prompts, an empty stop string, or an option of `generate` that does not return one row of new tokens a prompt.
+    """
+    decoding = Decoding.of(decoding, **keywords)
+    check_options(decoding.options)
+    if not prompts:
+        raise ValueError("there are no prompts")
+    with seeded(decoding.seed), evaluation_mode(model):
+        batch = respond(model, tokenizer, prompts, list(decoding.stop_strings), {**decoding.options, "max_new_tokens": decoding.max_new_tokens})
+    if len(batch.responses) != len(prompts):
+        raise ValueError(f"found {len(batch.responses)} responses to {len(prompts)} prompts, wanted one each: leave num_return_sequences at 1")
+    return batch
+
+
+def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: list[str], options: dict[str, Any]) -> Batch:
+    """Run `model.generate` on one batch of prompts, without a seed or a mode of its own, and cut the responses.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer; its padding settings are neither used nor changed.
+        prompts: the texts to respond to, at least one.
+        stop_strings: strings at which a response ends.
+        options: of `generate`; without do_sample the model is greedy. Row r of several a prompt responds to prompt r // num_return_sequences.
+    """
+    ids = tokenizer(list(prompts)).input_ids
+    width = max(map(len, ids))
+    padding = padding_token(tokenizer)
+    # On the left whatever the tokenizer's own side is, so that the last position is the prompt's last for every row.
+    inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
+    if stop_strings:
+        options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stop_strings, width)])
+    with torch.no_grad():
+        _wait(model)
+        start = time.perf_counter()
+        output = model.generate(input_ids=inputs, attention_mask=mask, **options)
+        _wait(model)
+        seconds = time.perf_counter() - start
+    new = output[:, width:].tolist()
+    samples = max(1, len(new) // len(ids))
+    eos_ids = eos_tokens(model, options)
+    responses = [make_response(tokenizer, ids[row // samples], tokens, eos_ids, stop_strings) for row, tokens in enumerate(new)]
+    return Batch(responses, max(1, len(new[0])), seconds)
+
+
+def greedy_unless_asked(options: dict[str, Any]) -> dict[str, Any]:
+    """{"do_sample": False}, unless a generation config is given: that is the caller's own word on sampling."""
+    return {} if "generation_config" in options else {"do_sample": False}
+
+
+def check_options(generation_kwargs: Mapping[str, Any], refused: Mapping[str, str] = REFUSED) -> None:
+    """Refuse options of `generate` that do not go with batches of responses.
+
+    Args:
+        generation_kwargs: the options.
+        refused: names that must not be among them, with the reason or a way out.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for name, reason in refused.items():
+        if generation_kwargs.get(name) is not None:
+            raise ValueError(f"{name}={generation_kwargs[name]!r} is not taken here: {reason}")
+
+
+def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
+    """Refuse prompts that leave no room for the response in the model's context, before any work is done on the others.
+
+    Args:
+        model: the language model, whose config knows the context.
+        tokenizer: its tokenizer.
+        prompts: the texts to respond to.
+        max_new_tokens: length of a response at most, in tokens.
+        max_prompt_tokens: refuse longer prompts, although there would be room for them.
+
+    Raises:
+        TypeError: `prompts` is one text instead of a list, or has something else than texts.
+        ValueError: no prompts, prompts without tokens, or prompts too long; they are named.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of texts, found one text, {prompts[:40]!r}")
+    others = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    if others:
+        raise TypeError(f"prompts must be a list of texts, found {type(prompts[others[0]]).__name__} at {_some(others)}")
+    if not prompts:
+        raise ValueError("there are no prompts")
+    lengths = [len(ids) for start in range(0, len(prompts), TOKENISED_AT_ONCE) for ids in tokenizer(list(prompts[start : start + TOKENISED_AT_ONCE])).input_ids]
+    check_token_counts(model, lengths, max_new_tokens, max_prompt_tokens)
+
+
+def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
+    """Refuse prompts of no tokens, or of so many that there is no room for the response in the model's context.
+
+    Args:
+        model: the language model, whose config knows the context.
+        lengths: tokens of each prompt.
+        max_new_tokens: length of a response at most, in tokens.
+        max_prompt_tokens: refuse longer prompts, although there would be room for them.
+
+    Raises:
+        ValueError: prompts without tokens, or too long; they are named.
+    """
+    empty = [index for index, length in enumerate(lengths) if not length]
+    if empty:
+        raise ValueError(f"{len(empty)} prompts have no tokens: {_some(empty)}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    wanted = f"leave no room for {max_new_tokens} new tokens in a context of {context}"
+    limits = [(context - max_new_tokens, wanted)] if context is not None else []
+    if max_prompt_tokens is not None:
+        limits.append((max_prompt_tokens, f"are longer than {max_prompt_tokens} tokens"))
+    for limit, complaint in limits:
+        too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if length > limit]
+        if too_long:
+            raise ValueError(f"{len(too_long)} prompts {complaint}: {_some(too_long)}")
+
+
+def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens after which a row of `generate_batch` has ended: what `Controller` wants as `stop_token_ids`."""
+    filling = generation_kwargs.get("pad_token_id")
+    return tuple(sorted(eos_tokens(model, generation_kwargs) | {padding_token(tokenizer) if filling is None else filling}))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A seed inside, the caller's generators as they were outside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode inside, module by module back as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def effective(model: Any, options: dict[str, Any], name: str) -> Any:
+    """What `generate` will use for an option: that of the call, else that of the generation config given, else that of the model's."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def padding_token(tokenizer: Any) -> int:
+    """What fills the places before a prompt and after a response that has ended."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+
+
+def eos_tokens(model: Any, options: dict[str, Any]) -> set[int]:
+    """The end-of-sequence tokens that `generate` stops at, with these options."""
+    eos = effective(model, options, "eos_token_id")
+    return set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
+
+
+def _some(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
+
+
+def _wait(model: Any) -> None:
+    """Let an accelerator finish what was queued, so that the clock reads the work and not its launch."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

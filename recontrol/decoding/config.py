@@ -1,0 +1,50 @@
+"""How responses are decoded: one value that collection, methods, evaluation and studies hand on."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from recontrol.checks import integer
+from recontrol.decoding.responses import listed_stop_strings
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The settings of decoding, the same for every prompt of a call.
+
+    Args:
+        max_new_tokens: length of a response at most, in tokens.
+        batch_size: prompts decoded at once; None is the default of whoever decodes.
+        seed: of sampling; batch b is decoded with `seed + b`.
+        stop_strings: strings at which a response ends; it is cut before the first token that touches one.
+        options: passed on to `model.generate`, for example {"do_sample": True, "temperature": 1.0}; without do_sample the model is greedy,
+            whatever its own default.
+
+    Raises:
+        TypeError, ValueError: a number that is not a positive integer (the seed: a negative one), or an empty stop string.
+    """
+
+    max_new_tokens: int = 128
+    batch_size: int | None = None
+    seed: int = 0
+    stop_strings: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, given in (("max_new_tokens", self.max_new_tokens), ("batch_size", self.batch_size)):
+            if given is not None and integer(name, given) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, found {given!r}")
+        object.__setattr__(self, "seed", integer("seed", self.seed))
+        object.__setattr__(self, "stop_strings", tuple(listed_stop_strings(self.stop_strings)))
+        object.__setattr__(self, "options", dict(self.options))
+
+    @classmethod
+    def of(cls, decoding: "Decoding | None" = None, **keywords: Any) -> "Decoding":
+        """A decoding with some settings replaced, from keywords as public functions take them: what is no field is an option of `model.generate`."""
+        base = decoding or cls()
+        names = {each.name for each in dataclasses.fields(cls)}
+        given = {name: keywords.pop(name) for name in list(keywords) if name in names}
+        if given.get("stop_strings", ()) is None:
+            given["stop_strings"] = ()
+        return dataclasses.replace(base, **{**given, "options": {**base.options, **given.get("options", {}), **keywords}})

@@ -1,0 +1,147 @@
+"""Batches of rows of similar length that fit into a memory budget for the key/value cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How entries, prompts for example, are put into batches: so many at once, or as many as fit into memory.
+
+    Args:
+        batch_size: entries in a batch at most; None is no limit with a `cache_budget`, else 16.
+        cache_budget: bytes for the key/value cache of a batch, or a text such as "8GiB"; None keeps the given order.
+
+    Raises:
+        ValueError: one of them is not above 0.
+    """
+
+    batch_size: int | None = None
+    cache_budget: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ValueError(f"batch_size must be an integer of at least 1, found {self.batch_size!r}")
+        if self.cache_budget is not None:
+            object.__setattr__(self, "cache_budget", byte_count(self.cache_budget))
+        elif self.batch_size is None:
+            object.__setattr__(self, "batch_size", BATCH_SIZE)
+
+    def batches(self, model: Any, entries: Sequence[int], lengths: Callable[[], Sequence[int]], rows_per_entry: int = 1) -> list[list[int]]:
+        """Cut a list of entries into batches.
+
+        Args:
+            model: the language model, whose config and dtype tell what its cache takes.
+            entries: what is put into batches.
+            lengths: tokens of each entry when it is finished, of the prompt and of what may be generated; asked for with a budget only.
+            rows_per_entry: rows of a batch that an entry takes.
+
+        Returns:
+            The entries of each batch.
+
+        Raises:
+            ValueError: entries that do not fit even alone, or a model whose cache cannot be told.
+        """
+        if not isinstance(self.cache_budget, int):
+            size = self.batch_size or BATCH_SIZE
+            return [list(entries[start : start + size]) for start in range(0, len(entries), size)]
+        per_token = cache_bytes_per_token(model.config, model.dtype)
+        packed = pack_by_length(lengths(), self.cache_budget, per_token, rows_per_entry=rows_per_entry, largest=self.batch_size, names=entries)
+        return [[entries[place] for place in batch] for batch in packed]
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes that the key/value cache takes for one token of one row.
+
+        layers * key/value heads * (size of a key + size of a value) * bytes of a number
+
+    Every layer is counted as if it attended to everything: sliding windows and layers without attention take less.
+
+    Args:
+        config: of the language model.
+        dtype: of the keys and values, the model's own.
+
+    Returns:
+        Bytes, at least 1.
+
+    Raises:
+        ValueError: the config does not tell the sizes; they are named.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not (layers and heads and width):
+        raise ValueError(
+            f"the size of the key/value cache cannot be told from {type(text).__name__}: found num_hidden_layers={layers}, num_attention_heads={heads}, "
+            f"hidden_size={width}; use batch_size"
+        )
+    # One head for all queries, where the older Falcon and StarCoder say so by a flag of their own.
+    shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
+    cached_heads = 1 if shared else getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    size = max(getattr(text, "head_dim", None) or width // heads, getattr(text, "global_head_dim", None) or 0)
+    # Latent attention has keys and values of sizes of their own.
+    key, value = getattr(text, "qk_head_dim", None) or size, getattr(text, "v_head_dim", None) or size
+    return layers * cached_heads * (key + value) * dtype.itemsize
+
+
+def byte_count(size: int | str) -> int:
+    """Bytes from a number of them or a text such as "8GiB" or "500MB".
+
+    Raises:
+        ValueError: it is neither, or not above 0.
+    """
+    try:
+        count = size if isinstance(size, int) else convert_file_size_to_int(size)
+    except ValueError as error:
+        raise ValueError(f'a size is a number of bytes or a text such as "8GiB" or "500MB", found {size!r}') from error
+    if count < 1:
+        raise ValueError(f"a size must be above 0 bytes, found {size!r}")
+    return count
+
+
+def pack_by_length(
+    lengths: Sequence[int], budget: int, bytes_per_token: int, *, rows_per_entry: int = 1, largest: int | None = None, names: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Sort entries by length and cut them into batches that fit.
+
+        rows_per_entry * entries of a batch * its longest length * bytes_per_token <= budget
+
+    The longest come first, so that a budget that is too large for the device fails in the first batch, not in the last.
+    Within a batch and between batches of equal length the given order is kept, so one list of lengths has one result.
+
+    Args:
+        lengths: tokens of each entry when it is finished: those of the prompt and those that may be generated.
+        budget: bytes.
+        bytes_per_token: see `cache_bytes_per_token`.
+        rows_per_entry: rows that an entry takes, for example several samples to one prompt.
+        largest: entries in a batch at most.
+        names: what entries are called in an error; their places in `lengths` by default.
+
+    Returns:
+        The entries of each batch, as places in `lengths`; every entry is in one batch.
+
+    Raises:
+        ValueError: entries do not fit even alone; they are named, with the bytes that the longest one takes.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    fitting = [budget // (rows_per_entry * lengths[place] * bytes_per_token) for place in order]
+    alone = fitting.count(0)
+    if alone:
+        called = ", ".join(str(place if names is None else names[place]) for place in order[: min(alone, 8)]) + (", ..." if alone > 8 else "")
+        raise ValueError(
+            f"the key/value cache of {alone} entries does not fit into {budget} bytes: {called}; the longest needs "
+            f"{rows_per_entry} rows * {lengths[order[0]]} tokens * {bytes_per_token} bytes = {rows_per_entry * lengths[order[0]] * bytes_per_token} bytes"
+        )
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        count = min(fitting[start], largest or len(order))
+        batches.append(sorted(order[start : start + count]))
+        start += count
+    return batches

@@ -1,0 +1,5 @@
+"""The value function, its files, and what is prepared from its weights."""
+
+from recontrol.value.function import ValueFunction
+
+__all__ = ["ValueFunction"]

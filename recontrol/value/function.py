@@ -1,0 +1,305 @@
+"""The value function: a ReLU multilayer perceptron on a language model's last hidden state."""
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from recontrol.files import write_aside, write_json
+from recontrol.value.files import (
+    CONFIG_NAME,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    checked_sizes,
+    checked_statistics,
+    local_folder,
+    read_config,
+    read_reference,
+    read_weights,
+)
+from recontrol.value.prepared import Prepared, PreparedCache
+
+
+class ValueFunction(nn.Module):
+    """Predicts the final reward of a response from the hidden state that is read to sample its next token.
+
+    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers.
+
+    V is in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard deviations from the mean reward:
+    reward = std * V + mean, head by head (`to_reward`, `from_reward`). Calling V, climbing it, and `target` and `head_weights` of
+    `Controller` are all in V's own unit.
+
+    Args:
+        hidden_size: width of the language model's last hidden state.
+        hidden_dims: widths of the hidden layers; `(4096,)` is the paper's "two linear layers".
+        num_heads: how many rewards are predicted at once.
+        reward_mean: (num_heads,), finite, the mean of each head's rewards in training, if V is standardised; else None.
+        reward_std: (num_heads,), finite and above 0, their standard deviation; None if and only if `reward_mean` is.
+        provenance: where the weights come from (base model, data, reward model), saved beside them.
+
+    Shapes:
+        hidden: (..., hidden_size), floating point -> (..., num_heads), dtype of the weights.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or statistics that are not one number a head.
+
+    Source: Kong et al. 2024, section 4.2 (value function).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        hidden_dims: Sequence[int] = (4096,),
+        num_heads: int = 1,
+        *,
+        reward_mean: Sequence[float] | None = None,
+        reward_std: Sequence[float] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        sizes = checked_sizes(hidden_size, hidden_dims, num_heads)
+        self.hidden_size = hidden_size
+        self.hidden_dims = tuple(hidden_dims)
+        self.num_heads = num_heads
+        self.reward_mean, self.reward_std = checked_statistics(reward_mean, reward_std, num_heads)
+        self.provenance: dict[str, Any] = dict(provenance or {})
+        # Weights made under inference_mode would carry no version counter, and then a change of weights could not be seen.
+        with torch.inference_mode(False):
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self._cache = PreparedCache()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return V(hidden): (..., hidden_size) -> (..., num_heads)."""
+        activations = hidden.to(self.dtype)
+        for layer in self.layers[:-1]:
+            activations = torch.relu(layer(activations))
+        return self.layers[-1](activations)
+
+    def to_reward(self, values: Tensor) -> Tensor:
+        """Values in the unit of the reward: values * std + mean, head by head; unchanged where V is not standardised.
+
+        Args:
+            values: (..., num_heads), in V's own unit.
+
+        Raises:
+            ValueError: the last dimension is not `num_heads`.
+        """
+        if self.reward_mean is None or self.reward_std is None:
+            return self._per_head(values)
+        return self._per_head(values) * values.new_tensor(self.reward_std) + values.new_tensor(self.reward_mean)
+
+    def from_reward(self, rewards: Tensor) -> Tensor:
+        """Rewards in V's own unit: (rewards - mean) / std, head by head; unchanged where V is not standardised.
+
+        Args:
+            rewards: (..., num_heads), in the unit of the reward.
+
+        Raises:
+            ValueError: the last dimension is not `num_heads`.
+        """
+        if self.reward_mean is None or self.reward_std is None:
+            return self._per_head(rewards)
+        return (self._per_head(rewards) - rewards.new_tensor(self.reward_mean)) / rewards.new_tensor(self.reward_std)
+
+    def _per_head(self, numbers: Tensor) -> Tensor:
+        if not numbers.ndim or numbers.shape[-1] != self.num_heads:
+            raise ValueError(f"the last dimension must be the {self.num_heads} heads, found shape {tuple(numbers.shape)}")
+        return numbers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self._linears[0].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self._linears[0].weight.device
+
+    @property
+    def parameters_by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights and the biases, first layer first."""
+        return [layer.weight for layer in self._linears], [layer.bias for layer in self._linears]
+
+    @property
+    def _linears(self) -> Sequence[nn.Linear]:
+        return cast(Sequence[nn.Linear], self.layers)
+
+    def prepared(self) -> Prepared:
+        """What the fast paths precompute from the weights (for example W_1 W_1^T), made again when a weight has changed."""
+        return self._cache.get(*self.parameters_by_kind)
+
+    def __mul__(self, weight: float) -> "ValueFunction":
+        """A term of a weighted sum of value functions, see `WeightedSum`."""
+        return _weighted_sum([(weight, self)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "ValueFunction") -> "ValueFunction":
+        """A sum of value functions, climbed as one; for weights, `0.7 * helpful + 0.3 * harmless`."""
+        return _weighted_sum([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: "ValueFunction") -> "ValueFunction":
+        """As the sum, with the other's weights negated: it is climbed down."""
+        return _weighted_sum([(1.0, self), (-1.0, other)])
+
+    def __neg__(self) -> "ValueFunction":
+        """The value function that is climbed where this one is climbed down."""
+        return _weighted_sum([(-1.0, self)])
+
+    def extra_repr(self) -> str:
+        """Describe the sizes in `repr`."""
+        return f"hidden_size={self.hidden_size}, hidden_dims={self.hidden_dims}, num_heads={self.num_heads}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `save_pretrained` writes beside the weights."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "architecture": "mlp",
+            "activation": "relu",
+            "hidden_size": self.hidden_size,
+            "hidden_dims": list(self.hidden_dims),
+            "num_heads": self.num_heads,
+            "reward_mean": None if self.reward_mean is None else list(self.reward_mean),
+            "reward_std": None if self.reward_std is None else list(self.reward_std),
+            "provenance": self.provenance,
+        }
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        # Both files are written before either is moved into place, so that an error leaves both old ones.
+        with write_aside(folder / WEIGHTS_NAME) as aside:
+            # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
+            aside.write_bytes(save(tensors, metadata={"format": FORMAT}))
+            write_json(folder / CONFIG_NAME, self.config)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload value function",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card made from the provenance, into a repository of the hub.
+
+        Args:
+            repo_id: `owner/name`, or `name` for your own; the repository is made if there is none.
+            private: whether a new repository is private; by default what the owner's settings say.
+            token: by default the one that `hf auth login` stored.
+            revision: branch to upload to, made if there is none; by default the main branch.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            ValueError: `repo_id` is no name of a repository.
+            OSError: the hub cannot be reached or refuses; nothing was committed.
+        """
+        from recontrol.value.hub import push
+
+        return push(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "ValueFunction":
+        """Load what `save_pretrained` wrote, from a folder or from a repository of the hub by name.
+
+        Args:
+            path: a local folder, or `owner/name` on the hub.
+            dtype: convert the weights to this dtype; by default they keep the one they were saved in.
+            device: where to put the weights.
+            revision: branch, tag or commit of the repository on the hub; by default its main branch.
+            token: for a private repository; by default the one that `hf auth login` stored.
+
+        Raises:
+            FileNotFoundError: `path` is neither a folder nor found on the hub.
+            ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
+        """
+        folder = local_folder(path, revision, token)
+        config = read_config(folder / CONFIG_NAME)
+        tensors = read_weights(folder / WEIGHTS_NAME)
+        return cls._from_tensors(config, tensors, folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_reference(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
+        """Load a state dict of the released code: `fc1`, `fc3` (two layers) or `fc1`, `fc2`, `fc3` (three layers).
+
+        Args:
+            path: the `.pth` file; only tensors are unpickled.
+            provenance: recorded in the value function, since the file carries none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or its keys are not those of the released code.
+        """
+        path = Path(path)
+        layers = read_reference(path)
+        weights = [weight for weight, _ in layers]
+        config = {
+            "hidden_size": weights[0].shape[1],
+            "hidden_dims": [weight.shape[0] for weight in weights[:-1]],
+            "num_heads": weights[-1].shape[0],
+            "provenance": {"source": path.name, **(provenance or {})},
+        }
+        tensors = {f"layers.{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in zip(("weight", "bias"), layer, strict=True)}
+        return cls._from_tensors(config, tensors, path)
+
+    @classmethod
+    def _from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> "ValueFunction":
+        """The value function that a config describes with the tensors of a file, after checking their names, shapes and dtypes."""
+        # Nothing is allocated before the file is known to agree, and no random numbers are drawn for weights that are replaced.
+        with torch.device("meta"):
+            value = cls(
+                config["hidden_size"],
+                config["hidden_dims"],
+                config["num_heads"],
+                **{name: config.get(name) for name in ("reward_mean", "reward_std", "provenance")},
+            )
+        wanted = {name: tuple(tensor.shape) for name, tensor in value.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if wanted != found:
+            raise ValueError(f"{source} does not hold the weights its config describes: found {found}, wanted {wanted}")
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+            raise ValueError(f"{source} must hold weights of one floating-point dtype, found {sorted(map(str, dtypes))}")
+        value.to(next(iter(dtypes))).to_empty(device="cpu").load_state_dict(tensors)
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueFunction":
+        # As in the constructor: `to` and its like must not make weights without a version counter.
+        with torch.inference_mode(False):
+            return super()._apply(fn, recurse)
+
+
+def _weighted_sum(terms: list[tuple[float, ValueFunction]]) -> ValueFunction:
+    # Deferred: a weighted sum is itself a value function.
+    from recontrol.value.weighted_sum import WeightedSum
+
+    return WeightedSum(terms)
