@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from recontrol import moved
 from recontrol.ascent import oracle
 from recontrol.ascent.ascend import ascend
 from recontrol.ascent.backends import backend_info
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from recontrol.training.online import train_online
     from recontrol.training.train import train
     from recontrol.value.weighted_sum import WeightedSum
+
+moved.install()
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
