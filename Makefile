@@ -19,7 +19,7 @@ $(READY): pyproject.toml setup.py Makefile $(wildcard csrc/*.cpp csrc/*/*.cpp cs
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,report]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,demo]"
 	touch $(READY)
 
 demo: $(READY) ## Run the whole method on the embedded model: collect, train, choose, decode, report

@@ -1,5 +1,10 @@
-"""Render the newest recorded rows as Markdown: python -m benchmarks.table [rows.csv], of a processor or of a GPU (its file may still be missing)."""
+"""Render the newest recorded rows as Markdown.
 
+python -m benchmarks.table [rows.csv]: all tables of a processor, or of a GPU (its file may still be missing).
+python -m benchmarks.table --summary: the figures of the README's first screen.
+"""
+
+import csv
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,6 +99,38 @@ def _line(cells: list) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
+# The cases of the README's first screen: suite, width of V, batch, step size, steps.
+FIRST_SCREEN_ASCENT = ("ascend", 4096, 1, 0.5, 30)
+FIRST_SCREEN_DECODE = ("decode", 1024, 1, 0.5, 30)
+REPORT = DATA.parents[2] / "reports" / "movie_reviews" / "report.csv"
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """Three figures: the kernel against the released loop, what control adds to a decode step, and reward bought."""
+    cases = {}
+    for variants in by_case(latest(row for row in rows if not row.device)):
+        ours = variants.get(OURS)
+        if ours and ours.layers == 2 and ours.weights == "initialised":
+            cases[ours.suite, ours.width, ours.batch, ours.step_size, ours.steps] = variants
+    ascent, decode = cases[FIRST_SCREEN_ASCENT], cases[FIRST_SCREEN_DECODE]
+    added = decode[OURS].p50_ms / decode["uncontrolled"].p50_ms - 1
+    released = decode["released_loop"].p50_ms / decode["uncontrolled"].p50_ms - 1
+    with REPORT.open(encoding="utf-8", newline="") as file:
+        rewards = {row["method"]: float(row["reward"]) for row in csv.DictReader(file)}
+    lines = [
+        ["", "recontrol", "baseline"],
+        ["---"] * 3,
+        [
+            "30 gradient steps on a 4096-wide V (two CPU cores)",
+            f"{ascent[OURS].p50_ms:.1f} ms",
+            f"released code {ascent['released_loop'].p50_ms:,.0f} ms, best dense PyTorch {ascent['best_dense'].p50_ms:.0f} ms",
+        ],
+        ["added to a decode step of a 6.5 M model", f"{added:+.0%}", f"released code {released:+.0%}"],
+        ["reward of the movie-review model", f"{rewards['RE-Control']:.2f}", f"{rewards['uncontrolled']:.2f} uncontrolled"],
+    ]
+    return "\n".join(_line(line) for line in lines)
+
+
 def render_gpu(rows: Iterable[Row]) -> str:
     """All tables of GPUs, one set for each."""
     from benchmarks.gpu.table import tables
@@ -102,6 +139,9 @@ def render_gpu(rows: Iterable[Row]) -> str:
 
 
 if __name__ == "__main__":
+    if "--summary" in sys.argv:
+        print(summary(read_rows(DATA)))
+        sys.exit()
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA
     found = read_rows(path) if path.exists() or path.resolve() != GPU_DATA else []
     measured_on_gpu = path.resolve() == GPU_DATA or any(row.device for row in found)

@@ -16,10 +16,11 @@ import pytest
 
 import recontrol as rc
 from benchmarks.rows import DATA, GPU_DATA, read_rows
-from benchmarks.table import render, render_gpu
+from benchmarks.table import render, render_gpu, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 SUBCOMMANDS = {"collect", "relabel", "train", "push", "generate", "serve", "evaluate", "judge", "info"}
 
 
@@ -221,14 +222,21 @@ def test_options_in_the_readme_exist(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name,data,render", [("", DATA, render), (" benchmarks/data/gpu.csv", GPU_DATA, render_gpu)], ids=["cpu", "gpu"])
-def test_measured_tables_in_the_readme_are_those_of_the_recorded_rows(name, data, render):
-    found = re.search(rf"<!-- python -m benchmarks\.table{re.escape(name)} -->\n(.*?)\n<!-- end -->", readme(), re.DOTALL)
+def test_measured_tables_are_those_of_the_recorded_rows(name, data, render):
+    found = re.search(rf"<!-- python -m benchmarks\.table{re.escape(name)} -->\n(.*?)\n<!-- end -->", BENCHMARKS.read_text(encoding="utf-8"), re.DOTALL)
     assert found and found[1].strip() == render(read_rows(data) if data.exists() else []).strip()
 
 
-def test_the_table_of_methods_in_the_readme_is_that_of_the_report():
+def test_the_figures_on_the_first_screen_are_those_of_the_recorded_rows():
+    found = re.search(r"<!-- python -m benchmarks\.table --summary -->\n(.*?)\n<!-- end -->", readme(), re.DOTALL)
+    assert found and found[1].strip() == summary(read_rows(DATA)).strip()
+
+
+def test_the_table_of_methods_is_that_of_the_report():
     path = "reports/movie_reviews/report.csv"
-    shown = re.search(rf"<!-- python examples/movie_reviews/summary\.py {re.escape(path)} -->\n(.*?)\n<!-- end -->", readme(), re.DOTALL)
+    shown = re.search(
+        rf"<!-- python examples/movie_reviews/summary\.py {re.escape(path)} -->\n(.*?)\n<!-- end -->", BENCHMARKS.read_text(encoding="utf-8"), re.DOTALL
+    )
     done = subprocess.run([sys.executable, "examples/movie_reviews/summary.py", path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert shown and shown[1].strip() == done.stdout.strip()
 
