@@ -25,7 +25,7 @@ def test_numbers_are_in_range(given):
 
 def test_integers():
     assert integer("x", torch.tensor(3).item()) == 3
-    with pytest.raises(TypeError, match="must be an integer, found 1.0"):
+    with pytest.raises(TypeError, match=r"must be an integer, found 1\.0"):
         integer("x", 1.0)
     with pytest.raises(ValueError, match="must be 0 or more, found -1"):
         integer("x", -1)
