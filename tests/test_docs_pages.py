@@ -14,6 +14,7 @@ from test_docs import ROOT, fences, help_of
 
 import recontrol as rc
 from recontrol import methods
+from recontrol.configs import field_docs
 from recontrol.studies import study
 from recontrol.studies.catalogue import KINDS, read_entries
 from recontrol.studies.study import make_study
@@ -74,6 +75,26 @@ def capped(function, name, most):
         return function(*arguments, **options)
 
     return called
+
+
+def table_of_fields(config):
+    """A Markdown table of the fields of a config, their defaults and their documentation."""
+    docs, rows = field_docs(config), ["| field | default | what |", "| --- | --- | --- |"]
+    for each in dataclasses.fields(config):
+        factory = each.default_factory
+        default = each.default if factory is dataclasses.MISSING else factory()
+        shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
+        rows.append("| " + " | ".join(part.replace("|", r"\|") for part in (f"`{each.name}`", shown, docs[each.name])) + " |")
+    return "\n".join(rows)
+
+
+def with_tables(text):
+    """A page with each table of fields as the code has it."""
+
+    def section(found):
+        return f"<!-- fields of rc.{found[1]} -->\n{table_of_fields(getattr(rc, found[1]))}\n<!-- end -->"
+
+    return re.sub(r"<!-- fields of rc\.(\w+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -174,6 +195,13 @@ def test_the_keys_of_a_study_are_those_of_the_code():
     assert shown == KINDS.keys() - {"grpo"}
 
 
+def test_the_tables_of_settings_are_those_of_the_code():
+    """`PYTHONPATH=. python tests/test_docs_pages.py` rewrites them."""
+    text = text_of("settings.md")
+    assert {"Control", "Decoding"} <= set(re.findall(r"<!-- fields of rc\.(\w+) -->", text))
+    assert with_tables(text) == text
+
+
 def test_links_lead_somewhere():
     """Relative links, to files and to headings of pages."""
     broken = []
@@ -219,3 +247,7 @@ def test_everything_public_is_mentioned():
 def test_pages_are_short():
     """Split a longer page."""
     assert {page: count for page in PAGES if (count := len(text_of(page).splitlines())) > 160} == {}
+
+
+if __name__ == "__main__":
+    (DOCS / "settings.md").write_text(with_tables(text_of("settings.md")), encoding="utf-8")
