@@ -150,12 +150,12 @@ def test_blocks_run_in_the_order_of_the_page(page, folder, capsys, monkeypatch):
 def test_commands_that_run_here_are_separated_from_those_that_need_more():
     run = [
         words[0]
-        for page in ("guide.md", "study.md", "files.md", "large-models.md")
+        for page in ("guide.md", "study.md", "files.md", "large-models.md", "serving.md", "training.md")
         for _, block in fences(text_of(page), "sh")
         for words in commands(block)
         if is_run(words)
     ]
-    assert run == ["info", "collect", "train", "evaluate", "judge", "generate", "evaluate"]
+    assert run == ["info", "collect", "train", "evaluate", "judge", "generate", "evaluate", "generate", "train", "train"]
 
 
 def test_options_exist(capsys, monkeypatch):
