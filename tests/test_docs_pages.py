@@ -198,7 +198,7 @@ def test_the_keys_of_a_study_are_those_of_the_code():
 def test_the_tables_of_settings_are_those_of_the_code():
     """`PYTHONPATH=. python tests/test_docs_pages.py` rewrites them."""
     text = text_of("settings.md")
-    assert {"Control", "Decoding"} <= set(re.findall(r"<!-- fields of rc\.(\w+) -->", text))
+    assert {"Control", "Decoding", "TrainConfig"} <= set(re.findall(r"<!-- fields of rc\.(\w+) -->", text))
     assert with_tables(text) == text
 
 
