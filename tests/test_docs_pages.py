@@ -1,10 +1,9 @@
-"""docs/: every block of every page is run or read, in the order of the page; integrations.md has a test of its own (test_integrations.py)."""
+"""docs/: every block of every page is run or read, in the order of the page. test_integrations.py does it for integrations.md."""
 
 import ast
 import dataclasses
 import functools
 import importlib
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -15,29 +14,29 @@ from test_docs import ROOT, fences, help_of
 
 import recontrol as rc
 from recontrol import methods
+from recontrol.configs import field_docs
 from recontrol.studies import study
 from recontrol.studies.catalogue import KINDS, read_entries
 from recontrol.studies.study import make_study
 
 DOCS = ROOT / "docs"
 PAGES = [path.name for path in sorted(DOCS.glob("*.md")) if path.name != "integrations.md"]
-# At most, whatever a page asks for: enough to go through everything. A tenth of the prompts for training is held out, and three of these are wanted.
-CAPS = {"max_new_tokens": 8, "epochs": 4}
+# The most that the blocks may ask for: small, but enough to run everything. A tenth of the training prompts is held out, and at least three must be.
 TRAIN_PROMPTS, PROMPTS = 32, 4
-# Where these are arguments; functions are found there when they are called.
+# Functions that get a smaller number, by the modules where they are looked up when they are called.
 CAPPED = (
-    ("recontrol.data.collect", "collect"),
-    ("recontrol.training.train", "train"),
-    ("recontrol.evaluation.evaluate", "evaluate"),
-    ("recontrol.generation.generate", "generate"),
-    ("recontrol.methods", "make_preference_pairs"),
+    ("recontrol.data.collect", "collect", "max_new_tokens", 8),
+    ("recontrol.training.train", "train", "epochs", 4),
+    ("recontrol.evaluation.evaluate", "evaluate", "max_new_tokens", 8),
+    ("recontrol.generation.generate", "generate", "max_new_tokens", 8),
+    ("recontrol.methods", "make_preference_pairs", "max_new_tokens", 8),
 )
-# What a command has to name not to be run: it is on the hub, or would start a server.
+# A command that names one of these is not run: it needs the hub, or would start a server.
 ELSEWHERE = ("lmsys/vicuna-7b-v1.5", "Anthropic/hh-rlhf", "rollouts/hh", "hh-rlhf-vicuna-7b", "recontrol serve")
-# Files that a text names, and that no later block asks for.
+# Files that the text names and no later block reads.
 LEFT = {"guide.md": ("value/diagnosis.png", "report/responses.jsonl", "win-rate.json"), "study.md": ("out/study/report.html",)}
-# Packages of extras.
-WANTED = {"guide.md": ("vaderSentiment",), "methods.md": ("trl", "peft")}
+# Packages of the extras.
+NEEDED = {"guide.md": ("vaderSentiment",), "methods.md": ("trl", "peft")}
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -60,21 +59,47 @@ def is_run(words):
     return not any(name in " ".join(["recontrol", *words]) for name in ELSEWHERE)
 
 
-def capped(function):
-    """The same with smaller numbers."""
-    names = CAPS.keys() & inspect.signature(function).parameters.keys()
-    assert names, f"{function.__name__} takes none of {', '.join(CAPS)}"
+def capped(function, name, most):
+    """The function with a setting of at most this, whether it is given as a keyword or in a config."""
+
+    def smaller(argument):
+        has_it = dataclasses.is_dataclass(argument) and hasattr(argument, name)
+        return dataclasses.replace(argument, **{name: min(getattr(argument, name), most)}) if has_it else argument
 
     @functools.wraps(function)
     def called(*arguments, **options):
-        return function(*arguments, **{**options, **{name: min(options.get(name, CAPS[name]), CAPS[name]) for name in names}})
+        arguments, options = [smaller(each) for each in arguments], {key: smaller(each) for key, each in options.items()}
+        in_config = any(dataclasses.is_dataclass(each) and hasattr(each, name) for each in (*arguments, *options.values()))
+        if name in options or not in_config:
+            options[name] = min(options.get(name, most), most)
+        return function(*arguments, **options)
 
     return called
 
 
+def table_of_fields(config):
+    """A Markdown table of the fields of a config, their defaults and their documentation."""
+    docs, rows = field_docs(config), ["| field | default | what |", "| --- | --- | --- |"]
+    for each in dataclasses.fields(config):
+        factory = each.default_factory
+        default = each.default if factory is dataclasses.MISSING else factory()
+        shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
+        rows.append("| " + " | ".join(part.replace("|", r"\|") for part in (f"`{each.name}`", shown, docs[each.name])) + " |")
+    return "\n".join(rows)
+
+
+def with_tables(text):
+    """A page with each table of fields as the code has it."""
+
+    def section(found):
+        return f"<!-- fields of rc.{found[1]} -->\n{table_of_fields(getattr(rc, found[1]))}\n<!-- end -->"
+
+    return re.sub(r"<!-- fields of rc\.(\w+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty one that has only `examples` in it, where everything is small."""
+    """An empty folder that has only `examples` in it; models and data are small there."""
     from recontrol.data import prompts
     from recontrol.studies import run
 
@@ -84,7 +109,7 @@ def folder(tmp_path, monkeypatch):
         most = TRAIN_PROMPTS if "train" in str(source) else PROMPTS
         return load(source, *arguments, limit=min(limit or most, most), **options)
 
-    small = {(module, name): capped(getattr(importlib.import_module(module), name)) for module, name in CAPPED}
+    small = {(module, name): capped(getattr(importlib.import_module(module), name), setting, most) for module, name, setting, most in CAPPED}
     for (module, name), function in {**small, ("recontrol.data.prompts", "load_prompts"): few}.items():
         monkeypatch.setattr(f"{module}.{name}", function)
         if hasattr(run, name):
@@ -96,12 +121,12 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run_in_the_order_of_the_page(page, folder, capsys, monkeypatch):
-    """Python in one namespace, the commands that need nothing from elsewhere, and files that a block says it is."""
+    """Python runs in one namespace, commands run unless they need the hub or a server, and a block that begins with a file's name is written to it."""
     from recontrol.cli import main
 
-    for package in WANTED.get(page, ()):
-        pytest.importorskip(package, reason=f"{package} is not installed; it is in the extra `dev` or `report`")
-    # Where functions that a command names are found; it would put the folder there for good.
+    for package in NEEDED.get(page, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed; it is in an extra")
+    # A command that names a function puts the folder on the path for good; here it goes again.
     monkeypatch.syspath_prepend(folder)
     text = text_of(page)
     namespace = {"__name__": "page"}
@@ -122,19 +147,19 @@ def test_blocks_run_in_the_order_of_the_page(page, folder, capsys, monkeypatch):
         assert (folder / left).is_file(), f"{page} names {left}, which is not there"
 
 
-def test_commands_are_told_from_those_that_need_more():
+def test_commands_that_run_here_are_separated_from_those_that_need_more():
     run = [
         words[0]
-        for page in ("guide.md", "study.md", "files.md", "large-models.md")
+        for page in ("guide.md", "study.md", "files.md", "large-models.md", "serving.md", "training.md")
         for _, block in fences(text_of(page), "sh")
         for words in commands(block)
         if is_run(words)
     ]
-    assert run == ["info", "collect", "train", "evaluate", "judge", "generate", "evaluate"]
+    assert run == ["info", "collect", "train", "evaluate", "judge", "generate", "evaluate", "generate", "train", "train"]
 
 
 def test_options_exist(capsys, monkeypatch):
-    """Every `--option` of a `recontrol` command, of those that are not run too, is one that its `--help` knows."""
+    """The `--help` of a command has every `--option` of the pages, also of commands that are not run."""
     found = [(page, words) for page in PAGES for _, block in fences(text_of(page), "sh") for words in commands(block)]
     assert {words[0] for _, words in found} >= {"collect", "train", "evaluate", "generate", "serve", "judge"}
     helps = {name: set(re.findall(r"--[a-z][\w-]*", help_of([name], capsys, monkeypatch))) for name in {words[0] for _, words in found}}
@@ -155,11 +180,11 @@ def test_studies_can_be_read(page):
 
 
 def test_the_keys_of_a_study_are_those_of_the_code():
-    """Tables and example name every key and every method; and the sections are found by what they are, so that a new one cannot be forgotten."""
+    """Tables and examples name every key and every method. Sections are found as dataclasses, so a new one cannot be forgotten."""
     text = text_of("study.md")
-    sections = [each for each in vars(study).values() if dataclasses.is_dataclass(each)]
+    sections = [each for each in vars(study).values() if dataclasses.is_dataclass(each) and each.__module__ == study.__name__]
     keys = {field.name for section in sections for field in dataclasses.fields(section)}
-    # Of the whole, of a source of prompts, and of the win rate.
+    # Keys of the study, of a source of prompts, and of the win rate.
     assert keys >= {"model", "limit", "against"}
     assert sorted(key for key in keys if f"`{key}`" not in text) == []
     rows = dict(re.findall(r"^\| ((?:`[\w -]+`(?:, )?)+) \| (.*) \|$", text, re.MULTILINE))
@@ -170,8 +195,15 @@ def test_the_keys_of_a_study_are_those_of_the_code():
     assert shown == KINDS.keys() - {"grpo"}
 
 
+def test_the_tables_of_settings_are_those_of_the_code():
+    """`PYTHONPATH=. python tests/test_docs_pages.py` rewrites them."""
+    text = text_of("settings.md")
+    assert {"Control", "Decoding", "TrainConfig"} <= set(re.findall(r"<!-- fields of rc\.(\w+) -->", text))
+    assert with_tables(text) == text
+
+
 def test_links_lead_somewhere():
-    """Relative ones, to files and to headings of pages."""
+    """Relative links, to files and to headings of pages."""
     broken = []
     for page in PAGES:
         for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text_of(page)):
@@ -186,7 +218,7 @@ def test_links_lead_somewhere():
 
 
 def test_files_and_functions_that_the_architecture_names_exist():
-    """Names in backticks: a file of the package, or what is defined in one of those named beside it."""
+    """Each name in backticks is a file of the package, or is defined in one of the files named beside it."""
     text = text_of("architecture.md").split("## The way of a token")[1]
     package = ROOT / "recontrol"
     names = set(re.findall(r"`([\w./]+\.(?:py|h|cpp|cu))`", text))
@@ -202,7 +234,7 @@ def test_files_and_functions_that_the_architecture_names_exist():
     }
     kernel = (ROOT / "csrc" / "cpu" / "two_layers.h").read_text(encoding="utf-8")
     defined |= set(re.findall(r"\b(?:void|int|float) (\w+)\(", kernel))
-    # Methods and private functions: what only our own code can have.
+    # Methods and private functions: names that only our own code defines.
     called = set(re.findall(r"`(?:\w+\.)?(_\w+)`", text)) | set(re.findall(r"`(\w+)`(?=[^|]*\|\n)", text.split("## The recursion")[1]))
     assert len(called) > 10 and sorted(called - defined - {"Prepared", "PreparedCache", "gram"}) == []
 
@@ -213,5 +245,9 @@ def test_everything_public_is_mentioned():
 
 
 def test_pages_are_short():
-    """A page that is longer is two."""
+    """Split a longer page."""
     assert {page: count for page in PAGES if (count := len(text_of(page).splitlines())) > 160} == {}
+
+
+if __name__ == "__main__":
+    (DOCS / "settings.md").write_text(with_tables(text_of("settings.md")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/integrations.md: its blocks are run in order, and what comes out of each door is compared with `model.generate` under the same controller."""
+"""docs/integrations.md: its blocks run in order, and the result of each integration is compared with `model.generate` under the same controller."""
 
 import contextlib
 import dataclasses
@@ -21,26 +21,26 @@ for package in ("trl", "peft", "fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason=f"{package} is not installed; it is in the extra `dev`")
 
 PAGE = ROOT / "docs" / "integrations.md"
-# The port of the page, for which a free one is put.
+# The port of the page; the test replaces it by a free one.
 PORT = "8000"
 NEW = {"max_new_tokens": 24, "do_sample": False}
-# Said in full, because a pipeline has defaults of its own.
+# All given, because a pipeline has its own defaults.
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # TRL's own use of transformers, and its word on an argument that the page says is experimental.
+    # TRL's own use of transformers, and its warning that an argument is experimental.
     pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning", "ignore:You are using 'rollout_func':UserWarning"),
 ]
 
 
 @contextlib.contextmanager
 def server(command, port, folder):
-    """What a shell block starts, from when it answers until the end of the block."""
+    """Run the server of a shell block, from its first answer until the end of the `with` block."""
     words = shlex.split(command)
     log = folder / "server.log"
     with log.open("w") as output:
-        # Code of model folders is copied into the cache of modules: here into one that is thrown away.
+        # transformers copies the code of model folders into its cache of modules: use a temporary one.
         environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
         process = subprocess.Popen([Path(sys.executable).parent / words[0], *words[1:]], env=environment, stdout=output, stderr=output)
         try:
@@ -64,7 +64,7 @@ def answers(address):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, one_thread):
-    """What the names of the page mean when all of its blocks have run, in an empty folder that has only `examples` in it."""
+    """The names that the page defines, after all its blocks have run in an empty folder that has only `examples` in it."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "examples").symlink_to(ROOT / "examples")
     with socket.socket() as free:
@@ -86,7 +86,7 @@ def text_of(page, tokens):
 
 
 def response(page, model, prompt, controller=None, **options):
-    """The new tokens that `generate` gives to one prompt, under control or not."""
+    """The new tokens of `generate` for one prompt, under control or not."""
     inputs = page["tokenizer"](prompt, return_tensors="pt")
     torch.manual_seed(0)
     with controller.attach(model) if controller else contextlib.nullcontext():
@@ -95,7 +95,7 @@ def response(page, model, prompt, controller=None, **options):
 
 @pytest.fixture(scope="module")
 def expected(page):
-    """The controlled response to the page's first prompt, which is not the free one."""
+    """The controlled response to the page's first prompt, which differs from the uncontrolled one."""
     controlled = response(page, page["model"], page["texts"][0], page["controller"])
     assert controlled != response(page, page["model"], page["texts"][0])
     return controlled
@@ -128,13 +128,13 @@ def test_a_streamer_gets_the_controlled_response(page, expected):
 
 def test_a_draft_model_changes_no_token(page, expected):
     assert page["assisted"][0, page["inputs"].input_ids.shape[1] :].tolist() == expected
-    # With the likeliest token alone left, sampling, which accepts guesses by another rule, has no choice either.
+    # Sampling accepts proposals by another rule; with one token left to choose from, it must give the same response.
     only = {"do_sample": True, "top_k": 1}
     assert response(page, page["model"], page["texts"][0], page["controller"], assistant_model=page["draft"], **only) == expected
 
 
 def test_an_adapted_model_is_controlled(page, expected):
-    """New adapters add nothing; trained ones, on the output embedding too, do what the model does that they are merged into."""
+    """New adapters change nothing. Trained ones, on the output embedding too, match the model they are merged into."""
     from peft import LoraConfig, get_peft_model
 
     assert page["by_adapted"][0, page["inputs"].input_ids.shape[1] :].tolist() == expected
@@ -142,7 +142,7 @@ def test_an_adapted_model_is_controlled(page, expected):
     fresh.config.tie_word_embeddings, fresh.lm_head.weight = False, torch.nn.Parameter(fresh.lm_head.weight.detach().clone())
     adapted = get_peft_model(fresh, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])).eval()
     torch.manual_seed(0)
-    # The merged weights are those of another model.
+    # The merged weights count as another model.
     controller = dataclasses.replace(page["controller"], allow_other_model=True)
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ def test_an_adapted_model_is_controlled(page, expected):
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     trained, free = logits(adapted), logits(adapted, controlled=False)
-    # Rounding of the merged products, on logits of some 10.
+    # Rounding of the merged products, on logits of about 10.
     torch.testing.assert_close(trained, logits(adapted.merge_and_unload()), rtol=1e-4, atol=1e-3)
     assert all((trained - other).abs().max() > 0.1 for other in (free, base))
 
@@ -174,11 +174,11 @@ def test_a_folder_with_its_own_generation_is_controlled_where_its_code_is_truste
     assert response(page, untrusted, page["texts"][0]) == free != expected
     trusted = AutoModelForCausalLM.from_pretrained("served", trust_remote_code=True)
     assert response(page, trusted, page["texts"][0]) == expected
-    # Positional, as some callers have it.
+    # Some callers pass the tokens as a positional argument.
     assert trusted.generate(page["inputs"].input_ids, **NEW)[0].tolist()[-len(expected) :] == expected
-    # The forward call, which a trainer makes, is the free model's.
+    # The forward call, which a trainer uses, is uncontrolled.
     assert torch.equal(trusted(**page["inputs"]).logits, untrusted(**page["inputs"]).logits)
-    # Without its value function it says so, and does not respond uncontrolled.
+    # Without its value function it raises and does not respond uncontrolled.
     monkeypatch.chdir(tmp_path)
     trusted.generate.func.__globals__["controller"].cache_clear()
     with pytest.raises((OSError, ValueError), match="value"):
@@ -186,7 +186,7 @@ def test_a_folder_with_its_own_generation_is_controlled_where_its_code_is_truste
 
 
 class Replay:
-    """Stands in for `LlamaForCausalLM.generate`: keeps what went in and came out, or gives out again what another one kept."""
+    """Replaces `LlamaForCausalLM.generate`: records calls and results, or returns recorded results."""
 
     def __init__(self, monkeypatch, recorded=None):
         self.calls = []
@@ -195,7 +195,7 @@ class Replay:
         def generate(model, **options):
             torch.manual_seed(7)
             self.calls.append((options, original(model, **options) if recorded is None else recorded[len(self.calls)][1]))
-            # What is shuffled afterwards must not depend on whether anything was sampled.
+            # Shuffling afterwards must not depend on whether anything was sampled.
             torch.manual_seed(7)
             return self.calls[-1][1]
 
@@ -208,7 +208,7 @@ def new_trainer(page, kind, folder):
     from peft import LoraConfig
 
     torch.manual_seed(0)
-    # beta: with a reference model, which is the policy without its adapters. Twice over the samples: with log-probabilities of an old policy.
+    # beta adds a reference model, the policy without its adapters. Two iterations over the samples add log-probabilities of an old policy.
     arguments = getattr(trl, f"{kind}Config")(
         str(folder), learning_rate=0.01, beta=0.1, num_iterations=2, max_steps=2, per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
         use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, eval_strategy="no", per_device_eval_batch_size=4,
@@ -223,7 +223,7 @@ def new_trainer(page, kind, folder):
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_under_control_trl_samples_controlled_rollouts_and_trains_the_free_model_on_them(page, kind, tmp_path, monkeypatch):
-    """Were the log-probabilities those of the controlled policy, the weights would not be those that training on given responses leaves."""
+    """With log-probabilities of the controlled policy, the weights would differ from those of training on given responses."""
     trainer = new_trainer(page, kind, tmp_path)
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
     with monkeypatch.context() as patch:
@@ -249,7 +249,7 @@ def test_under_control_trl_samples_controlled_rollouts_and_trains_the_free_model
 
 
 def test_the_pages_trainers_made_their_steps(page):
-    # Eight responses each, all under control, and half of them.
+    # Eight responses each: all under control, then half of them.
     assert [len(scores) for scores in page["scores"]] == [8, 8] and page["trainer"].state.global_step == 1
     assert 8 < page["handle"].edited_rows <= 8 * 16
 
