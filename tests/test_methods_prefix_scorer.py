@@ -116,7 +116,7 @@ class TestStates:
         with caplog.at_level(logging.WARNING, "recontrol"):
             _, steps = steps_of(method, model, prompts)
         assert_as_wanted(model, method, steps, prompts)
-        assert ("read anew for each candidate" in caplog.text) == (name in ANEW)
+        assert ("costs a forward call over the whole text" in caplog.text) == (name in ANEW)
         if name in ANEW:
             assert {"mistral": "DynamicSlidingWindowLayer", "mamba, recurrent": "LinearAttentionLayer"}[name] in caplog.text
 

@@ -19,7 +19,7 @@ from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, summarise
 from recontrol.methods.base import Method, Uncontrolled, tensors_checksum
 from recontrol.methods.control import ReControl
-from recontrol.methods.scores import one_score
+from recontrol.methods.base import one_score
 from recontrol.value import ValueFunction
 
 # Decode steps of the unmeasured generation that comes first: threads start, and what the ascent precomputes is made.

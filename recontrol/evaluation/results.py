@@ -11,7 +11,7 @@ from recontrol.evaluation.measure import Answer, Cell
 from recontrol.evaluation.metrics import bootstrap_interval
 from recontrol.methods.base import Method, Training, Uncontrolled
 from recontrol.methods.control import ReControl
-from recontrol.methods.scores import one_score
+from recontrol.methods.base import one_score
 
 UNCONTROLLED = Uncontrolled.kind
 

@@ -13,8 +13,7 @@ from recontrol.checks import number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.decoding.batches import finishing_tokens
 from recontrol.decoding.responses import decode_after
-from recontrol.methods.base import Method
-from recontrol.methods.scores import one_score
+from recontrol.methods.base import Method, one_score
 from recontrol.methods.top_k import TopK, check_k
 
 
@@ -22,15 +21,14 @@ from recontrol.methods.top_k import TopK, check_k
 class ARGS(Method):
     """score(v) = LM(v | x, y_<t) + w * r(x, y_<t v) for the k likeliest next tokens v, minus infinity for all others.
 
-    LM is the logit, as in the code released with the paper; with the log-probability tokens are drawn alike. Greedy decoding takes the token of the highest
-    score (ARGS-greedy); with `do_sample` one is drawn from the softmax of the k scores, divided by the temperature (ARGS-stochastic). What
-    top-k and top-p of the sampling leave out, they leave out of the k.
+    LM is the logit, as in the code released with the paper; log-probabilities would give the same tokens. Greedy decoding takes the token of the highest
+    score (ARGS-greedy); with `do_sample` one is drawn from the softmax of the k scores, divided by the temperature (ARGS-stochastic). Top-k and top-p
+    of the sampling apply to these k scores.
 
-    The reward is asked about prompts as the caller gave them and about the text of the response so far with the candidate behind it. That text may end in
-    the middle of a word or, with byte-level tokens, of a character, which a reward model has not seen in its training. A candidate that ends the
-    response is scored by the text that is then complete. Equal texts are scored once; responses that have ended are not scored.
+    The reward scores the caller's prompts with the response so far and the candidate behind it. That text may end in the middle of a word or, with
+    byte-level tokens, of a character, which a reward model has not seen in training. Equal texts are scored once; responses that have ended are not scored.
 
-    A step costs up to (rows * k) rewards, asked for in one call: the batch size of a `RewardModel` bounds what is scored at once.
+    A step costs up to (rows * k) rewards in one call: the batch size of a `RewardModel` bounds how many are scored at once.
 
     Args:
         reward: a callable (prompts, responses) -> scores, or what else `recontrol.collect` takes as the reward.
@@ -72,14 +70,7 @@ class ARGS(Method):
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Yield the processor of one batch.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: as the caller gave them, what the reward sees.
-            options: of `model.generate`; rows that ended by them are not scored.
-        """
+        """Yield the processor of one batch."""
         yield [_RewardGuided(self, tokenizer, prompts, finishing_tokens(model, tokenizer, dict(options)))]
 
 

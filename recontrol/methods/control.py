@@ -22,8 +22,7 @@ from recontrol.value import ValueFunction
 class ReControl(Method):
     """Representation editing by a value function: y_t ~ softmax(W_lm (o_t + u_t)), u_t by n gradient steps of V from u_t = 0.
 
-    With `target` in the control the state is steered to a value; with a value function of several heads, or a weighted sum of value functions, towards
-    several rewards at once.
+    With a `target` the state is steered to a value; with several heads, or a weighted sum of value functions, towards several rewards at once.
 
     Args:
         control: value function, step size, steps, radius, target, weights of the heads.
@@ -74,14 +73,7 @@ class ReControl(Method):
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Attach a controller inside the block.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: not looked at.
-            options: of `model.generate`; rows that ended by them are not edited.
-        """
+        """Attach a controller inside the block; rows that have ended are not edited."""
         chosen = self.control
         controller = Controller(
             chosen.value,
@@ -99,9 +91,5 @@ class ReControl(Method):
 
 
 def training_of(value: ValueFunction) -> Training:
-    """What is known of a value function's training where nobody has said more: how many parameters it has.
-
-    Args:
-        value: the value function.
-    """
+    """The number of parameters of a value function; the cost of its training is unknown."""
     return Training(sum(parameter.numel() for parameter in value.parameters()), None, None)

@@ -24,14 +24,14 @@ from recontrol.value import ValueFunction
 class PrefixScorer(Method):
     """score(v) = logit(v) + strength * V(o_{t+1} had v been chosen as y_t) for the k likeliest next tokens v, minus infinity for all others.
 
-    With all tokens as candidates and V the expected reward this samples from the distribution that maximises V - KL / strength step by step. V is the value
-    function that RE-Control climbs, in its own unit: where V is standardised, a strength of 1 is one logit for a standard deviation of the reward.
+    With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is the
+    value function of RE-Control in its own unit: where V is standardised, a strength of 1 is one logit for a standard deviation of the reward.
 
-    Nothing is read after a token that ends the response, so V was trained on no state there. Such a candidate gets V(o_t) of the state that it is sampled
-    from: neither better nor worse than what is expected of the other tokens.
+    No state follows a token that ends the response. Such a candidate gets V(o_t) of the state that it is sampled from: neither better nor worse than
+    what is expected of the other tokens.
 
-    A step costs one more forward call, of k positions a row, with the cache of the generation; without such a cache (sliding windows, recurrent
-    states) k forward calls over the whole text.
+    A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k forward calls over the whole text where the
+    cache cannot be used (sliding windows, recurrent states).
 
     Args:
         value: the value function, on the model's device.
@@ -80,17 +80,7 @@ class PrefixScorer(Method):
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Watch the forward calls inside the block and yield the processor of one batch.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: not looked at.
-            options: of `model.generate`, which say what ends a response.
-
-        Raises:
-            TypeError, ValueError: the value function is not for this model.
-        """
+        """Observe the forward calls inside the block and yield the processor of one batch."""
         with CandidateStates(model) as candidates:
             check_fit(candidates, self.value, self.allow_other_model)
             yield [_PrefixScores(self, candidates, sorted(eos_tokens(model, dict(options))))]
