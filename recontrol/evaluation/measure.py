@@ -15,7 +15,7 @@ from recontrol.decoding.recording import record_hidden_states
 from recontrol.decoding.responses import Response, decode_after
 from recontrol.evaluation.divergence import NextTokenRecorder, likelihoods
 from recontrol.evaluation.metrics import diversity, similarities
-from recontrol.evaluation.peak_memory import PeakMemory
+from recontrol.methods.peak_memory import PeakMemory
 from recontrol.methods.base import Method
 from recontrol.value import ValueFunction
 

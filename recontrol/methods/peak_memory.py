@@ -1,25 +1,23 @@
-"""The most memory that a block of code holds, beyond what there was before it."""
+"""Peak memory of a block of code, beyond what was in use before it."""
 
+import os
 import threading
+from pathlib import Path
 from typing import Self
 
-import psutil
 import torch
 
-# Seconds between two looks at the memory of the process.
+from recontrol.checks import required
+
+# Seconds between two readings of the memory of the process.
 INTERVAL = 0.01
 
 
 class PeakMemory:
-    """The most memory in use inside a block, beyond that in use before it.
-
-    Args:
-        device: of the model; of a CUDA device what is allocated counts, else the resident memory of the process, looked at a hundred times a second.
-    """
+    """Peak memory inside a block, beyond that in use before it: allocated on a CUDA device, else the resident memory of the process, read every 10 ms."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._process = psutil.Process()
         self._before = self._peak = 0
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -28,7 +26,7 @@ class PeakMemory:
     def bytes(self) -> int:
         """So far, or in the whole block once it is left."""
         if not self._done.is_set():
-            self._look()
+            self._read()
         return max(0, self._peak - self._before)
 
     def __enter__(self) -> Self:
@@ -36,20 +34,29 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = self._peak = torch.cuda.memory_allocated(self._device)
         else:
-            self._before = self._peak = self._process.memory_info().rss
+            self._before = self._peak = _resident()
             self._watcher.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._look()
+        self._read()
         self._done.set()
         if self._watcher.is_alive():
             self._watcher.join()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         cuda = self._device.type == "cuda"
-        self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) if cuda else self._process.memory_info().rss)
+        self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) if cuda else _resident())
 
     def _watch(self) -> None:
         while not self._done.wait(INTERVAL):
-            self._look()
+            self._read()
+
+
+def _resident() -> int:
+    """Resident memory of the process, in bytes."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    # Not Linux.
+    return required("psutil", "train").Process().memory_info().rss
