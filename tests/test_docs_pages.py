@@ -62,7 +62,9 @@ def is_run(words):
 
 def capped(function):
     """The same with smaller numbers."""
-    names = CAPS.keys() & inspect.signature(function).parameters.keys()
+    parameters = inspect.signature(function).parameters
+    # Settings of `Decoding` are given by name.
+    names = CAPS.keys() & {*parameters, *(["max_new_tokens"] if "decoding" in parameters else [])}
     assert names, f"{function.__name__} takes none of {', '.join(CAPS)}"
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""What control does to the next token, along states that are there already: no decoding."""
+"""The effect of control on the next token at given states, without decoding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ STATES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The means over states of what n steps do to the next token.
+    """The effect of n steps on the next token, as means over states.
 
     Attributes:
         step_size: alpha.
         steps: n.
         value: V(h + u_n), with several heads their weighted sum, in V's own unit.
-        reward: the same in the unit of the reward: what V predicts, not what a reward model says.
+        reward: the same in the unit of the reward, as V predicts it.
         edit_norm: |u_n|.
         kl: KL(p || q) in nats, of the next-token distribution p of h + u_n and that of h, q, before temperature and the like.
     """
@@ -54,11 +54,8 @@ def path_of_steps(
 ) -> list[PathPoint]:
     """Mean V(h + u_n), |u_n| and KL(softmax(W_lm (h + u_n)) || softmax(W_lm h)) over states h, for each n.
 
-    With the states of rollouts these are the next-token frontier at the uncontrolled model's own prefixes, for the price of the output
-    embedding. It is exact for one next token; it is not that of whole responses, in which control chooses the prefixes too: their divergence
-    is the sum over tokens at their own prefixes (`recontrol.tuning.sweep`). Use it to see which settings are worth decoding.
-
-    Logits are what the model makes of the states, whatever it does to them after the output embedding.
+    With the states of rollouts this is the frontier of the next token at the uncontrolled model's own prefixes, for the cost of the output embedding. For
+    whole responses, where control changes the prefixes too, use `evaluate`. Logits include what the model does after the output embedding.
 
     Args:
         model: the language model, without a `Controller`; it is left as it was.
@@ -106,13 +103,7 @@ def path_of_steps(
 
 
 class _Reading(Editing):
-    """Puts given states where the model would read its own.
-
-    Args:
-        model: a causal language model.
-        value: the value function that is to be climbed.
-        allow_other_model: accept one that was trained on the states of another model.
-    """
+    """Puts given states in the place of the model's own."""
 
     def __init__(self, model: Any, value: ValueFunction, allow_other_model: bool):
         super().__init__(model)
@@ -122,10 +113,10 @@ class _Reading(Editing):
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
 
     def logits(self, states: Tensor) -> Tensor:
-        """What the model makes of states: (states, hidden_size) -> (states, vocabulary)."""
+        """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
         self._states = states
         try:
-            # One token, of which nothing but its place is used.
+            # One token, whose state is replaced.
             output = self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False)
         finally:
             self._states = None

@@ -244,7 +244,7 @@ def train_rl(
     check_lengths(model, tokenizer, prompts, max_new_tokens)
     order = _order(len(prompts), chosen, samples)
     score, stops = as_reward(reward), listed_stop_strings(stop_strings)
-    sampling = {"num_generations": samples, "max_completion_length": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    sampling: dict[str, Any] = {"num_generations": samples, "max_completion_length": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     if stops:
         # TRL looks for the end-of-sequence token alone: with it as the padding, nothing that comes after a stop string is trained on.
         sampling["generation_kwargs"] = {"stop_strings": stops, "pad_token_id": tokenizer.eos_token_id}
