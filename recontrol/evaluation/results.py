@@ -22,7 +22,7 @@ class Result:
     Lists with an entry a response are in the order of the prompts, seed after seed. Intervals are 95 % percentile bootstrap intervals over prompts: the
     seeds of a prompt are averaged first, since responses to the same prompt are not independent.
 
-    Attributes:
+    Args:
         method: its label, "uncontrolled" for the model alone.
         kind: the name that methods of different settings share.
         settings: by name.

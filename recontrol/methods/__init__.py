@@ -4,7 +4,7 @@ from recontrol.methods.adapters import FineTuned
 from recontrol.methods.base import Method, Together, Training, Uncontrolled
 from recontrol.methods.best_of_n import BestOfN
 from recontrol.methods.control import ReControl
-from recontrol.methods.fine_tuning import train_dpo, train_rl
+from recontrol.methods.fine_tuning import FineTuning, train_dpo, train_rl
 from recontrol.methods.preferences import make_preference_pairs
 from recontrol.methods.prompting import Prompting, best_examples
 from recontrol.methods.reranking import ARGS, PrefixScorer
@@ -15,6 +15,7 @@ __all__ = [
     "BestOfN",
     "Direction",
     "FineTuned",
+    "FineTuning",
     "Method",
     "PrefixScorer",
     "Prompting",

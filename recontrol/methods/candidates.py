@@ -39,8 +39,7 @@ class CandidateStates(Attachment):
         self._output: Tensor | None = None
         self._parameters = [*inspect.signature(type(self.decoder).forward).parameters][1:]
         self._thread = threading.get_ident()
-        self._hooks.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        self._hooks.append(self.decoder.register_forward_hook(self._after_decoder))
+        self._hooks.append(self.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
         # Before a controller's hook, which edits the state.
         self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
         forget_compiled()
@@ -60,12 +59,9 @@ class CandidateStates(Attachment):
                     logger.warning("each candidate token costs a forward call over the whole text, which is slow: %s", reason)
             return self._beside(real, candidates) if self.from_cache else self._whole(input_ids, real, candidates)
 
-    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._listening():
             self._call = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-
-    def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._listening():
             self._output = _last_hidden(output)[:, -1]
 
     def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> None:

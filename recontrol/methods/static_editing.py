@@ -176,7 +176,7 @@ def _scored(rollouts: Rollouts | str | os.PathLike, head_weights: Sequence[float
     check_rewards(rollouts)
     scores = one_score(rollouts.rewards, head_weights)
     if (scores == scores[0]).all():
-        raise ValueError(f"all rewards of {rollouts.path} are the same: no direction can be told from another")
+        raise ValueError(f"all rewards of {rollouts.path} are the same: no direction is better than another")
     return rollouts, scores
 
 
