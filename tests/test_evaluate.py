@@ -251,7 +251,7 @@ def test_no_prompts_and_an_attached_controller_are_refused(model, tokenizer, pro
         evaluate(model, tokenizer, [], reward=letters)
     with pytest.raises(TypeError, match="list of texts"):
         evaluate(model, tokenizer, "This film", reward=letters)
-    with Controller(value).attach(model), pytest.raises(ValueError, match="attached to the model already"):
+    with Controller(value).attach(model), pytest.raises(ValueError, match="found a controller or recorder attached to it already"):
         evaluate(model, tokenizer, prompts, reward=letters)
 
 

@@ -13,12 +13,11 @@ from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, check_options
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
-from recontrol.decoding.hooks import attachments, output_embedding
 from recontrol.evaluation.cells import Cells
 from recontrol.evaluation.measure import Measure
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, summarise
-from recontrol.methods.base import Method, Uncontrolled, one_score, tensors_checksum
+from recontrol.methods.base import Method, Uncontrolled, check_uncontrolled, one_score, tensors_checksum
 from recontrol.methods.control import ReControl
 from recontrol.value import ValueFunction
 
@@ -164,8 +163,7 @@ def _check(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) 
         written = [method.write(prompt) for prompt in prompts]
         if written != list(prompts):
             check_lengths(measure.model, measure.tokenizer, written, measure.decoding.max_new_tokens)
-    if attachments(output_embedding(measure.model)):
-        raise ValueError("something is attached to the model already: detach it, so that the uncontrolled model can be measured")
+    check_uncontrolled(measure.model)
 
 
 def _warm_up(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """The result of a method on a set of prompts, over batches and seeds, and the paper's rule for choosing among settings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,9 +106,7 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
     tokens = sum(answer.tokens for answer in answers)
     nll = sum(answer.nll for answer in answers) / tokens if tokens else None
     kls = [answer.kl for answer in answers if answer.kl is not None]
-    cosines = [answer.coherence for answer in answers if answer.coherence is not None]
-    ends = [answer.values[-1] for answer in answers if answer.values]
-    norms = [cell.edit_norm for cell in cells if cell.edit_norm is not None]
+    kls = kls if len(kls) == len(answers) else []
     pairs = list(zip(cells, base, strict=True))
     extra = [(one.seconds / one.steps - other.seconds / other.steps) / len(one.answers) for one, other in pairs]
     control = method.control if isinstance(method, ReControl) else None
@@ -122,22 +120,22 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
         reward=float(rewards.mean()),
         reward_interval=bootstrap_interval(by_prompt(rewards, seeds)),
         head_rewards=table.mean(0).tolist() if table.shape[1] > 1 else [],
-        diversity=_mean([answer.diversity for answer in answers]),
-        coherence=_mean(cosines) if len(cosines) == len(answers) else None,
+        diversity=float(np.mean([answer.diversity for answer in answers])),
+        coherence=None if any(answer.coherence is None for answer in answers) else _mean(answer.coherence for answer in answers),
         nll=nll,
         perplexity=None if nll is None else float(np.exp(min(nll, 700))),
-        kl=_mean(kls) if len(kls) == len(answers) else None,
-        kl_interval=bootstrap_interval(by_prompt(np.array(kls), seeds)) if len(kls) == len(answers) else None,
+        kl=_mean(kls),
+        kl_interval=bootstrap_interval(by_prompt(np.array(kls), seeds)) if kls else None,
         length=tokens / len(answers),
         tokens_per_second=tokens / sum(cell.seconds for cell in cells),
         cost=float(np.median([(one.seconds / one.steps) / (other.seconds / other.steps) for one, other in pairs])),
         added_seconds=float(np.median(extra)),
         peak_bytes=max(cell.peak_bytes for cell in cells),
-        edit_norm=_mean(norms) if norms else None,
-        value_end=_mean(ends) if ends else None,
+        edit_norm=_mean(cell.edit_norm for cell in cells),
+        value_end=_mean(answer.values[-1] for answer in answers if answer.values),
         training=method.training,
         rewards=rewards.tolist(),
-        kls=kls if len(kls) == len(answers) else [],
+        kls=kls,
         responses=[answer.text for answer in answers],
         answers=answers,
     )
@@ -171,5 +169,7 @@ def choose(results: Sequence[Result]) -> Result:
     return max(candidates, key=lambda result: (result.coherence or 0.0) + result.diversity + result.reward)
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return float(np.mean(np.asarray(numbers, dtype=np.float64)))
+def _mean(numbers: Iterable[float | None]) -> float | None:
+    """The mean of those that were measured; None without any."""
+    found = [number for number in numbers if number is not None]
+    return float(np.mean(found)) if found else None

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from recontrol.checks import number, several
 from recontrol.decoding.batches import Batch, generate_batch
 from recontrol.decoding.config import Decoding
+from recontrol.decoding.hooks import attachments, output_embedding
 
 
 class Training(NamedTuple):
@@ -50,6 +51,12 @@ def one_score(rewards: Tensor, head_weights: Sequence[float] | None) -> Tensor:
     if len(weights) != heads:
         raise ValueError(f"head_weights must be {heads} numbers, one a reward, found {len(weights)}")
     return rewards.double() @ torch.tensor(weights, dtype=torch.float64, device=rewards.device)
+
+
+def check_uncontrolled(model: Any) -> None:
+    """Refuse a model with something attached: its responses would not be its own."""
+    if attachments(output_embedding(model)):
+        raise ValueError("the model must be the uncontrolled one, found a controller or recorder attached to it already: detach it first")
 
 
 class Method(ABC):

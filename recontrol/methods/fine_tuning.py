@@ -19,8 +19,9 @@ from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, eos_tokens
 from recontrol.decoding.responses import listed_stop_strings, make_response
 from recontrol.methods.adapters import EXTRA, FineTuningRun, check_plain
+from recontrol.methods.base import check_uncontrolled
 from recontrol.methods.fine_tuning_run import fine_tune
-from recontrol.methods.preferences import check_uncontrolled, single_scores
+from recontrol.methods.preferences import single_scores
 
 # The online algorithms, with the classes that TRL has for them.
 ONLINE = {"rloo": ("RLOOConfig", "RLOOTrainer"), "grpo": ("GRPOConfig", "GRPOTrainer")}

@@ -17,7 +17,7 @@ class PeakMemory:
     """Peak memory inside a block, beyond that in use before it: allocated on a CUDA device, else the resident memory of the process, read every 10 ms."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._cuda = device if device.type == "cuda" else None
         self._before = self._peak = 0
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -30,12 +30,12 @@ class PeakMemory:
         return max(0, self._peak - self._before)
 
     def __enter__(self) -> Self:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = self._peak = torch.cuda.memory_allocated(self._device)
-        else:
+        if self._cuda is None:
             self._before = self._peak = _resident()
             self._watcher.start()
+        else:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before = self._peak = torch.cuda.memory_allocated(self._cuda)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -45,8 +45,7 @@ class PeakMemory:
             self._watcher.join()
 
     def _read(self) -> None:
-        cuda = self._device.type == "cuda"
-        self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) if cuda else _resident())
+        self._peak = max(self._peak, _resident() if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda))
 
     def _watch(self) -> None:
         while not self._done.wait(INTERVAL):

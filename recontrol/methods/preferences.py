@@ -13,8 +13,8 @@ from recontrol.data.pairs import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards
 from recontrol.decoding.batches import check_lengths, effective, generate_batch
 from recontrol.decoding.config import Decoding
-from recontrol.decoding.hooks import attachments, output_embedding
 from recontrol.decoding.responses import Response
+from recontrol.methods.base import check_uncontrolled
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +121,6 @@ def single_scores(reward: Reward, prompts: Sequence[str], responses: Sequence[st
     if table.shape[1] != 1:
         raise ValueError(f"fine-tuning needs one score a response, found {table.shape[1]}: give a reward that weighs them into one")
     return table[:, 0]
-
-
-def check_uncontrolled(model: Any) -> None:
-    """Refuse a model with something attached: its responses would not be its own."""
-    if attachments(output_embedding(model)):
-        raise ValueError("the model must be the uncontrolled one, found a controller or recorder attached to it: detach it first")
 
 
 def _as_written(tokenizer: Any, response: Response) -> str:
