@@ -29,18 +29,8 @@ EDITED_ROWS = 4
 class Answer:
     """One response and its measurements.
 
-    Attributes:
-        text: the response.
-        tokens: how many were kept, the end-of-sequence token included.
-        finish: "eos", "length" or "stop".
-        scores: one a reward.
-        diversity: prod_{n=2..4} (1 - rep_n).
-        coherence: cosine of the sentence embeddings of prompt and response; None without an encoder.
-        nll: nats under the uncontrolled model, at temperature 1, summed over the tokens.
-        kl: KL of the distributions that the tokens were sampled from to those of the uncontrolled model, summed over the tokens, in nats; None where
-            the method does not show them.
-        values: V(o_t) of the state read for each token, before an edit, in the unit of the reward; None without a value function.
-        pieces: what each token adds to the text, for the first responses; else None.
+    `nll` and `kl` are sums over the tokens, in nats, `kl` None for a method that does not show its distributions. `values` is V(o_t) for each token, before
+    the edit, in the unit of the reward; `pieces` is what each token adds to the text, for the first responses.
     """
 
     text: str
@@ -57,17 +47,10 @@ class Answer:
 
 @dataclass
 class Cell:
-    """One method on one batch of prompts with one seed.
+    """One method on one batch of prompts with one seed: batch b is decoded with `seed + b`.
 
-    Attributes:
-        label: of the method.
-        seed: the seed of the run; batch b is decoded with it + b.
-        batch: b.
-        seconds: of generation alone.
-        steps: tokens kept of the longest response, at least 1: the time of generation is divided by it, however many were decoded.
-        peak_bytes: peak memory during generation, beyond that before.
-        edit_norm: mean |u| of the first responses' states, in units of the hidden state; None where the method edits none.
-        answers: one a prompt.
+    `seconds` are those of generation alone; `steps` is the length of the longest response, at least 1, whatever was decoded for it; `peak_bytes` is beyond
+    the memory before; `edit_norm` is the mean |u| of the first responses' states, None for a method that edits none.
     """
 
     label: str

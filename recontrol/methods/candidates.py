@@ -100,10 +100,8 @@ class CandidateStates(Attachment):
         _, cache = self._cache()
         positions = self._call.get("position_ids")
         attention = self.decoder.config._attn_implementation
-        if cache is None:
-            return "there is no key/value cache"
         if type(cache) is not DynamicCache or cache.offloading:
-            return f"the cache is a {type(cache).__name__}{', offloaded' if getattr(cache, 'offloading', False) else ''}"
+            return f"there is no plain key/value cache on the device, found {type(cache).__name__}"
         others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
         if others:
             return f"the cache has layers of {', '.join(sorted(others))}"

@@ -252,16 +252,7 @@ class StaticEditing(Method):
     def attach(self, model: Any) -> "StaticHandle":
         """Put the hook in place; `with editing.attach(model): model.generate(...)` removes it at the end.
 
-        Args:
-            model: a causal language model of transformers, compiled or not.
-
-        Returns:
-            The handle, already attached.
-
-        Raises:
-            TypeError: `model` is no language model.
-            ValueError: the direction is for another hidden size, or was found in the states of another model.
-            RuntimeError: something that edits is attached already, or edits do not reach the logits.
+        The direction must fit the model, and nothing else that edits may be attached.
         """
         return StaticHandle(self, model)
 
