@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
     from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
     from recontrol.evaluation.next_token import path_of_steps
-    from recontrol.evaluation.results import choose
+    from recontrol.evaluation.results import Result, choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
     from recontrol.training.diagnosis import diagnose
@@ -45,6 +45,7 @@ _ON_DEMAND = {
     "Judge": "recontrol.data.rewards",
     "OnlineRollouts": "recontrol.data.online",
     "PairwiseJudge": "recontrol.evaluation.judges",
+    "Result": "recontrol.evaluation.results",
     "RewardJudge": "recontrol.evaluation.judges",
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
@@ -79,6 +80,7 @@ __all__ = [
     "Judge",
     "OnlineRollouts",
     "PairwiseJudge",
+    "Result",
     "RewardJudge",
     "RewardModel",
     "Rollouts",

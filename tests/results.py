@@ -1,5 +1,6 @@
 """Results of an evaluation that nobody has run, for tests of what is made of them."""
 
+from recontrol.evaluation.divergence import likelihoods
 from recontrol.evaluation.measure import Answer
 from recontrol.evaluation.results import Result
 from recontrol.methods.base import Training
@@ -43,3 +44,10 @@ def result(step_size=0.5, steps=30, rewards=(0.0,), **changes):
         "answers": answers,
     }
     return Result(step_size=step_size, steps=steps, **{**fields, **changes})
+
+
+def response_nll(model, tokenizer, prompts, token_ids, **options):
+    """Nats a token, over all tokens of all responses."""
+    found = likelihoods(model, tokenizer, prompts, token_ids, **options)
+    count = sum(map(len, token_ids))
+    return sum(each.nll for each in found) / count if count else float("nan")

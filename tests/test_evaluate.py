@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from results import result
+from results import response_nll, result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recontrol.methods.base
@@ -15,7 +15,7 @@ from recontrol.decoding.batches import Batch, check_lengths, finishing_tokens, g
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
 from recontrol.evaluation.evaluate import evaluate
-from recontrol.evaluation.metrics import bootstrap_interval, coherence, diversity, response_nll
+from recontrol.evaluation.metrics import bootstrap_interval, diversity, similarities
 from recontrol.evaluation.results import choose
 from recontrol.value import ValueFunction
 
@@ -70,7 +70,7 @@ def test_the_uncontrolled_row_is_what_the_metrics_say(model, tokenizer, prompts)
     assert row.reward == pytest.approx(sum(row.rewards) / 5)
     assert row.reward_interval == bootstrap_interval(row.rewards)
     assert row.diversity == pytest.approx(sum(map(diversity, texts)) / 5)
-    assert row.coherence == pytest.approx(coherence(prompts, texts, Encoder()))
+    assert row.coherence == pytest.approx(similarities(prompts, texts, Encoder()).mean())
     assert row.nll == pytest.approx(response_nll(model, tokenizer, prompts, [response.token_ids for response in expected]), rel=1e-5)
     assert row.length == sum(len(response.token_ids) for response in expected) / 5
     assert row.cost == 1
@@ -145,7 +145,8 @@ def test_the_cost_is_the_median_of_interleaved_batches(model, tokenizer, prompts
         attached.append(controller.step_size)
         return real(controller, model)
 
-    def fake(model, tokenizer, prompts, *, max_new_tokens, seed, **options):
+    def fake(model, tokenizer, prompts, decoding):
+        seed = decoding.seed
         arm = attached.pop() if attached else None
         order.append((seed, arm))
         seconds = slow[arm] * 2 * 10.0**seed
@@ -235,9 +236,9 @@ def test_a_reward_that_cannot_be_used_says_so_before_the_work(model, tokenizer, 
     lengths = []
     real = recontrol.methods.base.generate_batch
 
-    def counting(*arguments, max_new_tokens, **keywords):
-        lengths.append(max_new_tokens)
-        return real(*arguments, max_new_tokens=max_new_tokens, **keywords)
+    def counting(model, tokenizer, prompts, decoding):
+        lengths.append(decoding.max_new_tokens)
+        return real(model, tokenizer, prompts, decoding)
 
     monkeypatch.setattr(recontrol.methods.base, "generate_batch", counting)
     with pytest.raises(ValueError, match="NaN"):
@@ -250,7 +251,7 @@ def test_no_prompts_and_an_attached_controller_are_refused(model, tokenizer, pro
         evaluate(model, tokenizer, [], reward=letters)
     with pytest.raises(TypeError, match="list of texts"):
         evaluate(model, tokenizer, "This film", reward=letters)
-    with Controller(value).attach(model), pytest.raises(ValueError, match="attached to the model already"):
+    with Controller(value).attach(model), pytest.raises(ValueError, match="found a controller or recorder attached to it already"):
         evaluate(model, tokenizer, prompts, reward=letters)
 
 

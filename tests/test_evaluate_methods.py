@@ -118,8 +118,8 @@ def test_rows_that_are_not_those_of_the_responses_are_not_measured(model, tokeni
 
         kind = "first of two"
 
-        def respond(self, model, tokenizer, prompts, **options):
-            made = generate_batch(model, tokenizer, [*prompts, *prompts], **options)
+        def respond(self, model, tokenizer, prompts, decoding=None, **keywords):
+            made = generate_batch(model, tokenizer, [*prompts, *prompts], decoding, **keywords)
             made.responses = made.responses[: len(prompts)]
             return made
 

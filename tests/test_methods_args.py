@@ -10,7 +10,7 @@ from test_generation import BYTE_LEVEL, Letters
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from recontrol.methods import Method, Together, Uncontrolled
-from recontrol.methods.args import ARGS
+from recontrol.methods.reranking import ARGS
 
 PROMPTS = ["To be", "or not", "to be, that is", "?"]
 WIDTH = max(map(len, PROMPTS))

@@ -173,7 +173,7 @@ def test_a_reward_that_is_none_is_found(model):
     ("arguments", "keywords", "error", "message"),
     [
         ((0, len), {}, ValueError, "n must be an integer of at least 1, found 0"),
-        ((True, len), {}, ValueError, "n must be an integer of at least 1, found True"),
+        ((True, len), {}, TypeError, "n must be an integer, found True"),
         ((2, len), {"rows_at_once": 0}, ValueError, "rows_at_once must be an integer of at least 1, found 0"),
         ((2, 3), {}, TypeError, "reward must be a callable"),
         ((2, len, "RE-Control"), {}, TypeError, "inner must be a method, found str"),

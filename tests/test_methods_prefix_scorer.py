@@ -17,7 +17,7 @@ import recontrol as rc
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.methods import ReControl, Together, Training, Uncontrolled
 from recontrol.methods.candidates import CandidateStates
-from recontrol.methods.prefix_scorer import PrefixScorer
+from recontrol.methods.reranking import PrefixScorer
 
 PROMPTS = ["To be", "or not", "to be, that is", "?"]
 # In float64 "eager" attention turns what is padded into NaN: transformers computes its softmax in float32, where float64's lowest number is -inf.
@@ -116,7 +116,7 @@ class TestStates:
         with caplog.at_level(logging.WARNING, "recontrol"):
             _, steps = steps_of(method, model, prompts)
         assert_as_wanted(model, method, steps, prompts)
-        assert ("read anew for each candidate" in caplog.text) == (name in ANEW)
+        assert ("costs a forward call over the whole text" in caplog.text) == (name in ANEW)
         if name in ANEW:
             assert {"mistral": "DynamicSlidingWindowLayer", "mamba, recurrent": "LinearAttentionLayer"}[name] in caplog.text
 
@@ -135,7 +135,7 @@ class TestStates:
         _, steps = steps_of(method, model)
         method.value.double()
         assert_as_wanted(model.double(), method, steps, tolerance=1e-4)
-        assert "anew" not in caplog.text
+        assert "whole text" not in caplog.text
 
     @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
     def test_other_attention_is_not_trusted(self, attention):
@@ -170,7 +170,7 @@ class TestStates:
         """The check of the first step takes rounding for rounding."""
         model = llama(initializer_range=0.3, vocab_size=VOCABULARY).bfloat16()
         batch, _ = steps_of(PrefixScorer(value_function(64).float(), 1.0, K), model)
-        assert batch.steps == NEW and "anew" not in caplog.text
+        assert batch.steps == NEW and "whole text" not in caplog.text
 
     def test_calls_of_other_threads_are_not_taken_for_the_generation(self, model):
         with CandidateStates(model) as asked:

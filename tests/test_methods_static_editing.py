@@ -19,8 +19,7 @@ from recontrol.decoding.batches import generate_batch
 from recontrol.decoding.fingerprint import model_fingerprint
 from recontrol.methods.base import Together, Uncontrolled
 from recontrol.methods.control import ReControl
-from recontrol.methods.directions import Direction, mean_difference, reward_direction
-from recontrol.methods.static_editing import StaticEditing
+from recontrol.methods.static_editing import Direction, StaticEditing, mean_difference, reward_direction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,6 @@
 import torch
 
-from recontrol.evaluation.peak_memory import PeakMemory
+from recontrol.methods.peak_memory import PeakMemory
 
 
 def test_the_peak_of_memory_is_that_of_the_block():

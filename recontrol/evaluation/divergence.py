@@ -1,4 +1,4 @@
-"""How far a method moves a language model: log-probabilities of responses, and KL to the uncontrolled model, token by token."""
+"""Log-probabilities of responses under the uncontrolled model, and KL to it, token by token."""
 
 import inspect
 import time
@@ -25,11 +25,9 @@ class Likelihood(NamedTuple):
 
 
 class NextTokenRecorder(LogitsProcessor):
-    """Keeps the distribution that each token is sampled from, before temperature and the like; to be put after all other processors of a method.
+    """Records the distribution of each token before temperature and the like; goes after all other processors of a method.
 
-    Attributes:
-        steps: one (rows, vocabulary) tensor of log-probabilities, float32, for each decode step.
-        seconds: what the recording took, so that it can be left out of what the method takes.
+    `steps` has (rows, vocabulary) log-probabilities, float32, for each decode step; `seconds` is the time that the recording took.
     """
 
     def __init__(self) -> None:
@@ -37,9 +35,9 @@ class NextTokenRecorder(LogitsProcessor):
         self.seconds = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Record; the scores stay as they are."""
+        """Record, and return the scores unchanged."""
         start = time.perf_counter()
-        # On the host, where a whole batch of them finds room; this waits for the device, so the clock is right.
+        # On the host, where there is room for a whole batch; the copy waits for the device, so the clock is right.
         self.steps.append(scores.float().log_softmax(-1).cpu())
         self.seconds += time.perf_counter() - start
         return scores
@@ -53,26 +51,10 @@ class NextTokenRecorder(LogitsProcessor):
 def likelihoods(
     model: Any, tokenizer: Any, prompts: Sequence[str], token_ids: Sequence[Sequence[int]], recorder: NextTokenRecorder | None = None, *, batch_size: int = 16
 ) -> list[Likelihood]:
-    """Score responses by the uncontrolled model, and compare the distributions that they were sampled from with its own.
+    """Negative log-likelihood of each response under the uncontrolled model, and with the recorder of their generation, as one batch, the KL.
 
-    The sum over tokens of KL(p || p0) along sampled responses is an unbiased estimate of KL between the distributions of whole responses, when these
-    are sampled from p at temperature 1 without truncation, and varies less than the log-ratio does. It is defined for other ways of decoding as well.
-
-    Time index: token y_t and its distributions belong to the position before it; those of y_0 to the last prompt position.
-
-    Args:
-        model: the language model, in evaluation mode, nothing attached.
-        tokenizer: its tokenizer.
-        prompts: one a response, as the uncontrolled model is given them.
-        token_ids: the tokens of each response.
-        recorder: was among the logits processors when these responses were generated as one batch; None measures no KL.
-        batch_size: responses in one forward call.
-
-    Returns:
-        One entry a response.
-
-    Raises:
-        ValueError: another number of prompts than responses.
+    The sum over tokens of KL(p || p0) along sampled responses is an unbiased estimate of the KL between the distributions of whole responses, for
+    sampling at temperature 1 without truncation, and has less variance than the log-ratio. Token y_t belongs to the logits at the position before it.
     """
     found: list[Likelihood] = [Likelihood(0.0, None if recorder is None else 0.0)] * len(token_ids)
     for index, logits in _response_logits(model, tokenizer, prompts, token_ids, batch_size):
@@ -87,11 +69,10 @@ def likelihoods(
 
 
 def _response_logits(model: Any, tokenizer: Any, prompts: Sequence[str], token_ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """(index, (tokens, vocabulary) logits that sample its tokens) of each response that has a token, those of like length together."""
+    """(index, (tokens, vocabulary) logits that sample its tokens) of each response that has a token, in batches of similar length."""
     if len(prompts) != len(token_ids):
         raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(token_ids)} responses")
     rows = [(index, tokenizer(prompt).input_ids, list(ids)) for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)) if len(ids)]
-    # Rows of like length together, so that little is padded.
     rows.sort(key=lambda row: len(row[1]) + len(row[2]))
     for start in range(0, len(rows), batch_size):
         yield from _logits(model, rows[start : start + batch_size])
@@ -100,11 +81,11 @@ def _response_logits(model: Any, tokenizer: Any, prompts: Sequence[str], token_i
 def _logits(model: Any, rows: Sequence[tuple[int, list[int], list[int]]]) -> Iterator[tuple[int, Tensor]]:
     texts = [prompt + ids for _, prompt, ids in rows]
     width = max(map(len, texts))
-    # Padded on the right, where no token of a response can see it, so that positions need no correction.
+    # Right padding: no token of a response attends to it, and positions need no correction.
     inputs = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
     first = min(len(prompt) for _, prompt, _ in rows) - 1
-    # The logits of prompts are not looked at, and with a large vocabulary they are most of the memory.
+    # With a large vocabulary the logits of prompts would be most of the memory.
     options = {"logits_to_keep": width - first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=inputs, attention_mask=mask, use_cache=False, **options).logits[:, first - width :]
     for scores, (index, prompt, ids) in zip(logits, rows, strict=True):

@@ -1,28 +1,28 @@
 """Comparing methods on the same prompts: reward, diversity, coherence, likelihood, divergence, speed and cost."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from recontrol.checks import integer
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, check_options
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
-from recontrol.decoding.hooks import attachments, output_embedding
-from recontrol.decoding.responses import listed_stop_strings
 from recontrol.evaluation.cells import Cells
-from recontrol.evaluation.measure import Cell, Measure
+from recontrol.evaluation.measure import Measure
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, summarise
-from recontrol.methods.base import Method, Uncontrolled, tensors_checksum
+from recontrol.methods.base import Method, Uncontrolled, check_uncontrolled, one_score, tensors_checksum
 from recontrol.methods.control import ReControl
-from recontrol.methods.scores import one_score
 from recontrol.value import ValueFunction
 
-# Decode steps of the unmeasured generation that comes first: threads start, and what the ascent precomputes is made.
+BATCH_SIZE = 16
+# Decode steps of the unmeasured generation that comes first: threads start, and the ascent prepares the value function.
 WARM_UP_TOKENS = 2
 # For how many first responses of each method the text is kept token by token, to be shown beside V.
 PIECES = 4
@@ -38,22 +38,19 @@ def evaluate(
     methods: Sequence[Method] = (),
     reward: Any,
     encoder: Any = None,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
     seeds: int = 1,
-    stop_strings: Sequence[str] | None = None,
     head_weights: Sequence[float] | None = None,
     controller_options: dict[str, Any] | None = None,
     out: str | os.PathLike | None = None,
     progress: bool = True,
-    **generation_kwargs: Any,
+    decoding: Decoding | None = None,
+    **keywords: Any,
 ) -> list[Result]:
     """Decode the same prompts by each method, and measure the responses.
 
-    Every batch is decoded by all methods in turn, beginning with another one each time, from the same seed: what the machine does meanwhile meets
-    them all alike. With `out`, each batch of each method is a file there as soon as it is done; the same call goes on with what is missing, and one with
-    more methods or seeds adds them (their speed is then compared with that of the uncontrolled model at another time).
+    Every batch is decoded by all methods in turn from the same seed, each time beginning with another method, so that disturbances of the machine affect
+    all alike. With `out`, each batch of each method is a file there as soon as it is done. The same call continues with what is missing; one with more
+    methods or seeds adds them (their speed is then compared with that of the uncontrolled model at another time).
 
     Args:
         model: a causal language model with no controller attached.
@@ -66,16 +63,13 @@ def evaluate(
             a name or path, or several of these.
         encoder: sentence encoder for the coherence: a name or path for sentence-transformers, or an object with
             `encode`; None leaves the coherence out.
-        max_new_tokens: length of a response at most, in tokens.
-        batch_size: prompts decoded at once.
-        seed: the first seed; batch b is decoded with `seed + b` by every method.
         seeds: how many times all prompts are decoded; run i begins with `seed + 1000 i`, or beyond the batches of the run before it.
-        stop_strings: strings at which a response ends, for example the mark of a further turn.
         head_weights: one weight a reward, where there are several: their weighted sum is reported, and climbed by `settings`.
         controller_options: further arguments of `Control` for `settings`, for example {"radius": 5.0}, and `backend` and `allow_other_model`.
         out: folder for what is done; None keeps it in memory.
         progress: show a progress bar.
-        generation_kwargs: passed on to `model.generate`; without do_sample the model is greedy.
+        decoding: how; `batch_size` is 16 unless given, `seed` is that of the first run.
+        keywords: settings of `Decoding` by name (max_new_tokens=64), and options of `model.generate` (do_sample=True); without do_sample the model is greedy.
 
     Returns:
         One result for the uncontrolled model, then one for each setting, then one for each method, in order.
@@ -88,57 +82,52 @@ def evaluate(
 
     Source: Kong et al. 2024, section 5 (evaluation metrics).
     """
-    score = as_reward(reward)
-    check_options(generation_kwargs)
-    for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "seeds": seeds}.items():
-        if type(number) is not int or number < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, found {number!r}")
+    decoding = Decoding.of(decoding, **keywords)
+    batch_size = decoding.batch_size or BATCH_SIZE
+    decoding = dataclasses.replace(decoding, batch_size=batch_size)
+    measure = Measure(model, tokenizer, as_reward(reward), value, head_weights, encoder, decoding)
+    if integer("seeds", seeds) < 1:
+        raise ValueError(f"seeds must be an integer of at least 1, found {seeds!r}")
     compared = [Uncontrolled(), *_settings(value, settings, head_weights, controller_options or {}), *methods]
-    _check_methods(compared)
-    check_lengths(model, tokenizer, prompts, max_new_tokens)
-    for method in compared:
-        written = [method.write(prompt) for prompt in prompts]
-        if written != list(prompts):
-            check_lengths(model, tokenizer, written, max_new_tokens)
-    if attachments(output_embedding(model)):
-        raise ValueError("something is attached to the model already: detach it, so that the uncontrolled model can be measured")
-    options = {"stop_strings": listed_stop_strings(stop_strings), **generation_kwargs}
-    about = {
-        **{name: entry for name, entry in model_settings(model, tokenizer).items() if name != "made_with"},
-        "prompts_sha256": texts_checksum(prompts),
-        "reward": reward_name(score),
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "seed": seed,
-        "encoder": encoder if encoder is None or isinstance(encoder, str) else type(encoder).__name__,
-        "value_sha256": None if value is None else tensors_checksum(value.parameters()),
-        "head_weights": head_weights,
-        "options": {name: repr(option) for name, option in options.items()},
-    }
-    cells = None if out is None else Cells(Path(out), about)
+    _check(measure, compared, prompts)
     batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     # So far apart that no two runs share a batch's seed.
-    runs = [seed + number * max(1000, len(batches)) for number in range(seeds)]
-    found = {} if cells is None else _found(cells, compared, runs, len(batches))
-    todo = [(run, number) for run in runs for number in range(len(batches)) if any((method.label, run, number) not in found for method in compared)]
-    if todo:
-        encoder = None if encoder is None else load_encoder(encoder)
-        measure = Measure(model, tokenizer, score, value, head_weights, encoder, max_new_tokens, options)
-        _warm_up(measure, [method for method in compared if any((method.label, run, number) not in found for run, number in todo)], batches[0])
+    runs = [decoding.seed + number * max(1000, len(batches)) for number in range(seeds)]
+    cells = Cells(out, _about(measure, prompts))
+    missing = [(method, run, number) for run in runs for number in range(len(batches)) for method in compared if cells.get(method, run, number) is None]
+    if missing:
+        measure = dataclasses.replace(measure, encoder=None if encoder is None else load_encoder(encoder))
+        todo = {method.label for method, _, _ in missing}
+        _warm_up(measure, [method for method in compared if method.label in todo], batches[0])
     with tqdm(total=len(prompts) * len(compared) * seeds, unit="response", disable=not progress) as bar:
-        bar.update(sum(len(cell.answers) for cell in found.values()))
-        for run, number in todo:
-            turn = number % len(compared)
-            for method in compared[turn:] + compared[:turn]:
-                if (method.label, run, number) in found:
-                    continue
-                cell = measure(method, batches[number], run, number, num_pieces=PIECES if number == 0 else 0)
-                found[method.label, run, number] = cell
-                if cells is not None:
-                    cells.save(method, cell)
-                bar.update(len(cell.answers))
-    rows = [[found[method.label, run, number] for run in runs for number in range(len(batches))] for method in compared]
+        bar.update(bar.total - sum(len(batches[number]) for _, _, number in missing))
+        for run in runs:
+            for number, batch in enumerate(batches):
+                turn = number % len(compared)
+                for method in compared[turn:] + compared[:turn]:
+                    if cells.get(method, run, number) is None:
+                        cells.add(method, measure(method, batch, run, number, num_pieces=PIECES if number == 0 else 0))
+                        bar.update(len(batch))
+    rows = [[cells[method, run, number] for run in runs for number in range(len(batches))] for method in compared]
     return [summarise(method, row, rows[0], head_weights) for method, row in zip(compared, rows, strict=True)]
+
+
+def _about(measure: Measure, prompts: Sequence[str]) -> dict[str, Any]:
+    """What all cells of an evaluation have in common, ready for JSON."""
+    decoding, encoder, value = measure.decoding, measure.encoder, measure.value
+    options = {"stop_strings": list(decoding.stop_strings), **decoding.options}
+    return {
+        **{name: entry for name, entry in model_settings(measure.model, measure.tokenizer).items() if name != "made_with"},
+        "prompts_sha256": texts_checksum(prompts),
+        "reward": reward_name(measure.reward),
+        "max_new_tokens": decoding.max_new_tokens,
+        "batch_size": decoding.batch_size,
+        "seed": decoding.seed,
+        "encoder": encoder if encoder is None or isinstance(encoder, str) else type(encoder).__name__,
+        "value_sha256": None if value is None else tensors_checksum(value.parameters()),
+        "head_weights": measure.head_weights,
+        "options": {name: repr(option) for name, option in options.items()},
+    }
 
 
 def _settings(
@@ -159,7 +148,9 @@ def _settings(
     return methods
 
 
-def _check_methods(methods: Sequence[Method]) -> None:
+def _check(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) -> None:
+    """Refuse before any work what could not be measured."""
+    check_options(measure.decoding.options)
     labels = set()
     for method in methods:
         if not isinstance(method, Method):
@@ -167,17 +158,18 @@ def _check_methods(methods: Sequence[Method]) -> None:
         if method.label in labels:
             raise ValueError(f"two methods are called {method.label!r}: their results could not be told apart")
         labels.add(method.label)
-
-
-def _found(cells: Cells, methods: Sequence[Method], runs: Sequence[int], batches: int) -> dict[tuple[str, int, int], Cell]:
-    loaded = {(method.label, run, number): cells.load(method, run, number) for method in methods for run in runs for number in range(batches)}
-    return {key: cell for key, cell in loaded.items() if cell is not None}
+    check_lengths(measure.model, measure.tokenizer, prompts, measure.decoding.max_new_tokens)
+    for method in methods:
+        written = [method.write(prompt) for prompt in prompts]
+        if written != list(prompts):
+            check_lengths(measure.model, measure.tokenizer, written, measure.decoding.max_new_tokens)
+    check_uncontrolled(measure.model)
 
 
 def _warm_up(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) -> None:
-    """Let every method decode a little: what is wrong with a method or a reward shows before the work, and threads and caches are ready."""
+    """Let every method decode a little: errors of a method or a reward show before the work, and threads and caches are ready."""
+    few = dataclasses.replace(measure.decoding, max_new_tokens=min(WARM_UP_TOKENS, measure.decoding.max_new_tokens), seed=0)
     for method in methods:
-        warm_up = method.respond(measure.model, measure.tokenizer, prompts, max_new_tokens=min(WARM_UP_TOKENS, measure.max_new_tokens), **measure.options)
+        warm_up = method.respond(measure.model, measure.tokenizer, prompts, few)
         if method is methods[0]:
-            scores = checked_rewards(measure.reward, prompts, [response.text for response in warm_up.responses])
-            one_score(scores, measure.head_weights)
+            one_score(checked_rewards(measure.reward, prompts, [response.text for response in warm_up.responses]), measure.head_weights)

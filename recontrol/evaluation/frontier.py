@@ -1,9 +1,8 @@
 """Reward against divergence: which settings are worth their divergence, and how methods compare at the same one.
 
-A point is anything with `.reward`, a mean reward, and `.kl`, the divergence KL(controlled || uncontrolled) of a response that was paid for it, in
-nats and 0 or more. Lines between points are straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence
-by one in s^2, so the reward is linear in d where a line begins, while over KL its slope there is infinite; and reward models that are climbed too far have been
-seen to follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
+A point is anything with `.reward`, a mean reward, and `.kl`, the divergence KL(controlled || uncontrolled) of a response, in nats. Lines between points
+are straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence by one in s^2, so the reward is linear
+in d near 0; and reward models that are climbed too far follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
 """
 
 import math
@@ -16,10 +15,9 @@ import numpy as np
 
 
 class Point(Protocol):
-    """A setting that was measured.
+    """A measured setting, for example a `Result`.
 
-    For intervals it has `.rewards` and `.kls` too, one number a response, in the same order at all points: those of the prompts, seed after seed, with
-    `.seeds` that says of how many (1 where it is missing). `recontrol.evaluation.results.Result` is one.
+    For intervals it also has `.rewards` and `.kls`, one number a response, in the same order at all points, seed after seed, with `.seeds` (1 if missing).
     """
 
     @property
@@ -29,7 +27,7 @@ class Point(Protocol):
 
     @property
     def kl(self) -> Any:
-        """Mean divergence from the uncontrolled model, in nats a response; a point whose divergence is None is refused."""
+        """Mean divergence from the uncontrolled model, in nats a response."""
         ...
 
 
@@ -72,7 +70,7 @@ def pareto(points: Sequence[AnyPoint]) -> list[AnyPoint]:
 
 
 def choose_at_kl(points: Sequence[AnyPoint], max_kl: float) -> AnyPoint:
-    """The largest reward that can be had for a divergence: argmax of reward over the points with KL <= max_kl.
+    """The largest reward within a divergence: argmax of reward over the points with KL <= max_kl.
 
     Args:
         points: measured settings, the uncontrolled model among them if it may be chosen.
@@ -92,14 +90,13 @@ def choose_at_kl(points: Sequence[AnyPoint], max_kl: float) -> AnyPoint:
 
 
 def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
-    """Where further divergence begins to pay less than on average: the point of the frontier that is furthest above its chord.
+    """The point of the frontier furthest above its chord: from there on, divergence pays less than on average.
 
     The frontier runs from (d_0 = 0, R_0), the uncontrolled model, to its last point (d_m, R_m), d = sqrt(KL); the point chosen is
 
         argmax_i  (R_i - R_0) / (R_m - R_0) - d_i / d_m.
 
-    On a parabola R = d (a - b d) up to its top that is half of the top's d: three quarters of the largest gain for a quarter of its KL. The largest gain for
-    each unit of d would be no rule: on such a line it is had by the weakest control there is.
+    On a parabola R = d (a - b d) up to its top, that is half of the top's d: three quarters of the largest gain for a quarter of its KL.
 
     Args:
         points: measured settings.
@@ -138,17 +135,16 @@ def at_equal_kl(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, list[AtKL]]:
-    """The reward of each method at the same divergences, so that none wins by going further from the uncontrolled model.
+    """The reward of each method at the same divergences, so that none wins by a larger one.
 
     A method's line runs along its own frontier (`pareto`), which begins with the uncontrolled model at KL 0, straight in d = sqrt(KL) between neighbours:
 
         R(d) = R_i + (R_{i+1} - R_i) (d - d_i) / (d_{i+1} - d_i),  d_i <= d <= d_{i+1}.
 
-    So it never falls: it says what can be had for at most that divergence. From the frontier's last point to the largest KL measured, where more
-    divergence bought less reward, it is level. Beyond that nothing was measured, and nothing is said.
+    It never falls: it is the reward within that divergence. It is constant from the frontier's last point to the largest KL measured, and None beyond.
 
-    Intervals: prompts are drawn with replacement, the same ones for all points of all methods, and means and lines are made anew; where a draw's
-    largest KL is below a level that was reached, its line goes on level. The seeds of a prompt are averaged first.
+    Intervals: prompts are drawn with replacement, the same ones for all points of all methods, and means and lines are computed again; where a draw's
+    largest KL is below a level that was reached, its line continues constant. The seeds of a prompt are averaged first.
 
     Args:
         points: by method, its measured settings.
@@ -195,10 +191,10 @@ def at_equal_kl(
 
 
 def _line(means: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The line through (points, [reward, KL]) at these d, level behind its last point."""
+    """The line through (points, [reward, KL]) at these d, constant behind its last point."""
     order = np.lexsort((-means[:, 0], means[:, 1]))
     rewards, kls = means[order].T
-    # A running maximum that does not rise is a point that another beats.
+    # Where the running maximum does not rise, another point is better.
     best = np.maximum.accumulate(rewards)
     kept = np.concatenate([[True], best[1:] > best[:-1]])
     return np.interp(at, np.sqrt(kls[kept]), rewards[kept])
@@ -220,6 +216,6 @@ def _responses(method: str, start: Sequence[float], points: Sequence[Point], see
 
 def _check(points: Sequence[Point]) -> None:
     for place, point in enumerate(points):
-        # A method that shows no distributions may have None.
+        # The KL of a method that does not show its distributions is None.
         if not all(isinstance(given, numbers.Real) and math.isfinite(given) for given in (point.reward, point.kl)) or point.kl < 0:
             raise ValueError(f"points need a finite reward and a finite KL of 0 or more, found {point.reward} and {point.kl} at {place}")

@@ -1,4 +1,4 @@
-"""Who says which of two responses is better: a chat model that is asked in both orders, or a reward model held out from training."""
+"""Judges of which of two responses is better: a chat model that is asked in both orders, or a held-out reward model."""
 
 import json
 import math
@@ -34,7 +34,7 @@ Neither the order in which you see the responses nor their length counts. The te
 </response_b>
 
 Answer with one letter alone: A or B for the better response, or C if neither is better."""
-# What an answer says of the response that was shown first.
+# The score of the response that was shown first.
 CHOICES = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 # What a judge may put around its letter, which is a capital, because "a" is a word.
 AROUND = "[\\s\"'`*_\\[\\](){}.!]{0,8}"
@@ -54,15 +54,15 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of pairs of responses.
+    """Verdicts on pairs of responses.
 
     Attributes:
         verdicts: one a pair: 1 the response is better, 0 the other one is, 0.5 neither.
-        position_bias: the share of the pairs in which both orders were answered and both answers named the same place, so that the order
-            decided; None where the judge has no order, or no pair was asked about.
-        unreadable: pairs that are ties for want of an answer that can be read.
-        usage: what was sent for these pairs; None for a judge that sends nothing.
-        cost: of it, in the currency of the prices; None without prices, or where the server does not count tokens.
+        position_bias: among the pairs with both answers, the share where both name the same place, so that the order decided; None where the judge
+            has no order, or no pair was asked about.
+        unreadable: pairs that are ties because an answer could not be read.
+        usage: requests and tokens; None for a judge that sends nothing.
+        cost: in the currency of the prices; None without prices, or where the server does not count tokens.
     """
 
     verdicts: Sequence[float]
@@ -74,14 +74,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What asking a judge would take, without the answers that are in its cache.
-
-    Attributes:
-        requests: to be sent.
-        input_tokens: of the questions, about.
-        output_tokens: of the answers, about.
-        cost: about, in the currency of the prices; None without prices.
-    """
+    """About what asking a judge would cost, without the answers in its cache; no cost without prices."""
 
     requests: int
     input_tokens: int
@@ -96,29 +89,29 @@ class PairwiseJudge:
         verdict = 1 if a(response, other) = 1 and a(other, response) = 0;  0 if a(response, other) = 0 and a(other, response) = 1;  else 0.5.
 
     A judge that always prefers the first place thus gives ties. Equal responses are ties that are not asked about. Space around prompts
-    and responses is not shown. See `ChatModel` for how requests are sent, and what the cache does.
+    and responses is not shown. `ChatModel` describes requests and cache.
 
     Args:
         model: the name that the server knows the judge by.
         base_url: of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI.
         api_key: by default OPENAI_API_KEY; a server of your own may need none.
-        instructions: what is asked, with {prompt}, {first} and {second} in it. It must ask for A (the first is better), B (the second) or C
+        instructions: the question, with {prompt}, {first} and {second} in it. It must ask for A (the first is better), B (the second) or C
             (neither): alone, in brackets, in a JSON object, or so in the first or last line of the answer.
-        cache: file for the answers, an SQLite data base, made if absent; None keeps them while the object lives.
+        cache: file for the answers, an SQLite database, made if absent; None keeps them in memory.
         concurrency: requests at a time.
         max_retries: how often a request that failed is sent again.
         timeout: seconds to wait for an answer.
         request: further fields of each request, those that only some servers know inside "extra_body"; by default {"temperature": 0}.
-        price_per_million: (of tokens of questions, of tokens of answers), for `estimate` and the cost of a run; None if of no interest.
-        unreadable: the share of different questions that may stay without an answer that can be read, for example because the judge refuses
-            to read a prompt; they count as "neither", are reported, and are asked again in the next run.
+        price_per_million: (of tokens of questions, of tokens of answers), for `estimate` and the cost of a run.
+        unreadable: the share of different questions that may stay without a readable answer, for example because the judge refuses to read a
+            prompt; they count as "neither", are reported, and are asked again in the next run.
 
     Attributes:
         name: the model, and the start of the hash of the instructions when they are your own.
 
     Raises:
         ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: instructions that lack a field, prices that are none, a share outside [0, 1], a `concurrency` below 1, no key for OpenAI's
+        ValueError: instructions that lack a field, wrong prices, a share outside [0, 1], a `concurrency` below 1, no key for OpenAI's
             server, or a cache that is no such file.
 
     Source: Kong et al. 2024, section 5 (GPT-4 as the judge of win rates).
@@ -158,15 +151,7 @@ class PairwiseJudge:
         self.name = marked(f"judge {model}, pairwise", instructions, INSTRUCTIONS)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> Judgement:
-        """Compare each response with the other one to its prompt.
-
-        Args:
-            prompts: one a pair.
-            responses: that win with verdict 1.
-            others: that win with verdict 0.
-
-        Returns:
-            One verdict a pair, with position bias, tokens and cost of this call; what the cache knew has cost nothing.
+        """One verdict a pair, 1 where the response wins; tokens and cost are those of this call, without what the cache knew.
 
         Raises:
             ConnectionError: the server cannot be reached, refuses the request, or fails after all retries.
@@ -187,15 +172,7 @@ class PairwiseJudge:
         )
 
     def estimate(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str], *, tokenizer: Any = None, answer_tokens: int = 4) -> Estimate:
-        """What a call with these arguments would send; nothing is sent. Answers that cannot be read and are asked for again are not foreseen.
-
-        Args:
-            prompts: one a pair.
-            responses: as in a call.
-            others: as in a call.
-            tokenizer: with a method `encode`, to count the tokens of questions; without one, they are their characters / 4.
-            answer_tokens: of an answer; a judge that thinks first takes hundreds.
-        """
+        """What a call with these arguments would send; nothing is sent. Without a `tokenizer` (anything with `encode`), tokens are characters / 4."""
         questions = self._chat.missing(question for pair in self._questions(prompts, responses, others) if pair for question in pair)
         counts = [math.ceil(len(question) / CHARACTERS_PER_TOKEN) if tokenizer is None else len(tokenizer.encode(question)) for question in questions]
         tokens = (sum(counts), len(questions) * answer_tokens)
@@ -232,9 +209,6 @@ class RewardJudge:
 
     Args:
         reward: what `as_reward` accepts, with one score a response.
-
-    Attributes:
-        name: of the reward.
     """
 
     def __init__(self, reward: Any):
@@ -242,16 +216,7 @@ class RewardJudge:
         self.name = f"reward {reward_name(self._reward)}"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> Judgement:
-        """Compare each response with the other one to its prompt.
-
-        Args:
-            prompts: one a pair.
-            responses: that win with verdict 1.
-            others: that win with verdict 0.
-
-        Raises:
-            ValueError: the reward returned something else than one finite score a response.
-        """
+        """One verdict a pair, 1 where the response wins."""
         sides = [list(zip(prompts, texts, strict=True)) for texts in (responses, others)]
         texts = list(dict.fromkeys([*sides[0], *sides[1]]))
         table = checked_rewards(self._reward, [prompt for prompt, _ in texts], [text for _, text in texts])
@@ -262,13 +227,9 @@ class RewardJudge:
 
 
 def choices(answer: str) -> set[str]:
-    """What an answer chooses, "A", "B", "C" or "TIE": by a letter in [[ ]], in a JSON object, or in its first or last line.
+    """The choices in an answer, "A", "B", "C" or "TIE": by a letter in [[ ]], in a JSON object, or in its first or last line after </think>.
 
-    Args:
-        answer: of a chat model; thoughts that end with </think> are left out.
-
-    Returns:
-        One choice; several where the answer contradicts itself, and none where it has no verdict.
+    Several where the answer contradicts itself, none where it has no verdict.
     """
     text = answer.rpartition("</think>")[2].strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,7 +1,8 @@
-"""One method on one batch of prompts: its responses, and everything that is measured of them."""
+"""One method on one batch of prompts: its responses and their measurements."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,34 +12,25 @@ from torch import Tensor
 from recontrol.data.rewards import checked_rewards
 from recontrol.data.rewards.checks import Reward
 from recontrol.decoding.batches import evaluation_mode
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.decoding.responses import Response, decode_after
 from recontrol.evaluation.divergence import NextTokenRecorder, likelihoods
 from recontrol.evaluation.metrics import diversity, similarities
-from recontrol.evaluation.peak_memory import PeakMemory
 from recontrol.methods.base import Method
+from recontrol.methods.peak_memory import PeakMemory
 from recontrol.value import ValueFunction
 
-# Of how many responses of a batch the edits are made again, to measure them.
+# For how many responses of a batch the edits are computed again, to measure them.
 EDITED_ROWS = 4
 
 
 @dataclass
 class Answer:
-    """One response and what was measured of it.
+    """One response and its measurements.
 
-    Attributes:
-        text: the response.
-        tokens: how many were kept, the end-of-sequence token included.
-        finish: "eos", "length" or "stop".
-        scores: one a reward.
-        diversity: prod_{n=2..4} (1 - rep_n).
-        coherence: cosine of the sentence embeddings of prompt and response; None without an encoder.
-        nll: nats under the uncontrolled model, at temperature 1, summed over the tokens.
-        kl: KL of the distributions that the tokens were sampled from to those of the uncontrolled model, summed over the tokens, in nats; None where
-            the method does not show them.
-        values: V(o_t) of the state read for each token, before an edit, in the unit of the reward; None without a value function.
-        pieces: what each token adds to the text; None where they are not wanted.
+    `nll` and `kl` are sums over the tokens, in nats, `kl` None for a method that does not show its distributions. `values` is V(o_t) for each token, before
+    the edit, in the unit of the reward; `pieces` is what each token adds to the text, for the first responses.
     """
 
     text: str
@@ -55,17 +47,10 @@ class Answer:
 
 @dataclass
 class Cell:
-    """One method on one batch of prompts with one seed.
+    """One method on one batch of prompts with one seed: batch b is decoded with `seed + b`.
 
-    Attributes:
-        label: of the method.
-        seed: the seed of the run; batch b is decoded with it + b.
-        batch: b.
-        seconds: of generation alone.
-        steps: tokens kept of the longest response, at least 1: what the time of generation is divided by, however many were decoded for it.
-        peak_bytes: of memory during generation, beyond that before.
-        edit_norm: mean |u| of the first responses' states, in units of the hidden state; None where the method edits none.
-        answers: one a prompt.
+    `seconds` are those of generation alone; `steps` is the length of the longest response, at least 1, whatever was decoded for it; `peak_bytes` is beyond
+    the memory before; `edit_norm` is the mean |u| of the first responses' states, None for a method that edits none.
     """
 
     label: str
@@ -77,34 +62,10 @@ class Cell:
     edit_norm: float | None
     answers: list[Answer] = field(repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Cell":
-        """The inverse of `to_dict`.
-
-        Raises:
-            TypeError, KeyError: other fields.
-        """
-        return cls(**{**content, "answers": [Answer(**answer) for answer in content["answers"]]})
-
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """How methods are measured: the same for all that are compared.
-
-    Args:
-        model: a causal language model, nothing attached.
-        tokenizer: its tokenizer.
-        reward: (prompts, responses) -> scores.
-        value: whose V is recorded along responses; None for none.
-        head_weights: one weight a head of `value`; None for 1.
-        encoder: has `encode`; None leaves the coherence out.
-        max_new_tokens: length of a response at most, in tokens.
-        options: `stop_strings`, and what is passed on to `model.generate`.
-    """
+    """The measurements, with settings that are the same for all methods of a comparison; V is recorded along responses where there is a `value`."""
 
     model: Any
     tokenizer: Any
@@ -112,37 +73,37 @@ class Measure:
     value: ValueFunction | None
     head_weights: Sequence[float] | None
     encoder: Any
-    max_new_tokens: int
-    options: dict[str, Any]
+    decoding: Decoding
 
     def __call__(self, method: Method, prompts: Sequence[str], seed: int, batch: int, *, num_pieces: int = 0) -> Cell:
-        """Respond by a method and measure.
-
-        Args:
-            method: the method.
-            prompts: one batch of them.
-            seed: of the run; sampling begins with `seed + batch`.
-            batch: its number.
-            num_pieces: for how many first responses the text is kept token by token.
-        """
+        """Respond by a method, sampling with `seed + batch`, and measure; the text of the first `num_pieces` responses is kept token by token."""
         recorder = NextTokenRecorder() if method.divergence is None else None
-        processors = [] if recorder is None else [recorder]
-        keywords = {**self.options, "logits_processor": [*self.options.get("logits_processor", []), *processors]}
+        options = dict(self.decoding.options)
+        options["logits_processor"] = [*options.get("logits_processor", []), *([] if recorder is None else [recorder])]
+        decoding = dataclasses.replace(self.decoding, seed=seed + batch, options=options)
         with record_hidden_states(self.model) as states, PeakMemory(self.model.device) as peak:
-            made = method.respond(self.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, seed=seed + batch, **keywords)
+            made = method.respond(self.model, self.tokenizer, prompts, decoding)
         seconds = made.seconds - (0 if recorder is None else recorder.seconds)
-        # A method that responds on its own decodes other rows than those of the responses.
+        # A method with a `respond` of its own decodes other rows than those of the responses.
         fits = type(method).respond is Method.respond and bool(states.steps)
-        if not fits:
-            recorder = None
         ids = [response.token_ids for response in made.responses]
-        texts = [response.text for response in made.responses]
+        rows = [_row(states.steps, index, len(kept)) for index, kept in enumerate(ids)] if fits else []
+        answers = self._answers(method, prompts, made.responses, recorder if fits else None)
+        for answer, row in zip(answers, rows, strict=False):
+            answer.values = None if self.value is None else self._values(row)
+        for answer, prompt, response in list(zip(answers, prompts, made.responses, strict=True))[:num_pieces]:
+            answer.pieces = _pieces(self.tokenizer, prompt, response)
+        norm = _edit_norm(method, rows[:EDITED_ROWS])
+        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
+
+    def _answers(self, method: Method, prompts: Sequence[str], responses: Sequence[Response], recorder: NextTokenRecorder | None) -> list[Answer]:
+        """All that is known of the responses without the states."""
+        texts, ids = [response.text for response in responses], [response.token_ids for response in responses]
         with evaluation_mode(self.model):
             likely = likelihoods(self.model, self.tokenizer, prompts, ids, recorder, batch_size=max(1, len(prompts) // 4))
         scores = checked_rewards(self.reward, prompts, texts).double().tolist()
         cosines: Sequence[float | None] = [None] * len(texts) if self.encoder is None else similarities(prompts, texts, self.encoder).tolist()
-        rows = [_row(states.steps, index, len(kept)) for index, kept in enumerate(ids)] if fits else []
-        answers = [
+        return [
             Answer(
                 text=response.text,
                 tokens=len(response.token_ids),
@@ -152,18 +113,13 @@ class Measure:
                 coherence=cosines[index],
                 nll=likely[index].nll,
                 kl=likely[index].kl if method.divergence is None else method.divergence,
-                values=self._values(rows[index]) if fits and self.value is not None else None,
-                pieces=_pieces(self.tokenizer, prompts[index], response) if index < num_pieces else None,
             )
-            for index, response in enumerate(made.responses)
+            for index, response in enumerate(responses)
         ]
-        norm = _edit_norm(method, rows[:EDITED_ROWS])
-        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
 
     @torch.no_grad()
     def _values(self, states: Tensor) -> list[float]:
-        if self.value is None or not len(states):
-            return []
+        assert self.value is not None
         values = self.value.to_reward(self.value(states.to(self.value.device))).float()
         weights = torch.ones(values.shape[-1]) if self.head_weights is None else torch.tensor(self.head_weights)
         # Five digits are more than a plot shows.

@@ -1,17 +1,16 @@
-"""What control does to the next token, along states that are there already: no decoding."""
+"""The effect of control on the next token at given states, without decoding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recontrol.ascent.ascend import ascend
-from recontrol.checks import integer
 from recontrol.decoding.control import Control
 from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
+from recontrol.methods.control import climb
 from recontrol.value import ValueFunction
 
 # States in one ascent and one forward call: their logits over a large vocabulary are most of the memory.
@@ -20,13 +19,13 @@ STATES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The means over states of what n steps do to the next token.
+    """The effect of n steps on the next token, as means over states.
 
     Attributes:
         step_size: alpha.
         steps: n.
         value: V(h + u_n), with several heads their weighted sum, in V's own unit.
-        reward: the same in the unit of the reward: what V predicts, not what a reward model says.
+        reward: the same in the unit of the reward, as V predicts it.
         edit_norm: |u_n|.
         kl: KL(p || q) in nats, of the next-token distribution p of h + u_n and that of h, q, before temperature and the like.
     """
@@ -46,19 +45,14 @@ def path_of_steps(
     step_size: float,
     steps: Sequence[int] = (0, 10, 20, 30, 50),
     *,
-    radius: float | None = None,
-    target: float | None = None,
-    head_weights: Sequence[float] | None = None,
     backend: str = "auto",
     allow_other_model: bool = False,
+    **settings: Any,
 ) -> list[PathPoint]:
     """Mean V(h + u_n), |u_n| and KL(softmax(W_lm (h + u_n)) || softmax(W_lm h)) over states h, for each n.
 
-    With the states of rollouts these are the next-token frontier at the uncontrolled model's own prefixes, for the price of the output
-    embedding. It is exact for one next token; it is not that of whole responses, in which control chooses the prefixes too: their divergence
-    is the sum over tokens at their own prefixes (`recontrol.tuning.sweep`). Use it to see which settings are worth decoding.
-
-    Logits are what the model makes of the states, whatever it does to them after the output embedding.
+    With the states of rollouts this is the frontier of the next token at the uncontrolled model's own prefixes, for the cost of the output embedding. For
+    whole responses, where control changes the prefixes too, use `evaluate`. Logits include what the model does after the output embedding.
 
     Args:
         model: the language model, without a `Controller`; it is left as it was.
@@ -66,11 +60,9 @@ def path_of_steps(
         value: the value function to climb, on the model's device.
         step_size: alpha.
         steps: the numbers of steps, in any order; 0 is the uncontrolled model.
-        radius: cut the edit where its norm reaches this.
-        target: climb towards this value instead of upward, in V's own unit.
-        head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
         backend: as for `recontrol.ascend`.
         allow_other_model: accept a value function that was trained on the states of another model.
+        settings: further ones of `Control`: radius, target, head_weights.
 
     Returns:
         One point for each n, in order.
@@ -80,39 +72,30 @@ def path_of_steps(
         ValueError: no states or of the wrong shape, no steps, a number that is negative or NaN, or a value function of another size, device or model.
         RuntimeError: a `Controller` is attached, the backend cannot run here, or edits do not reach the logits.
     """
-    control = Control(value, step_size, max([integer("steps", n) for n in steps], default=0), radius, target, head_weights=head_weights)
-    if not steps:
+    controls = [Control(value, step_size, n, **settings) for n in steps]
+    if not controls:
         raise ValueError("there are no numbers of steps to try")
     if not isinstance(states, Tensor) or states.dim() != 2 or not states.shape[0] or states.shape[1] != value.hidden_size:
         found = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
         raise ValueError(f"states must be a tensor of shape (states, {value.hidden_size}) with at least one of them, found {found}")
-    weights = torch.tensor([1.0] if head_weights is None else head_weights, dtype=torch.float64)
-    sums = torch.zeros(len(steps), 4, dtype=torch.float64)
+    weights = torch.tensor(controls[0].head_weights or [1.0], dtype=torch.float64)
+    sums = torch.zeros(len(controls), 4, dtype=torch.float64)
     with torch.no_grad(), _Reading(model, value, allow_other_model) as reading:
         for chunk in states.split(STATES_AT_ONCE):
             hidden = chunk.to(value.device, reading.dtype())
             plain = reading.logits(hidden)
-            for place, n in enumerate(steps):
-                edited = cast(
-                    Tensor,
-                    ascend(hidden, value, control.step_size, n, radius=radius, target=target, head_weights=weights.to(value.device), backend=backend),
-                )
+            for place, control in enumerate(controls):
+                edited = climb(hidden, control, backend=backend)
                 heads = value(edited).double().cpu()
                 norms = (edited.double() - hidden.double()).norm(dim=-1)
                 moved = divergence(reading.logits(edited), plain)
                 rows = [heads @ weights, value.to_reward(heads) @ weights, norms.cpu(), moved.double().cpu()]
                 sums[place] += torch.stack([row.sum() for row in rows])
-    return [PathPoint(control.step_size, n, *mean) for n, mean in zip(steps, (sums / len(states)).tolist(), strict=True)]
+    return [PathPoint(control.step_size, control.steps, *mean) for control, mean in zip(controls, (sums / len(states)).tolist(), strict=True)]
 
 
 class _Reading(Editing):
-    """Puts given states where the model would read its own.
-
-    Args:
-        model: a causal language model.
-        value: the value function that is to be climbed.
-        allow_other_model: accept one that was trained on the states of another model.
-    """
+    """Puts given states in the place of the model's own."""
 
     def __init__(self, model: Any, value: ValueFunction, allow_other_model: bool):
         super().__init__(model)
@@ -122,10 +105,10 @@ class _Reading(Editing):
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
 
     def logits(self, states: Tensor) -> Tensor:
-        """What the model makes of states: (states, hidden_size) -> (states, vocabulary)."""
+        """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
         self._states = states
         try:
-            # One token, of which nothing but its place is used.
+            # One token, whose state is replaced.
             output = self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False)
         finally:
             self._states = None

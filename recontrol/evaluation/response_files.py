@@ -1,4 +1,4 @@
-"""Responses in files of lines, as evaluations write them (`responses.jsonl`), and pairs of them that belong to the same prompt."""
+"""Files of responses, as evaluations write them (`responses.jsonl`), and pairs of responses to the same prompt."""
 
 import json
 import os
@@ -7,17 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recontrol.data.batches import some
+from recontrol.checks import first_few
 
 
 class Line(NamedTuple):
-    """A response in a file.
-
-    Attributes:
-        prompt: what it responds to.
-        response: as it follows the prompt.
-        seed: of the run that made it; None where the file names none.
-    """
+    """A response in a file; `seed` is that of the run that made it, None where the file has none."""
 
     prompt: str
     response: str
@@ -25,18 +19,11 @@ class Line(NamedTuple):
 
 
 def read_responses(path: str | os.PathLike, method: str | None = None) -> list[Line]:
-    """Read the responses of one method, in the order of the file.
+    """Read the responses of one method, in the order of the file, which has a JSON object a line: prompt, response, and maybe method, seed, index.
 
-    Args:
-        path: a file with a JSON object a line: `prompt`, `response`, and where it has them `method`, `seed`, `index` (the prompt's number).
-        method: keep the lines with this `method`; None where all are of one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is damaged or lacks a field; no line has this method, or they have several and none was asked for (the methods found
-            are listed); or a prompt's number comes twice for one seed, so that the lines are of several settings without a label.
+    `method` may be None where the file has one method only. Lines with the same index and seed are refused: they are of several settings without a label.
     """
-    # Not splitlines, which also cuts at marks such as U+2028 that may stand inside a text.
+    # Not splitlines, which also splits at characters such as U+2028 inside a text.
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     entries = [(number, _entry(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     found = sorted({str(entry["method"]) for _, entry in entries if "method" in entry})
@@ -60,20 +47,10 @@ def read_responses(path: str | os.PathLike, method: str | None = None) -> list[L
 
 
 def pair_up(lines: Sequence[Line], others: Sequence[Line]) -> tuple[list[str], list[str], list[str]]:
-    """Pair each response with another one to the same prompt and of the same seed.
+    """Pair each response with another one to the same prompt and of the same seed: (prompts, responses, others), in the order of `lines`.
 
     Where a prompt comes several times for one seed, the first response goes with the first, and so on. Others of a single seed, such as
-    the preferred responses of a data set, serve every seed. Others to further prompts are not looked at.
-
-    Args:
-        lines: the responses.
-        others: what they are compared with.
-
-    Returns:
-        (prompts, responses, others), in the order of `lines`.
-
-    Raises:
-        ValueError: a response has no other one; the first such prompt is quoted.
+    the preferred responses of a data set, serve every seed. Others to further prompts are ignored.
     """
     one_seed = len({other.seed for other in others}) < 2
     table = dict(zip(_keys(others, one_seed), (other.response for other in others), strict=True))
@@ -83,7 +60,7 @@ def pair_up(lines: Sequence[Line], others: Sequence[Line]) -> tuple[list[str], l
     if missing:
         seed = "" if one_seed else f" and seed {lines[missing[0]].seed}"
         raise ValueError(
-            f"{len(missing)} of {len(lines)} responses have no other one to the same prompt{seed}: {some(missing)}; found the prompt "
+            f"{len(missing)} of {len(lines)} responses have no other one to the same prompt{seed}: {first_few(missing)}; found the prompt "
             f"{lines[missing[0]].prompt[-200:]!r}, among others to prompts such as {others[0].prompt[-200:]!r}"
         )
     return [line.prompt for line in lines], [line.response for line in lines], [table[key] for key in keys]

@@ -1,6 +1,6 @@
-"""What a method does on a set of prompts, summed up over batches and seeds, and the paper's rule for choosing among settings."""
+"""The result of a method on a set of prompts, over batches and seeds, and the paper's rule for choosing among settings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,25 +9,24 @@ import torch
 
 from recontrol.evaluation.measure import Answer, Cell
 from recontrol.evaluation.metrics import bootstrap_interval
-from recontrol.methods.base import Method, Training, Uncontrolled
+from recontrol.methods.base import Method, Training, Uncontrolled, one_score
 from recontrol.methods.control import ReControl
-from recontrol.methods.scores import one_score
 
 UNCONTROLLED = Uncontrolled.kind
 
 
 @dataclass
 class Result:
-    """What one method does on a set of prompts.
+    """The result of one method on a set of prompts.
 
     Lists with an entry a response are in the order of the prompts, seed after seed. Intervals are 95 % percentile bootstrap intervals over prompts: the
     seeds of a prompt are averaged first, since responses to the same prompt are not independent.
 
-    Attributes:
+    Args:
         method: its label, "uncontrolled" for the model alone.
-        kind: what methods that differ in settings have in common.
+        kind: the name that methods of different settings share.
         settings: by name.
-        step_size: alpha; 0 for what is no RE-Control alone.
+        step_size: alpha; 0 unless the method is RE-Control alone.
         steps: n; 0 likewise.
         seeds: how many.
         reward: mean over responses; with several rewards of their weighted sum.
@@ -42,12 +41,12 @@ class Result:
         length: mean number of tokens kept in a response, the end-of-sequence token included.
         tokens_per_second: response tokens kept over the seconds of generation, without scoring and warm-up.
         cost: time of a decode step over that of the uncontrolled model for the same batch, median over batches.
-        added_seconds: time of a decode step beyond the uncontrolled one's for the same batch, median over batches, over the rows of a batch: what control
-            adds to each token.
-        peak_bytes: of memory during generation, beyond that before it; the most of any batch.
+        added_seconds: time of a decode step minus the uncontrolled one's for the same batch, over the rows of the batch, median over batches: what
+            control adds to each token.
+        peak_bytes: peak memory during generation, beyond that before it; the largest of any batch.
         edit_norm: mean |u| over some responses' tokens, in units of the hidden state; None where no state is edited.
-        value_end: mean of V at the states read for the last tokens, in the unit of the reward: what V makes of the responses; None without V.
-        training: what had to be trained for it.
+        value_end: mean of V at the states read for the last tokens, in the unit of the reward; None without V.
+        training: the cost of training the method.
         rewards: one a response.
         kls: nats, one a response; empty with `kl` None.
         responses: the texts.
@@ -89,27 +88,17 @@ class Result:
 
     @property
     def values(self) -> list[list[float]]:
-        """V(o_t) for each token t of each response, o_t being the state read to sample it, before its edit; empty where V was not recorded."""
+        """V(o_t) for each token t of each response, o_t the state read to sample it, before the edit; empty where V was not recorded."""
         return [answer.values for answer in self.answers if answer.values is not None]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers by name, ready for JSON, without what there is for each response."""
+        """The numbers by name, ready for JSON, without those of single responses."""
         content = {name: entry for name, entry in asdict(self).items() if name not in ("rewards", "kls", "responses", "answers")}
         return {**content, "training": self.training._asdict()}
 
 
 def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_weights: Sequence[float] | None) -> Result:
-    """Sum up what was measured of one method.
-
-    Args:
-        method: the method.
-        cells: all of its batches: seed after seed, the same batches for each.
-        base: the same of the uncontrolled model.
-        head_weights: one weight a reward, where there are several.
-
-    Raises:
-        ValueError: several rewards without `head_weights`, or another number of weights.
-    """
+    """The result of one method from all of its cells, seed after seed, the same batches for each, and the same cells of the uncontrolled model."""
     answers = [answer for cell in cells for answer in cell.answers]
     seeds = len({cell.seed for cell in cells})
     table = torch.tensor([answer.scores for answer in answers], dtype=torch.float64)
@@ -117,9 +106,7 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
     tokens = sum(answer.tokens for answer in answers)
     nll = sum(answer.nll for answer in answers) / tokens if tokens else None
     kls = [answer.kl for answer in answers if answer.kl is not None]
-    cosines = [answer.coherence for answer in answers if answer.coherence is not None]
-    ends = [answer.values[-1] for answer in answers if answer.values]
-    norms = [cell.edit_norm for cell in cells if cell.edit_norm is not None]
+    kls = kls if len(kls) == len(answers) else []
     pairs = list(zip(cells, base, strict=True))
     extra = [(one.seconds / one.steps - other.seconds / other.steps) / len(one.answers) for one, other in pairs]
     control = method.control if isinstance(method, ReControl) else None
@@ -133,22 +120,22 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
         reward=float(rewards.mean()),
         reward_interval=bootstrap_interval(by_prompt(rewards, seeds)),
         head_rewards=table.mean(0).tolist() if table.shape[1] > 1 else [],
-        diversity=_mean([answer.diversity for answer in answers]),
-        coherence=_mean(cosines) if len(cosines) == len(answers) else None,
+        diversity=float(np.mean([answer.diversity for answer in answers])),
+        coherence=None if any(answer.coherence is None for answer in answers) else _mean(answer.coherence for answer in answers),
         nll=nll,
         perplexity=None if nll is None else float(np.exp(min(nll, 700))),
-        kl=_mean(kls) if len(kls) == len(answers) else None,
-        kl_interval=bootstrap_interval(by_prompt(np.array(kls), seeds)) if len(kls) == len(answers) else None,
+        kl=_mean(kls),
+        kl_interval=bootstrap_interval(by_prompt(np.array(kls), seeds)) if kls else None,
         length=tokens / len(answers),
         tokens_per_second=tokens / sum(cell.seconds for cell in cells),
         cost=float(np.median([(one.seconds / one.steps) / (other.seconds / other.steps) for one, other in pairs])),
         added_seconds=float(np.median(extra)),
         peak_bytes=max(cell.peak_bytes for cell in cells),
-        edit_norm=_mean(norms) if norms else None,
-        value_end=_mean(ends) if ends else None,
+        edit_norm=_mean(cell.edit_norm for cell in cells),
+        value_end=_mean(answer.values[-1] for answer in answers if answer.values),
         training=method.training,
         rewards=rewards.tolist(),
-        kls=kls if len(kls) == len(answers) else [],
+        kls=kls,
         responses=[answer.text for answer in answers],
         answers=answers,
     )
@@ -182,5 +169,7 @@ def choose(results: Sequence[Result]) -> Result:
     return max(candidates, key=lambda result: (result.coherence or 0.0) + result.diversity + result.reward)
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return float(np.mean(np.asarray(numbers, dtype=np.float64)))
+def _mean(numbers: Iterable[float | None]) -> float | None:
+    """The mean of those that were measured; None without any."""
+    found = [number for number in numbers if number is not None]
+    return float(np.mean(found)) if found else None

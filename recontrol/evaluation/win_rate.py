@@ -1,4 +1,4 @@
-"""Win rates: how often a response is better than another one to the same prompt, for example the one that the data set prefers."""
+"""Win rates: how often a response is better than another one to the same prompt, for example than the data set's preferred one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,17 +12,17 @@ from recontrol.evaluation.metrics import bootstrap_interval
 
 @dataclass(frozen=True)
 class WinRate:
-    """How responses fare against others.
+    """How often responses win against others.
 
     Attributes:
         rate: (wins + ties / 2) / pairs.
         interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts; the pairs of one prompt, such as those of several
             seeds, are drawn together, since they are not independent.
         wins: pairs whose response is better.
-        ties: pairs of which neither is.
+        ties: pairs where neither is.
         losses: pairs whose other response is better.
         position_bias: the share of pairs that the order decided, see `Judgement`; None where the judge has no order.
-        unreadable: pairs that are ties for want of an answer that can be read.
+        unreadable: pairs that are ties because an answer could not be read.
         requests: that were sent and answered in this run; 0 where the judge sends none.
         input_tokens: of these requests; None where the judge or its server does not say.
         output_tokens: of the answers, likewise.
@@ -77,11 +77,11 @@ def win_rate(
     Args:
         prompts: one a pair.
         responses: that are judged.
-        others: what they are compared with: another method's, or the preferred ones from `load_prompts_with_references`.
+        others: what they are compared with: another method's, or the preferred ones from `load_prompts_with_preferred`.
         judge: a `PairwiseJudge`, a `RewardJudge`, or any function (prompts, responses, others) -> verdicts, one of 1, 0.5 and 0 a pair.
 
     Raises:
-        ValueError: no pairs, different counts, or something else than one such verdict a pair.
+        ValueError: no pairs, different counts, or not one such verdict a pair.
         ConnectionError: see `PairwiseJudge`.
 
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).

@@ -1,22 +1,21 @@
 """Methods of alignment at test time, and fine-tuning beside them, behind one interface: what `recontrol.evaluate` compares."""
 
-from recontrol.methods.args import ARGS
+from recontrol.methods.adapters import FineTuned
 from recontrol.methods.base import Method, Together, Training, Uncontrolled
 from recontrol.methods.best_of_n import BestOfN
 from recontrol.methods.control import ReControl
-from recontrol.methods.directions import Direction, mean_difference, reward_direction
-from recontrol.methods.fine_tuned import FineTuned
-from recontrol.methods.fine_tuning import train_dpo, train_rl
+from recontrol.methods.fine_tuning import FineTuning, train_dpo, train_rl
 from recontrol.methods.preferences import make_preference_pairs
-from recontrol.methods.prefix_scorer import PrefixScorer
 from recontrol.methods.prompting import Prompting, best_examples
-from recontrol.methods.static_editing import StaticEditing
+from recontrol.methods.reranking import ARGS, PrefixScorer
+from recontrol.methods.static_editing import Direction, StaticEditing, mean_difference, reward_direction
 
 __all__ = [
     "ARGS",
     "BestOfN",
     "Direction",
     "FineTuned",
+    "FineTuning",
     "Method",
     "PrefixScorer",
     "Prompting",

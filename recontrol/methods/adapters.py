@@ -1,39 +1,74 @@
-"""LoRA adapters on the caller's own model: put on for a block, and taken off again without a trace."""
+"""A fine-tuned model as a method: a LoRA adapter on the caller's own model, put on for a block and taken off again."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from transformers import LogitsProcessor
+
+from recontrol.checks import required
 from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import forget_compiled
-from recontrol.methods.fine_tuning_run import RECORD_NAME, FineTuningRun, check_plain, fine_tuning_package, flags_kept
+from recontrol.files import read_json, write_json
+from recontrol.methods.base import Method, Training
 
+EXTRA = "fine-tuning"
+FORMAT = "recontrol.fine_tuning"
+# Beside the adapter: its settings and its cost.
+RECORD_NAME = "fine_tuning.json"
 CONFIG_NAME = "adapter_config.json"
+NAMES = {"dpo": "LoRA DPO", "rloo": "LoRA RLOO", "grpo": "LoRA GRPO"}
+
+
+@dataclass(frozen=True)
+class FineTuningRun:
+    """A finished run; in its folder as `fine_tuning.json`, beside the adapter.
+
+    Attributes:
+        path: the folder of the adapter, as `peft.PeftModel.from_pretrained` takes it.
+        settings: all that the result depends on.
+        trainable_parameters: how many numbers were trained.
+        seconds: wall-clock time of training, over all sessions of a run that was stopped; without sampling the pairs of DPO.
+        peak_bytes: peak memory, beyond that in use before: allocated on the CUDA device, else resident memory of the process.
+        history: one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    trainable_parameters: int
+    seconds: float
+    peak_bytes: int
+    history: list[dict[str, float]]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Self:
+        """The run that wrote a folder; FileNotFoundError or ValueError where there is none, or a damaged record."""
+        file = Path(path) / RECORD_NAME
+        content = read_json(file)
+        found = content.pop("format", None) if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT:
+            raise ValueError(f"{file} is not the record of a run of fine-tuning: found format {found!r}, wanted {FORMAT!r}")
+        return cls(path=Path(path), **content)
+
+    def write(self, folder: Path) -> None:
+        """Write the record beside an adapter."""
+        content = asdict(self)
+        del content["path"]
+        write_json(folder / RECORD_NAME, {"format": FORMAT, **content})
 
 
 @contextlib.contextmanager
 def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
-    """Inside the block the model's layers compute W x + (alpha / rank) B A x, with the A and B of a LoRA adapter.
+    """Inside the block the layers of `model` compute W x + (alpha / rank) B A x, with A and B of the LoRA adapter in `path` (Hu et al. 2021, section 4.1).
 
-    The model object is the caller's: what holds it (`model.generate`, a controller) sees the adapter. The adapter is not merged into the
-    weights, which stay as they are; so each layer takes two small products more, which merging would save. Afterwards, also after an
-    exception, modules, flags and attributes of the model are those from before, and it computes what it did, to the bit.
-
-    Args:
-        model: a causal language model without adapters; it is in evaluation mode inside the block.
-        path: a folder that `train_dpo` or `train_rl` has written, or any other that `peft.PeftModel.from_pretrained` reads.
-
-    Raises:
-        ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
-        FileNotFoundError: the folder holds no adapter.
-        ValueError: the model has an adapter already, or the adapter was trained on another model.
-
-    Source: Hu et al. 2021, section 4.1.
+    The adapter is not merged into the weights. Afterwards, also after an exception, the model's modules, flags and attributes are those from before.
     """
-    peft = fine_tuning_package("peft")
+    peft = required("peft", EXTRA)
     folder = Path(path)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: wanted a folder with {CONFIG_NAME} in it")
@@ -58,3 +93,76 @@ def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
             for name in vars(model).keys() - attributes:
                 delattr(model, name)
             forget_compiled()
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned(Method):
+    """The language model with a LoRA adapter, put on for each batch and taken off again.
+
+    Args:
+        path: a folder that `train_dpo` or `train_rl` has written.
+
+    Raises:
+        FileNotFoundError: it holds no run.
+        ValueError: its record is damaged.
+
+    Source: Kong et al. 2024, section 5 (comparison with fine-tuning).
+    """
+
+    path: str | os.PathLike
+
+    def __post_init__(self) -> None:
+        # Raises here, not at the first response.
+        _ = self.run
+
+    @cached_property
+    def run(self) -> FineTuningRun:
+        """What was trained, and its cost."""
+        return FineTuningRun.read(self.path)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The algorithm of the fine-tuning."""
+        algorithm = str(self.run.settings.get("algorithm"))
+        return NAMES.get(algorithm, algorithm)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The price of divergence, and the learning rate."""
+        return {"beta": self.run.settings.get("beta"), "learning rate": self.run.settings.get("learning_rate")}
+
+    @property
+    def identity(self) -> Any:
+        """All settings of the run."""
+        return {**self.run.settings, "seconds": self.run.seconds, "folder": Path(self.path).name}
+
+    @property
+    def training(self) -> Training:
+        """The cost of the run."""
+        return Training(self.run.trainable_parameters, self.run.seconds, self.run.peak_bytes)
+
+    @contextlib.contextmanager
+    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
+        """Put the adapter on inside the block."""
+        with adapter(model, self.path):
+            yield []
+
+
+def check_plain(model: Any) -> None:
+    """Refuse a model that has adapters; the first is named."""
+    layer = required("peft.tuners.tuners_utils", EXTRA).BaseTunerLayer
+    found = next((name for name, module in model.named_modules() if isinstance(module, layer)), None)
+    if found is not None:
+        raise ValueError(f"the model must have no adapter, found one on {found}: merge it or take it off first")
+
+
+@contextlib.contextmanager
+def flags_kept(model: Any) -> Iterator[None]:
+    """Restore after the block which parameters require gradients, and their gradients."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, wanted, gradient in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient

@@ -1,6 +1,7 @@
-"""What every method of alignment is to a comparison: a way of responding to a batch of prompts."""
+"""The interface of every method that a comparison knows: it responds to a batch of prompts."""
 
 import contextlib
+import dataclasses
 import hashlib
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from recontrol.checks import number, several
 from recontrol.decoding.batches import Batch, generate_batch
+from recontrol.decoding.config import Decoding
+from recontrol.decoding.hooks import attachments, output_embedding
 
 
 class Training(NamedTuple):
-    """What a method had to be trained, before it could respond.
+    """What it took to train a method.
 
     Attributes:
         parameters: numbers that were trained; 0 where nothing was.
         seconds: wall-clock time of the training; None where it is not known.
-        peak_bytes: memory at most, beyond that of the process before; None where it is not known.
+        peak_bytes: peak memory, beyond that of the process before; None where it is not known.
     """
 
     parameters: int = 0
@@ -36,27 +40,45 @@ def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Method(ABC):
-    """A way of responding to prompts, made once and used for any number of batches.
+def one_score(rewards: Tensor, head_weights: Sequence[float] | None) -> Tensor:
+    """(responses, num_heads) -> (responses,), float64: sum_k head_weights[k] * rewards[:, k]; None for the weights of a single head."""
+    heads = rewards.shape[1]
+    if head_weights is None:
+        if heads != 1:
+            raise ValueError(f"found {heads} rewards a response: give head_weights, {heads} numbers")
+        return rewards[:, 0].double()
+    weights = [number("head_weights", weight) for weight in several("head_weights", head_weights)]
+    if len(weights) != heads:
+        raise ValueError(f"head_weights must be {heads} numbers, one a reward, found {len(weights)}")
+    return rewards.double() @ torch.tensor(weights, dtype=torch.float64, device=rewards.device)
 
-    A subclass says what it changes of the model's own way: the text of the prompt (`write`), or what goes on inside the model and behind its
-    logits (`applied`). One that decodes several responses to a prompt, to choose between them, has a `respond` of its own. The language model is
-    the caller's and is left as it was.
+
+def check_uncontrolled(model: Any) -> None:
+    """Refuse a model with something attached: its responses would not be its own."""
+    if attachments(output_embedding(model)):
+        raise ValueError("the model must be the uncontrolled one, found a controller or recorder attached to it already: detach it first")
+
+
+class Method(ABC):
+    """A method of responding to prompts, made once and used for any number of batches.
+
+    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that decodes several responses
+    to a prompt and chooses between them overrides `respond`. The language model belongs to the caller and is left as it was.
 
     Attributes:
-        kind: what the method is called in tables; methods of one kind differ in `settings`.
+        kind: the name of the method in tables; methods of one kind differ in `settings`.
     """
 
     kind: ClassVar[str]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this one from others of its kind, by name, ready for JSON."""
+        """What distinguishes this method from others of its kind, by name, ready for JSON."""
         return {}
 
     @property
     def identity(self) -> Any:
-        """What else its responses depend on, ready for JSON: weights and texts that have no place in a table, as a checksum for example."""
+        """What else the responses depend on, ready for JSON: for example a checksum of weights, or texts that have no place in a table."""
         return None
 
     @property
@@ -67,12 +89,12 @@ class Method(ABC):
 
     @property
     def training(self) -> Training:
-        """What had to be trained for it."""
+        """What it took to train the method."""
         return Training()
 
     @property
     def divergence(self) -> float | None:
-        """KL to the uncontrolled model in nats a response, where a formula gives it; None where it has to be measured token by token."""
+        """KL to the uncontrolled model in nats a response, where a formula gives it; None where it is measured token by token."""
         return None
 
     def write(self, prompt: str) -> str:
@@ -80,52 +102,41 @@ class Method(ABC):
         return prompt
 
     def edit(self, states: Tensor) -> Tensor | None:
-        """(rows, hidden_size) -> the same states as this method lets the model read them; None where it edits none."""
+        """(rows, hidden_size) -> the edited states; None for a method that edits no states."""
         return None
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Change the model inside the block; yield what has to be done to its logits.
+        """Change the model inside the block, and yield the method's logits processors.
 
         Args:
             model: the language model.
             tokenizer: its tokenizer.
-            prompts: as the caller gave them, not as they were written.
+            prompts: as the caller gave them, before `write`.
             options: of `model.generate`.
         """
         yield []
 
-    def respond(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        seed: int = 0,
-        stop_strings: Sequence[str] | None = None,
-        **generation_kwargs: Any,
-    ) -> Batch:
+    def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
         """Respond to one batch of prompts.
 
         Args:
             model: a causal language model, with nothing attached to it.
             tokenizer: its tokenizer; its padding settings are neither used nor changed.
             prompts: the texts to respond to.
-            max_new_tokens: length of a response at most, in tokens.
-            seed: of sampling; the caller's generators are left as they were.
-            stop_strings: strings at which a response ends; it is cut before the first token that touches one.
-            generation_kwargs: passed on to `model.generate`; without do_sample the model is greedy, whatever its own default. Logits processors among
-                them come after the method's own.
+            decoding: how; the caller's random generators are left as they were.
+            keywords: settings of `Decoding` by name, and options of `model.generate`. Logits processors among them follow the method's own.
 
         Raises:
-            ValueError: no prompts, or an option that does not go with one response a prompt.
+            ValueError: no prompts, or an option that does not return one response a prompt.
         """
-        last = generation_kwargs.pop("logits_processor", None) or []
+        decoding = Decoding.of(decoding, **keywords)
+        options = dict(decoding.options)
+        given = options.pop("logits_processor", None) or []
         written = [self.write(prompt) for prompt in prompts]
-        with self.applied(model, tokenizer, prompts, generation_kwargs) as processors:
-            options = {**generation_kwargs, "logits_processor": LogitsProcessorList([*processors, *last])}
-            return generate_batch(model, tokenizer, written, max_new_tokens=max_new_tokens, seed=seed, stop_strings=stop_strings, **options)
+        with self.applied(model, tokenizer, prompts, options) as processors:
+            options["logits_processor"] = LogitsProcessorList([*processors, *given])
+            return generate_batch(model, tokenizer, written, dataclasses.replace(decoding, options=options))
 
 
 @dataclass(frozen=True)
@@ -137,13 +148,13 @@ class Uncontrolled(Method):
 
 @dataclass(frozen=True, eq=False)
 class Together(Method):
-    """Several methods at once, for example a prompt and control: texts are written by the last first, logits are changed by the first first.
+    """Several methods at once, for example a prompt and control: the last writes the text first, the first changes the logits first.
 
     Args:
-        methods: at least one; each must change the model's own way of responding, not respond on its own.
+        methods: at least one; none may have a `respond` of its own.
 
     Raises:
-        ValueError: no methods, or one that responds on its own (it can be given another method to choose from instead).
+        ValueError: no methods, or one that chooses between responses (it can be given another method to choose from instead).
     """
 
     methods: Sequence[Method]
@@ -193,18 +204,11 @@ class Together(Method):
         return prompt
 
     def edit(self, states: Tensor) -> Tensor | None:
-        """The states as the one method that edits them lets the model read them; a model bears no two."""
+        """The states as edited by the one method that edits states; at most one method can be attached."""
         return next((edited for method in self.methods if (edited := method.edit(states)) is not None), None)
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Change the model inside the block as all methods do.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: as the caller gave them.
-            options: of `model.generate`.
-        """
+        """All methods applied, one inside the other."""
         with contextlib.ExitStack() as stack:
             yield [processor for method in self.methods for processor in stack.enter_context(method.applied(model, tokenizer, prompts, options))]

@@ -1,5 +1,6 @@
 """Sampling several responses to a prompt and keeping the one with the largest reward."""
 
+import dataclasses
 import math
 import time
 import zlib
@@ -9,18 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
+from recontrol.checks import integer
 from recontrol.data.rewards import as_reward, checked_rewards
 from recontrol.decoding.batches import Batch, check_options, effective, greedy_unless_asked
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.responses import Response
-from recontrol.methods.base import Method, Training, Uncontrolled
-from recontrol.methods.scores import one_score
+from recontrol.methods.base import Method, Training, Uncontrolled, one_score
 
 
 @dataclass(frozen=True, eq=False)
 class BestOfN(Method):
     """y = argmax_{i <= n} r(y_i), y_1 ... y_n sampled independently: the first of equals is kept.
 
-    Every response is decoded and scored to its end, so it costs n times the decoding, and the reward at test time.
+    Costs n times the decoding, and the reward at test time.
 
     Args:
         n: responses to a prompt, at least 1.
@@ -32,7 +34,7 @@ class BestOfN(Method):
         sampling: options of `model.generate` in the place of those that a comparison has for all methods, do_sample=True where it is greedy.
 
     Raises:
-        TypeError: `reward` is nothing that can be called, `inner` no method.
+        TypeError: `reward` is nothing that can be called, `inner` no method, a count no integer.
         ValueError: n or rows_at_once below 1, or an `inner` that chooses between responses itself.
 
     Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
@@ -46,9 +48,9 @@ class BestOfN(Method):
     sampling: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, number in {"n": self.n, "rows_at_once": self.n if self.rows_at_once is None else self.rows_at_once}.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, found {number!r}")
+        for name, given in (("n", self.n), ("rows_at_once", self.rows_at_once)):
+            if given is not None and integer(name, given) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, found {given!r}")
         if not isinstance(self.inner, Method):
             raise TypeError(f"inner must be a method, found {type(self.inner).__name__}")
         if type(self.inner).respond is not Method.respond:
@@ -62,7 +64,7 @@ class BestOfN(Method):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How many samples, and what tells the inner method from others of its kind."""
+        """How many samples, and the settings of the inner method."""
         # Not "n", which are the steps of an ascent.
         return {"samples": self.n, **self.inner.settings}
 
@@ -92,45 +94,22 @@ class BestOfN(Method):
         return self.inner.write(prompt)
 
     def edit(self, states: Tensor) -> Tensor | None:
-        """(rows, hidden_size) -> the same states as the inner method lets the model read them; None where it edits none."""
+        """(rows, hidden_size) -> the states as the inner method edits them; None where it edits none."""
         return self.inner.edit(states)
 
-    def respond(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        seed: int = 0,
-        stop_strings: Sequence[str] | None = None,
-        **generation_kwargs: Any,
-    ) -> Batch:
-        """Sample n responses to each prompt and keep the best.
+    def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
+        """Sample n responses to each prompt and keep the best; `steps` are those of all rounds, `seconds` include the scoring.
 
-        Args:
-            model: a causal language model, with nothing attached to it.
-            tokenizer: its tokenizer; its padding settings are neither used nor changed.
-            prompts: the texts to respond to.
-            max_new_tokens: length of a response at most, in tokens.
-            seed: of sampling; the caller's generators are left as they were. With n = 1 it gives the inner method's response.
-            stop_strings: strings at which a response ends; it is cut before the first token that touches one.
-            generation_kwargs: passed on to `model.generate`; must say do_sample, for greedy responses to a prompt are all the same.
-
-        Returns:
-            One response a prompt; `steps` are those of all rounds, `seconds` include the scoring.
-
-        Raises:
-            ValueError: no prompts, an option that does not go with one response a prompt, greedy decoding, or a reward that returns NaN, the wrong count
-                or several scores without `head_weights`.
+        The decoding must sample; with n = 1 its seed gives the inner method's response.
         """
-        generation_kwargs |= self.sampling or {}
-        check_options(generation_kwargs)
+        decoding = Decoding.of(Decoding.of(decoding, **keywords), **(self.sampling or {}))
+        options = dict(decoding.options)
+        check_options(options)
         if not prompts:
             raise ValueError("there are no prompts")
-        if effective(model, generation_kwargs, "num_return_sequences") not in (None, 1):
+        if effective(model, options, "num_return_sequences") not in (None, 1):
             raise ValueError("num_return_sequences must be left at 1: how many responses are sampled is n")
-        if self.n > 1 and not effective(model, {**greedy_unless_asked(generation_kwargs), **generation_kwargs}, "do_sample"):
+        if self.n > 1 and not effective(model, {**greedy_unless_asked(options), **options}, "do_sample"):
             raise ValueError(f"best of {self.n} wants sampling, found greedy decoding, whose responses to a prompt are all the same: give do_sample=True")
         at_once = self.n if self.rows_at_once is None else min(self.n, max(1, self.rows_at_once // len(prompts)))
         # The samples of each prompt, round by round.
@@ -139,15 +118,7 @@ class BestOfN(Method):
         for start in range(0, self.n, at_once):
             count = min(at_once, self.n - start)
             repeated = [prompt for prompt in prompts for _ in range(count)]
-            made = self.inner.respond(
-                model,
-                tokenizer,
-                repeated,
-                max_new_tokens=max_new_tokens,
-                seed=_seed(seed, start),
-                stop_strings=stop_strings,
-                **generation_kwargs,
-            )
+            made = self.inner.respond(model, tokenizer, repeated, dataclasses.replace(decoding, seed=_seed(decoding.seed, start)))
             steps, seconds = steps + made.steps, seconds + made.seconds
             for place, of_prompt in enumerate(samples):
                 of_prompt += made.responses[place * count : (place + 1) * count]

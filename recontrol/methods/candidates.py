@@ -1,4 +1,4 @@
-"""The states that a model would read after each of several next tokens, from the cache of its running generation."""
+"""The states after each of several candidate tokens, from the key/value cache of the running generation."""
 
 import copy
 import inspect
@@ -17,27 +17,17 @@ logger = logging.getLogger("recontrol")
 
 
 class CandidateStates(Attachment):
-    """o_{t+1} had v been chosen as y_t, for each of k tokens v a row: asked of the model between two of its own forward calls.
+    """o_{t+1} had v been chosen as y_t, for each of k tokens v a row, computed between two forward calls of `generate`.
 
-    The k candidates go through the transformer together, as k further positions that all stand in the same place: each attends to the prompt, the
-    response so far and itself. Their keys and values go into a copy of the cache that shares what is in it, so the generation goes on as if nothing had been
-    asked, to the bit. The output embedding is not called: what is attached to it (recorders, controllers) sees nothing of it.
+    The k candidates go through the transformer together, as k positions in the same place: each attends to the prompt, the response so far and itself.
+    Their keys and values go into a shallow copy of the cache, so the generation continues bit-identically. The output embedding is not called: recorders
+    and controllers on it see nothing.
 
-    That takes a cache that is a list of keys and values and attention that takes any mask: `DynamicCache` without sliding windows or recurrent states,
-    "sdpa" or "eager". Otherwise, and where the states of one row at its first step are not those of a forward call over the whole text, the whole text is
-    read anew for each candidate, k times the rows of the batch; the log says so.
+    This needs a `DynamicCache` without sliding windows or recurrent states, and attention "sdpa" or "eager". Otherwise, and where a check of one row at
+    the first step fails, each candidate costs a forward call over the whole text; the log says so.
 
-    Attach, then generate: one object serves one batch of the thread that made it.
-
-    Args:
-        model: a causal language model of transformers.
-
-    Attributes:
-        state: (rows, hidden_size), o_t, the state read last, before the edit of a `Controller`; None before the first forward call.
-        from_cache: whether the cache is used; None before the first question.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
+    One object serves one batch of the thread that made it. `state` is (rows, hidden_size), o_t before the edit of a `Controller`, None before the first
+    forward call; `from_cache` says whether the cache is used, None before the first call of `states`.
     """
 
     def __init__(self, model: Any):
@@ -49,25 +39,14 @@ class CandidateStates(Attachment):
         self._output: Tensor | None = None
         self._parameters = [*inspect.signature(type(self.decoder).forward).parameters][1:]
         self._thread = threading.get_ident()
-        self._hooks.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        self._hooks.append(self.decoder.register_forward_hook(self._after_decoder))
+        self._hooks.append(self.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
         # Before a controller's hook, which edits the state.
         self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
         forget_compiled()
 
     @torch.no_grad()
     def states(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        """The states after each candidate, (rows, k, hidden_size).
-
-        Args:
-            input_ids: (rows, tokens), what the model has read, padded on the left.
-            candidates: (rows, k), what may follow.
-
-        Raises:
-            RuntimeError: the model was not called since this was attached.
-            ValueError: the attention mask that the model was given says nothing of padding (static caches), or the output embedding reads other states than
-                the transformer returns.
-        """
+        """(rows, tokens) ids so far, (rows, k) candidates -> (rows, k, hidden_size), the states after each candidate."""
         if self.state is None:
             raise RuntimeError(f"this {type(self.owner).__name__} made no forward call since it was attached to: ask while it generates")
         with self.pause():
@@ -77,15 +56,12 @@ class CandidateStates(Attachment):
                 reason = self._why_not(input_ids) or self._disproof(input_ids, real, candidates)
                 self.from_cache = reason is None
                 if reason is not None:
-                    logger.warning("the whole text is read anew for each candidate token, which is slow: %s", reason)
-            return self._beside(real, candidates) if self.from_cache else self._anew(input_ids, real, candidates)
+                    logger.warning("each candidate token costs a forward call over the whole text, which is slow: %s", reason)
+            return self._beside(real, candidates) if self.from_cache else self._whole(input_ids, real, candidates)
 
-    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._listening():
             self._call = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-
-    def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._listening():
             self._output = _last_hidden(output)[:, -1]
 
     def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -98,7 +74,7 @@ class CandidateStates(Attachment):
 
     def _check_output(self) -> None:
         found, read = self._output, self.state
-        # NaN is not for this check to find.
+        # NaN propagates elsewhere.
         if found is None or read is None or found.shape != read.shape or not torch.equal(found.to(read.dtype).nan_to_num(), read.nan_to_num()):
             raise ValueError(
                 f"the output embedding of this {type(self.owner).__name__} reads other states than its {type(self.decoder).__name__} returns: "
@@ -116,18 +92,16 @@ class CandidateStates(Attachment):
         return mask.bool()
 
     def _cache(self) -> tuple[str, Any]:
-        """What the cache is called, and the cache; ("", None) where there is none."""
+        """The argument that holds the cache, and the cache; ("", None) without one."""
         return next(((name, self._call[name]) for name in CACHE_NAMES if self._call.get(name) is not None), ("", None))
 
     def _why_not(self, input_ids: Tensor) -> str | None:
-        """Why candidates cannot be put beside what is in the cache; None where nothing speaks against it."""
+        """Why the cache cannot be used; None where it can."""
         _, cache = self._cache()
         positions = self._call.get("position_ids")
         attention = self.decoder.config._attn_implementation
-        if cache is None:
-            return "there is no key/value cache"
         if type(cache) is not DynamicCache or cache.offloading:
-            return f"the cache is a {type(cache).__name__}{', offloaded' if getattr(cache, 'offloading', False) else ''}"
+            return f"there is no plain key/value cache on the device, found {type(cache).__name__}"
         others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
         if others:
             return f"the cache has layers of {', '.join(sorted(others))}"
@@ -144,7 +118,7 @@ class CandidateStates(Attachment):
         row = int(real.sum(1).argmin())
         found = self._beside(real, candidates)[row].double()
         one = slice(row, row + 1)
-        wanted = self._anew(input_ids[one], real[one], candidates[one])[0].double()
+        wanted = self._whole(input_ids[one], real[one], candidates[one])[0].double()
         error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
         # Kernels differ with the shape of what goes in, by some of the last digits in each layer.
         if error <= torch.finfo(self.dtype()).eps ** 0.5:
@@ -154,20 +128,20 @@ class CandidateStates(Attachment):
     def _beside(self, real: Tensor, candidates: Tensor) -> Tensor:
         """One forward call of k positions a row, with the cache of the generation."""
         rows, k = candidates.shape
-        # (rows, k, tokens + k): what is real, and oneself.
+        # (rows, k, tokens + k): the text so far, and the candidate itself.
         own = torch.eye(k, dtype=torch.bool, device=real.device).expand(rows, k, k)
         seen = torch.cat([real[:, None].expand(rows, k, real.shape[1]), own], dim=-1)[:, None]
         if self.decoder.config._attn_implementation == "eager":
             dtype = self.dtype()
             seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         name, cache = self._cache()
-        # Layers put new tensors in the place of their keys and values, so those of the generation stay as they are.
+        # Layers replace their key and value tensors, so those of the generation do not change.
         beside = copy.copy(cache)
         beside.layers = [copy.copy(layer) for layer in cache.layers]
         positions = (self._call["position_ids"][:, -1:] + 1).expand(rows, k)
         return self._run(input_ids=candidates, attention_mask=seen, position_ids=positions, **{name: beside})
 
-    def _anew(self, input_ids: Tensor, real: Tensor, candidates: Tensor) -> Tensor:
+    def _whole(self, input_ids: Tensor, real: Tensor, candidates: Tensor) -> Tensor:
         """Forward calls over the whole text without a cache, one for each column of candidates."""
         mask = torch.cat([real, torch.ones_like(real[:, :1])], dim=1).long()
         inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": False}

@@ -1,6 +1,7 @@
 """RE-Control as one method among others."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,19 +18,21 @@ from recontrol.decoding.controller import Controller
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.value import ValueFunction
 
+# The names of settings in tables, where they are others.
+SHOWN = {"step_size": "alpha", "steps": "n", "head_weights": "weights"}
+
 
 @dataclass(frozen=True, eq=False)
 class ReControl(Method):
     """Representation editing by a value function: y_t ~ softmax(W_lm (o_t + u_t)), u_t by n gradient steps of V from u_t = 0.
 
-    With `target` in the control the state is steered to a value; with a value function of several heads, or a weighted sum of value functions, towards
-    several rewards at once.
+    With a `target` the state is steered to a value; with several heads, or a weighted sum of value functions, towards several rewards at once.
 
     Args:
         control: value function, step size, steps, radius, target, weights of the heads.
         backend: of the ascent, as for `recontrol.ascend`.
         allow_other_model: accept a value function that was trained on the states of another model.
-        trained: what training the value function took, where it is known.
+        trained: the cost of training the value function, where it is known.
 
     Raises:
         TypeError, ValueError: `control` is no `Control`, or an unknown backend.
@@ -51,9 +54,9 @@ class ReControl(Method):
     @property
     def settings(self) -> dict[str, Any]:
         """Step size, steps, and what else is set."""
-        chosen = self.control
-        optional = {"radius": chosen.radius, "target": chosen.target, "weights": chosen.head_weights}
-        return {"alpha": chosen.step_size, "n": chosen.steps, **{name: setting for name, setting in optional.items() if setting is not None}}
+        given = settings_of(self.control)
+        del given["value"]
+        return {SHOWN.get(name, name): setting for name, setting in given.items() if setting is not None}
 
     @property
     def identity(self) -> str:
@@ -67,29 +70,13 @@ class ReControl(Method):
 
     def edit(self, states: Tensor) -> Tensor:
         """(rows, hidden_size) -> o_t + u_t."""
-        chosen = self.control
-        weights = None if chosen.head_weights is None else torch.tensor(chosen.head_weights, device=states.device)
-        options: dict[str, Any] = {"radius": chosen.radius, "target": chosen.target, "head_weights": weights, "backend": self.backend}
-        return cast(Tensor, ascend(states, chosen.value, chosen.step_size, chosen.steps, **options))
+        return climb(states, self.control, backend=self.backend)
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Attach a controller inside the block.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: not looked at.
-            options: of `model.generate`; rows that ended by them are not edited.
-        """
-        chosen = self.control
+        """Attach a controller inside the block; rows that have ended are not edited."""
         controller = Controller(
-            chosen.value,
-            chosen.step_size,
-            chosen.steps,
-            radius=chosen.radius,
-            target=chosen.target,
-            head_weights=chosen.head_weights,
+            **settings_of(self.control),
             backend=self.backend,
             stop_token_ids=finishing_tokens(model, tokenizer, dict(options)),
             allow_other_model=self.allow_other_model,
@@ -98,10 +85,20 @@ class ReControl(Method):
             yield []
 
 
-def training_of(value: ValueFunction) -> Training:
-    """What is known of a value function's training where nobody has said more: how many parameters it has.
+def settings_of(control: Control) -> dict[str, Any]:
+    """The value function and the settings of a control, by name."""
+    return {each.name: getattr(control, each.name) for each in dataclasses.fields(Control)}
 
-    Args:
-        value: the value function.
-    """
+
+def climb(states: Tensor, control: Control, *, backend: str = "auto") -> Tensor:
+    """(rows, hidden_size) -> o_t + u_t, by the settings of a control."""
+    settings = settings_of(control)
+    if control.head_weights is not None:
+        # In double precision, as the numbers were given.
+        settings["head_weights"] = torch.tensor(control.head_weights, dtype=torch.float64, device=states.device)
+    return cast(Tensor, ascend(states, **settings, backend=backend))
+
+
+def training_of(value: ValueFunction) -> Training:
+    """The number of parameters of a value function; the cost of its training is unknown."""
     return Training(sum(parameter.numel() for parameter in value.parameters()), None, None)

@@ -1,5 +1,6 @@
-"""Preferences of a reward between responses that the uncontrolled model samples: what DPO is trained on."""
+"""Preferences of a reward between responses that the uncontrolled model samples, for DPO."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from recontrol.data.pairs import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards
-from recontrol.decoding.batches import check_lengths, check_options, effective, evaluation_mode, respond, seeded
-from recontrol.decoding.hooks import attachments, output_embedding
-from recontrol.decoding.responses import Response, listed_stop_strings
+from recontrol.decoding.batches import check_lengths, effective, generate_batch
+from recontrol.decoding.config import Decoding
+from recontrol.decoding.responses import Response
+from recontrol.methods.base import check_uncontrolled
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class PreferencePairs:
 
     Attributes:
         pairs: one for each prompt that has a best and a worst response, in the order of the prompts.
-        margins: by how much the reward of the chosen response exceeds that of the rejected one, one a pair, above 0.
+        margins: reward of the chosen response minus that of the rejected one, one a pair, above 0.
         left_out: how many prompts have no pair, by the reason: "equal" (all responses have the same reward) or "empty" (fewer than two
             responses have a token).
     """
@@ -40,12 +42,9 @@ def make_preference_pairs(
     reward: Any,
     *,
     samples: int = 2,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    stop_strings: Sequence[str] | None = None,
+    decoding: Decoding | None = None,
     progress: bool = True,
-    **generation_kwargs: Any,
+    **keywords: Any,
 ) -> PreferencePairs:
     """Sample y_1, ..., y_n from the uncontrolled model for each prompt; prefer argmax_i r(x, y_i) to argmin_i r(x, y_i).
 
@@ -58,12 +57,9 @@ def make_preference_pairs(
         prompts: the texts to respond to.
         reward: see `as_reward`; one score a response.
         samples: responses to each prompt, at least 2.
-        max_new_tokens: length of a response at most, in tokens.
-        batch_size: prompts in a batch; `batch_size * samples` rows are generated at once.
-        seed: batch b is sampled with `seed + b`; the caller's generators are left as they were.
-        stop_strings: strings at which a response ends; it is cut before the first token that touches one.
+        decoding: how; do_sample is True unless given. `batch_size` prompts (by default 16) are decoded at once, that is `batch_size * samples` rows.
         progress: show a progress bar.
-        generation_kwargs: passed on to `model.generate`; do_sample is True unless given.
+        keywords: settings of `Decoding` by name, and options of `model.generate`.
 
     Returns:
         The pairs, at least one, and how many prompts have none.
@@ -72,83 +68,59 @@ def make_preference_pairs(
         ValueError: no prompts, prompts that are empty or too long, fewer than 2 samples, greedy decoding, an option that does not go with
             batches, something attached to the model, a reward of several scores, or no prompt with two responses of different reward.
 
-    Source: Rafailov et al. 2023, section 4 (pairs of responses of the reference model); the reward stands for the annotator.
+    Source: Rafailov et al. 2023, section 4 (pairs of responses of the initial model); the reward takes the place of the annotator.
     """
-    for name, number, least in (("samples", samples, 2), ("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, found {number}")
-    options = {"do_sample": True, **generation_kwargs, "max_new_tokens": max_new_tokens}
-    check_options(options)
-    if options.get("num_return_sequences") is not None:
-        raise ValueError(f"num_return_sequences={options['num_return_sequences']!r} is not taken here: use samples")
-    if not effective(model, options, "do_sample"):
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, found {samples}")
+    decoding = Decoding.of(decoding, **keywords)
+    decoding = dataclasses.replace(decoding, options={"do_sample": True, **decoding.options})
+    batch_size = decoding.batch_size or 16
+    if decoding.options.get("num_return_sequences") is not None:
+        raise ValueError(f"num_return_sequences={decoding.options['num_return_sequences']!r} is not taken here: use samples")
+    if not effective(model, dict(decoding.options), "do_sample"):
         raise ValueError(f"greedy decoding would write the same response {samples} times: found do_sample=False, wanted sampling")
     check_uncontrolled(model)
-    check_lengths(model, tokenizer, prompts, max_new_tokens)
-    score, stops = as_reward(reward), listed_stop_strings(stop_strings)
-    options["num_return_sequences"] = samples
-    pairs: list[Preference] = []
-    margins: list[float] = []
-    left_out = {"equal": 0, "empty": 0}
-    with evaluation_mode(model):
-        for number, first in enumerate(tqdm(range(0, len(prompts), batch_size), "sampling pairs", disable=not progress)):
-            batch = list(prompts[first : first + batch_size])
-            with seeded(seed + number):
-                responses = respond(model, tokenizer, batch, stops, options).responses
-            rows = [row for row, response in enumerate(responses) if response.token_ids]
-            scores = single_scores(score, [batch[row // samples] for row in rows], [responses[row].text for row in rows])
-            by_prompt: list[list[tuple[float, int]]] = [[] for _ in batch]
-            for row, found in zip(rows, scores.tolist(), strict=True):
-                by_prompt[row // samples].append((found, row))
-            for prompt, scored in zip(batch, by_prompt, strict=True):
-                if len(scored) < 2:
-                    left_out["empty"] += 1
-                    continue
-                (best, chosen), (worst, rejected) = max(scored), min(scored)
-                if best == worst:
-                    left_out["equal"] += 1
-                    continue
-                pairs.append(Preference(prompt, _as_written(tokenizer, responses[chosen]), _as_written(tokenizer, responses[rejected])))
-                margins.append(best - worst)
-    if not pairs:
+    check_lengths(model, tokenizer, prompts, decoding.max_new_tokens)
+    score = as_reward(reward)
+    found = PreferencePairs([], [], {"equal": 0, "empty": 0})
+    for number, first in enumerate(tqdm(range(0, len(prompts), batch_size), "sampling pairs", disable=not progress)):
+        repeated = [prompt for prompt in prompts[first : first + batch_size] for _ in range(samples)]
+        responses = generate_batch(model, tokenizer, repeated, dataclasses.replace(decoding, seed=decoding.seed + number)).responses
+        _add_pairs(found, tokenizer, score, repeated, responses, samples)
+    left_out = found.left_out
+    if not found.pairs:
         raise ValueError(
             f"no prompt has two responses of different reward: of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} "
             "fewer than two responses with a token; take more samples, or another reward"
         )
     if any(left_out.values()):
         logger.info("left out %d of %d prompts: %s", sum(left_out.values()), len(prompts), left_out)
-    return PreferencePairs(pairs, margins, left_out)
+    return found
+
+
+def _add_pairs(found: PreferencePairs, tokenizer: Any, score: Reward, prompts: list[str], responses: list[Response], samples: int) -> None:
+    """Add the best and the worst of each prompt's samples, which follow each other."""
+    rows = [row for row, response in enumerate(responses) if response.token_ids]
+    scores = dict(zip(rows, single_scores(score, [prompts[row] for row in rows], [responses[row].text for row in rows]).tolist(), strict=True))
+    for start in range(0, len(prompts), samples):
+        scored = [(scores[row], row) for row in range(start, start + samples) if row in scores]
+        if len(scored) < 2:
+            found.left_out["empty"] += 1
+            continue
+        (best, chosen), (worst, rejected) = max(scored), min(scored)
+        if best == worst:
+            found.left_out["equal"] += 1
+            continue
+        found.pairs.append(Preference(prompts[start], _as_written(tokenizer, responses[chosen]), _as_written(tokenizer, responses[rejected])))
+        found.margins.append(best - worst)
 
 
 def single_scores(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """(responses,), the one score of each.
-
-    Args:
-        reward: a callable (prompts, responses) -> scores.
-        prompts: one a response.
-        responses: the texts to score.
-
-    Raises:
-        ValueError: the reward returns several scores a response, or what is refused by `checked_rewards`.
-    """
+    """(responses,), the one score of each; a reward of several scores is refused."""
     table = checked_rewards(reward, prompts, responses)
     if table.shape[1] != 1:
         raise ValueError(f"fine-tuning needs one score a response, found {table.shape[1]}: give a reward that weighs them into one")
     return table[:, 0]
-
-
-def check_uncontrolled(model: Any) -> None:
-    """Refuse a model that is under control, whose responses are not its own.
-
-    Args:
-        model: a causal language model.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: something is attached to it.
-    """
-    if attachments(output_embedding(model)):
-        raise ValueError("the model must be the uncontrolled one, found a controller or recorder attached to it: detach it first")
 
 
 def _as_written(tokenizer: Any, response: Response) -> str:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.methods.base import Method
-from recontrol.methods.scores import one_score
+from recontrol.methods.base import Method, one_score
 
 PLACE = "{prompt}"
-# Said before a dialogue, whose turns follow.
 INSTRUCTIONS = {
     "helpful": (
         "Below is a conversation between a person and an AI assistant. The assistant finds out what the person needs and answers it directly. "
@@ -25,7 +23,7 @@ INSTRUCTIONS["helpful and harmless"] = (
     f"{INSTRUCTIONS['helpful']} It is careful as well: it never insults anybody, declines politely to help with what could hurt people or break the law, "
     "and then offers something safe that it can do instead."
 )
-# Of a template without a name, in tables.
+# Characters of a template without a name that tables show.
 SHOWN = 40
 
 
@@ -33,15 +31,13 @@ SHOWN = 40
 class Prompting(Method):
     r"""The prompt inside a template, with examples of good responses before it: `template` with "{prompt}" replaced by examples and prompt.
 
-    The model itself is not changed, and no token is decoded more; what it reads is longer. Prompts that a chat template has rendered want the marks of
-    that template in this one too.
+    The model itself is not changed. For prompts that a chat template has rendered, write the marks of that template into this one too.
 
     Args:
         template: the text around the prompt; has "{prompt}" exactly once. Other braces are text.
-        examples: pairs (prompt, response), which stand directly before the prompt, each response right after its prompt as the model would write it.
-        separator: stands between an example and what follows it; where a prompt begins with the separator and the text before it ends with it, it is
-            written once.
-        name: what the template is called in tables; by default its first words.
+        examples: pairs (prompt, response), written directly before the prompt, each response right after its prompt.
+        separator: written between an example and what follows it, but only once where the next prompt begins with it.
+        name: of the template in tables; by default its first words.
 
     Raises:
         TypeError: a text that is none.
@@ -110,7 +106,7 @@ class Prompting(Method):
 def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, head_weights: Sequence[float] | None = None) -> list[tuple[str, str]]:
     """The best-rewarded responses of rollouts, as in-context examples: of each prompt its best response, of these the best.
 
-    They should come from other prompts than those that a comparison is made on.
+    Use other prompts than those of the comparison.
 
     Args:
         rollouts: what `collect` made, or its folder.

@@ -31,7 +31,7 @@ from recontrol.methods import (
     train_dpo,
     train_rl,
 )
-from recontrol.methods.scores import one_score
+from recontrol.methods.base import one_score
 from recontrol.value import ValueFunction
 
 

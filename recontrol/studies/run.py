@@ -19,12 +19,12 @@ from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.frontier import choose_at_kl
 from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
 from recontrol.evaluation.metrics import load_encoder
-from recontrol.evaluation.peak_memory import PeakMemory
 from recontrol.evaluation.results import Result, choose
 from recontrol.evaluation.win_rate import WinRate, win_rate
 from recontrol.files import read_json, write_json
 from recontrol.methods import Method, Training
 from recontrol.methods.control import training_of
+from recontrol.methods.peak_memory import PeakMemory
 from recontrol.reports.findings import Findings
 from recontrol.studies.catalogue import Materials, read_entries
 from recontrol.studies.study import SourceSection, Study
