@@ -15,7 +15,7 @@ MOVED = {
     "recontrol.decoding.generation": "recontrol.decoding.batches",
     "recontrol.hub": "recontrol.value.hub",
     "recontrol.loading": "recontrol.decoding.loading",
-    "recontrol.peak_memory": "recontrol.evaluation.peak_memory",
+    "recontrol.peak_memory": "recontrol.methods.peak_memory",
     "recontrol.prepared": "recontrol.value.prepared",
     "recontrol.reference": "recontrol.ascent.oracle",
     "recontrol.trust_region": "recontrol.ascent.trust_region",
