@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from recontrol.evaluation.results import choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
+    from recontrol.training.config import TrainConfig
     from recontrol.training.diagnosis import diagnose
-    from recontrol.training.online import train_online
-    from recontrol.training.train import train
+    from recontrol.training.train import train, train_online
     from recontrol.value.weighted_sum import WeightedSum
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
@@ -46,6 +46,7 @@ _ON_DEMAND = {
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
+    "TrainConfig": "recontrol.training.config",
     "WeightedSum": "recontrol.value.weighted_sum",
     "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
@@ -65,7 +66,7 @@ _ON_DEMAND = {
     "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
     "train": "recontrol.training.train",
-    "train_online": "recontrol.training.online",
+    "train_online": "recontrol.training.train",
     "win_rate": "recontrol.evaluation.win_rate",
 }
 
@@ -80,6 +81,7 @@ __all__ = [
     "RewardModel",
     "Rollouts",
     "StaticDecoder",
+    "TrainConfig",
     "ValueFunction",
     "WeightedSum",
     "__version__",
