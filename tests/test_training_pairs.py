@@ -12,7 +12,7 @@ from recontrol.training import data
 from recontrol.training.config import TrainConfig
 from recontrol.training.data import TrainingData
 from recontrol.training.distributed import Processes
-from recontrol.training.objectives import HeldOutPreference, preference_loss, preference_regulariser, td_loss
+from recontrol.training.objectives import order_scores, preference_loss, preference_regulariser, td_loss
 from recontrol.training.pairs import preference_pairs
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
@@ -175,16 +175,12 @@ def test_a_run_does_not_go_on_with_other_labels(tmp_path):
 
 def test_the_score_of_pairs_is_that_of_a_direct_computation():
     chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.0, 1.0, 0.5, -4.0])
-    whole, first, second = HeldOutPreference(), HeldOutPreference(), HeldOutPreference()
-    whole.add(chosen, rejected)
-    first.add(chosen[:1], rejected[:1])
-    second.add(chosen[1:], rejected[1:])
-    second.add(chosen[:0], rejected[:0])
-    first.merge(second)
+    whole = order_scores(chosen, rejected)
     # Right, wrong, equal, right.
-    assert whole.summary()["validation_preference_accuracy"] == 2.5 / 4
-    assert whole.summary()["validation_preference_loss"] == pytest.approx(sum(math.log(1 + math.exp(-gap)) for gap in (1, -3, 0, 4)) / 4, rel=1e-6)
-    assert first.summary() == pytest.approx(whole.summary())
+    assert (whole[0], whole[2]) == (4, 2.5) and whole.dtype == torch.float64
+    assert float(whole[1]) == pytest.approx(sum(math.log(1 + math.exp(-gap)) for gap in (1, -3, 0, 4)), rel=1e-6)
+    parts = [order_scores(chosen[part], rejected[part]) for part in (slice(0, 1), slice(1, 4), slice(0, 0))]
+    assert sum(parts).tolist() == pytest.approx(whole.tolist())
 
 
 @pytest.mark.parametrize(

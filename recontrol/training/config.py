@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +12,38 @@ from recontrol.checks import dtype_name, renamed
 from recontrol.training.objectives import Objective, objective_of, settings_of_objectives
 
 KERNELS = ("torch", "closed-form", "triton")
-SCHEDULES = ("constant", "cosine")
+CHOICES = {"schedule": ("constant", "cosine"), "kernel": ("auto", *KERNELS)}
 # Names of the release before, in settings and in the entries of a history.
 OLD_OBJECTIVES = {"reference": "released"}
 OLD_KEYS = {"passes": "epochs", "train_reference_loss": "train_released_loss"}
+
+
+def _number(given: Any) -> bool:
+    return math.isfinite(given) and given >= 0
+
+
+def _integer(given: Any, least: int = 1) -> bool:
+    return type(given) is int and given >= least
+
+
+# What a setting must be: a test and its words.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "td_lambda": (lambda given: 0 <= given <= 1, "between 0 and 1"),
+    "preference_regression": (_number, "finite and at least 0"),
+    "preference_regulariser": (_number, "finite and at least 0"),
+    "learning_rate": (lambda given: _number(given) and given > 0, "finite and above 0"),
+    "weight_decay": (_number, "finite and at least 0"),
+    "warmup_steps": (lambda given: _integer(given, 0), "an integer of at least 0"),
+    "max_gradient_norm": (lambda given: given is None or (_number(given) and given > 0), "finite and above 0, or None"),
+    "ema_decay": (lambda given: given is None or 0 < given < 1, "between 0 and 1, or None"),
+    "batch_size": (lambda given: given is None or _integer(given), "an integer of at least 1"),
+    "epochs": (_integer, "an integer of at least 1"),
+    "patience": (lambda given: given is None or _integer(given), "an integer of at least 1"),
+    "validation_fraction": (lambda given: 0 <= given < 1, "at least 0 and below 1"),
+    "seed": (lambda given: _integer(given, 0), "an integer of at least 0"),
+    "dtype": (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates"),
+    "compute_dtype": (lambda given: given in (None, "bfloat16"), "bfloat16, or None for that of the weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +53,7 @@ class TrainConfig:
     Args:
         objective: "td", the paper's; "td-lambda", with some of the final reward in the targets; "mc", regression of the final reward at
             every token; "preference", which orders pairs of responses to a prompt; or "released", the released code's loss with its
-            mistakes, for comparison only. None is "td", or "td-lambda" where td_lambda is above 0.
+            mistakes, for comparison only. By default "td", or "td-lambda" where td_lambda is above 0.
         td_lambda: for "td-lambda": mixes the final reward into the targets, from 0, the value of the next state only, as in the paper, to 1,
             the final reward only, which is "mc". Values such as 0.95 need far fewer epochs on small data.
         preference_regression: for "preference": weight of the TD(lambda) loss, in the unit of the reward, over all tokens of the responses that
@@ -80,18 +108,25 @@ class TrainConfig:
     kernel: Literal["auto", "torch", "closed-form", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        self._check_network()
-        self._check_optimiser()
-        for name, optional in (("batch_size", True), ("epochs", False), ("patience", True)):
-            self._integer(name, 1, optional)
-        self._integer("seed", 0)
-        self._inside("validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1")
-        self._inside("td_lambda", 0 <= self.td_lambda <= 1, "between 0 and 1")
-        for name in ("preference_regression", "preference_regulariser"):
-            self._inside(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0")
+        if not isinstance(self.hidden_dims, Sequence) or any(type(width) is not int or width < 1 for width in self.hidden_dims):
+            raise ValueError(f"hidden_dims must be a sequence of positive integers such as (4096,), found {self.hidden_dims!r}")
+        self._set("hidden_dims", tuple(self.hidden_dims))
+        for name in ("dtype", "compute_dtype"):
+            if isinstance(given := getattr(self, name), torch.dtype):
+                self._set(name, dtype_name(given))
+        if self.compute_dtype == self.dtype:
+            self._set("compute_dtype", None)
         if self.objective in OLD_OBJECTIVES:
             renamed(f"objective={self.objective!r}", repr(OLD_OBJECTIVES[self.objective]))
             self._set("objective", OLD_OBJECTIVES[self.objective])
+        for name, (fits, wanted) in LIMITS.items():
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{name} must be {wanted}, found {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+        if self.compute_dtype is not None and self.kernel not in ("auto", "torch"):
+            raise ValueError(f"compute_dtype is for kernel 'torch', found it with {self.kernel!r}")
         objective = self.new_objective()
         if self.normalise_rewards and not objective.predicts_reward:
             raise ValueError("normalise_rewards has no meaning for the objective 'preference' without preference_regression: V is no prediction of the reward")
@@ -105,44 +140,6 @@ class TrainConfig:
         objective = self.new_objective()
         own = {name: getattr(objective, name) for name in objective.takes}
         return {**dataclasses.asdict(self), **own, "objective": objective.name, "hidden_dims": list(self.hidden_dims)}
-
-    def _check_network(self) -> None:
-        if not isinstance(self.hidden_dims, Sequence) or isinstance(self.hidden_dims, str):
-            raise ValueError(f"hidden_dims must be a sequence of positive integers such as (4096,), found {self.hidden_dims!r}")
-        if any(type(width) is not int or width < 1 for width in self.hidden_dims):
-            raise ValueError(f"hidden_dims must be positive integers, found {self.hidden_dims!r}")
-        self._set("hidden_dims", tuple(self.hidden_dims))
-        for name in ("dtype", "compute_dtype"):
-            if isinstance(given := getattr(self, name), torch.dtype):
-                self._set(name, dtype_name(given))
-        self._inside("dtype", self.dtype in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates")
-        self._one_of("kernel", ("auto", *KERNELS))
-        self._inside("compute_dtype", self.compute_dtype in (None, self.dtype, "bfloat16"), "bfloat16, or None for that of the weights")
-        if self.compute_dtype == self.dtype:
-            self._set("compute_dtype", None)
-        if self.compute_dtype is not None and self.kernel not in ("auto", "torch"):
-            raise ValueError(f"compute_dtype is for kernel 'torch', found it with {self.kernel!r}")
-
-    def _check_optimiser(self) -> None:
-        self._inside("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate > 0, "finite and above 0")
-        self._inside("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "finite and at least 0")
-        self._integer("warmup_steps", 0)
-        self._one_of("schedule", SCHEDULES)
-        norm, decay = self.max_gradient_norm, self.ema_decay
-        self._inside("max_gradient_norm", norm is None or (math.isfinite(norm) and norm > 0), "finite and above 0, or None")
-        self._inside("ema_decay", decay is None or 0 < decay < 1, "between 0 and 1, or None")
-
-    def _inside(self, name: str, fits: bool, wanted: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} must be {wanted}, found {getattr(self, name)!r}")
-
-    def _integer(self, name: str, least: int, optional: bool = False) -> None:
-        given = getattr(self, name)
-        self._inside(name, (optional and given is None) or (type(given) is int and given >= least), f"an integer of at least {least}")
-
-    def _one_of(self, name: str, choices: Collection[str]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
 
     def _set(self, name: str, setting: Any) -> None:
         object.__setattr__(self, name, setting)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,6 @@ from recontrol.checks import required
 
 # What tells a process how many there are, by who started it: torchrun and accelerate, and three implementations of MPI.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-class Mergeable(Protocol):
-    """Counts that other processes' counts can be added to."""
-
-    def merge(self, other: Any) -> None:
-        """Add the counts of another process."""
-
-
-Counts = TypeVar("Counts", bound=Mergeable)
 
 
 class Processes:
@@ -32,7 +22,7 @@ class Processes:
 
     def __init__(self, log_with: Any = None, logging_dir: str | os.PathLike | None = None):
         self._accelerator: Any = None
-        if log_with is not None or any(int(os.environ.get(name, 1)) > 1 for name in SIZES):
+        if log_with is not None or any(int(os.environ.get(name) or 1) > 1 for name in SIZES):
             folder = None if logging_dir is None else os.fspath(logging_dir)
             self._accelerator = required("accelerate", "train").Accelerator(log_with=log_with, project_dir=folder)
         asked = [] if log_with is None else list(log_with) if isinstance(log_with, list | tuple) else [log_with]
@@ -77,8 +67,8 @@ class Processes:
             return number
         return float(self._accelerator.reduce(torch.tensor([number], dtype=torch.float64, device=self._accelerator.device), "sum"))
 
-    def merged(self, counts: Counts) -> Counts:
-        """What all processes counted together, the same in each."""
+    def merged(self, counts: Any) -> Any:
+        """What all processes counted together, the same in each; `counts` have a method `merge`."""
         if self.count == 1:
             return counts
         first, *others = required("accelerate.utils", "train").gather_object([counts])

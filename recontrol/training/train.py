@@ -57,7 +57,7 @@ def train(
 
     Args:
         rollouts: what `collect` made, or its folder; or `OnlineRollouts`, which sample each mini-batch when it is trained on, write nothing,
-            and respond anew to their prompts in every epoch.
+            and give other responses to their prompts in every epoch.
         config: all settings that decide the result; or the widths of the hidden layers, `hidden_dims`, alone.
         seed: replaces that of the config.
         validation: for `OnlineRollouts`: rollouts of other prompts, by which the best epoch is chosen and rewards are standardised. None keeps
@@ -100,7 +100,7 @@ def train(
         units = len(objective.units(0))
         batch_size = data.batch_size(config.batch_size, units)
         value = initial_value(data, config).to(device=processes.device(device), dtype=getattr(torch, config.dtype))
-        config = dataclasses.replace(config, batch_size=batch_size, **_kernel(config, value, data))
+        config = dataclasses.replace(config, batch_size=batch_size, kernel=_kernel(config, value, data))
         decisive = {**config.record(), **data.settings(objective.labels)}
         folder = RunFolder(out, decisive, write=processes.is_main)
         if folder.path is not None and folder.finished:
@@ -173,10 +173,10 @@ def _opened(
     yield TrainingData(stored, processes, validation_fraction=config.validation_fraction, seed=config.seed, **options)
 
 
-def _kernel(config: TrainConfig, value: ValueFunction, data: TrainingData) -> dict[str, Any]:
+def _kernel(config: TrainConfig, value: ValueFunction, data: TrainingData) -> Any:
     """The kernel that "auto" stands for, or the one asked for if it can run; a low precision has only one."""
     states = torch.empty(0, data.hidden_size, dtype=data.states_dtype, device=value.device)
-    return {"kernel": "torch" if config.compute_dtype else chosen_kernel(config.kernel, value, states)}
+    return "torch" if config.compute_dtype else chosen_kernel(config.kernel, value, states)
 
 
 def _outcome(state: Progress) -> dict[str, Any]:

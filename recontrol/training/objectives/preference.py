@@ -46,31 +46,11 @@ def preference_regulariser(generated: Tensor, chosen: Tensor) -> Tensor:
     return (generated - chosen).square().mean()
 
 
-class HeldOutPreference:
-    """Judges V on pairs that it was not trained on: how surprising their order is, and how often V has it right."""
-
-    def __init__(self) -> None:
-        self.pairs = 0
-        self.loss = 0.0
-        self.right = 0.0
-
-    def add(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Count some pairs; the arguments are those of `preference_loss`."""
-        if len(chosen):
-            self.pairs += len(chosen)
-            self.loss += float(preference_loss(chosen.double(), rejected.double())) * len(chosen)
-            # A V that is the same everywhere is right half of the time.
-            self.right += float((chosen > rejected).double().sum() + (chosen == rejected).double().sum() / 2)
-
-    def merge(self, other: "HeldOutPreference") -> None:
-        """Count what another process has counted."""
-        self.pairs += other.pairs
-        self.loss += other.loss
-        self.right += other.right
-
-    def summary(self) -> dict[str, float | None]:
-        """Means over pairs: the loss in nats, log 2 for a V that is the same everywhere, and the accuracy, 1/2 for it."""
-        return {"validation_preference_loss": self.loss / self.pairs, "validation_preference_accuracy": self.right / self.pairs}
+def order_scores(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """How many pairs, the sum of their `preference_loss`, and how many V has right; one with equal values counts half."""
+    loss = preference_loss(chosen.double(), rejected.double()) * len(chosen) if len(chosen) else torch.zeros((), dtype=torch.float64)
+    right = (chosen > rejected).sum() + (chosen == rejected).sum() / 2
+    return torch.stack([torch.tensor(float(len(chosen)), dtype=torch.float64), loss.cpu(), right.double().cpu()])
 
 
 class Preference(Objective):
@@ -145,16 +125,17 @@ class Preference(Objective):
 
     @torch.no_grad()
     def validate(self, values_of: Values) -> dict[str, float | None]:
-        """As `Objective.validate`: the scores of `HeldOutPreference`, and with regression those of `HeldOutError`."""
+        """As `Objective.validate`: means of `order_scores`, in nats and as a share, and with regression the scores of `HeldOutError`."""
         prompts = self.held_out.margin_prompts.unique()
         if not len(prompts):
             return {}
-        found = HeldOutPreference()
+        found = torch.zeros(3, dtype=torch.float64)
         for own in self.data.processes.share(prompts).split(PROMPTS_AT_ONCE):
             pairs = self.held_out.of(own)
             if len(pairs.margin):
-                found.add(*_both(self._last_values(values_of, pairs), pairs.margin))
-        entry = self.data.processes.merged(found).summary()
+                found += order_scores(*_both(self._last_values(values_of, pairs), pairs.margin))
+        count, loss, right = map(self.data.processes.add_up, found.tolist())
+        entry: dict[str, float | None] = {"validation_preference_loss": loss / count, "validation_preference_accuracy": right / count}
         if self.preference_regression and len(responses := self._responses_of(prompts)):
             entry |= held_out_error(values_of, self.data, responses, self.standardisation, self.td_lambda)
         return entry
