@@ -1,6 +1,6 @@
 """The objective on pairs of responses: a margin between their last tokens, and on request a regulariser and a regression."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -163,8 +163,8 @@ class Preference(Objective):
         """The responses to some prompts that the regression is on."""
         return (torch.isin(self.data.rollouts.groups, prompts) & self.regressed).nonzero()[:, 0]
 
-    def _last_values(self, values_of: Values, pairs: Pairs) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function from responses and heads to V at the last tokens, in the unit of the margin."""
+    def _last_values(self, values_of: Values, pairs: Pairs) -> Tensor:
+        """V at the last tokens of the responses in pairs, in the unit of the margin; (responses, num_heads), 0 for all other responses."""
         rollouts = self.data.rollouts
         tables = [pairs.margin, pairs.anchor] if self.preference_regulariser else [pairs.margin]
         responses = torch.cat([table[:, :2].flatten() for table in tables]).unique()
@@ -174,11 +174,10 @@ class Preference(Objective):
             rows.append(states[lengths.cumsum(0) - 1].clone())
         values = values_of(torch.cat(rows))
         values = values * self.unit.to(values)
-        rows_of = torch.full((len(rollouts),), -1).scatter(0, responses, torch.arange(len(responses)))
-        return lambda indices, heads: values[rows_of[indices].to(values.device), heads.to(values.device)]
+        return values.new_zeros(len(rollouts), rollouts.num_heads).index_copy(0, responses.to(values.device), values)
 
 
-def _both(last: Callable[[Tensor, Tensor], Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
+def _both(last: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """V of the first and of the second response of each row of a table of `Pairs`."""
-    first, second, heads = table.T
-    return last(first, heads), last(second, heads)
+    first, second, heads = table.to(last.device).T
+    return last[first, heads], last[second, heads]
