@@ -27,7 +27,6 @@ TRAIN_PROMPTS, PROMPTS = 32, 4
 # Where these are arguments; functions are found there when they are called.
 CAPPED = (
     ("recontrol.data.collect", "collect"),
-    ("recontrol.training.train", "train"),
     ("recontrol.evaluation.evaluate", "evaluate"),
     ("recontrol.generation.generate", "generate"),
     ("recontrol.methods", "make_preference_pairs"),
@@ -84,8 +83,16 @@ def folder(tmp_path, monkeypatch):
         most = TRAIN_PROMPTS if "train" in str(source) else PROMPTS
         return load(source, *arguments, limit=min(limit or most, most), **options)
 
+    train = importlib.import_module("recontrol.training.train").train
+
+    def few_epochs(rollouts, config=None, *rest, **options):
+        if isinstance(config, rc.TrainConfig):
+            return train(rollouts, dataclasses.replace(config, epochs=min(config.epochs, CAPS["epochs"])), *rest, **options)
+        return train(rollouts, config, *rest, **{**options, "epochs": min(options.get("epochs", CAPS["epochs"]), CAPS["epochs"])})
+
     small = {(module, name): capped(getattr(importlib.import_module(module), name)) for module, name in CAPPED}
-    for (module, name), function in {**small, ("recontrol.data.prompts", "load_prompts"): few}.items():
+    replaced = {**small, ("recontrol.data.prompts", "load_prompts"): few, ("recontrol.training.train", "train"): few_epochs}
+    for (module, name), function in replaced.items():
         monkeypatch.setattr(f"{module}.{name}", function)
         if hasattr(run, name):
             monkeypatch.setattr(run, name, function)
