@@ -8,7 +8,7 @@
 One matrix product forward and one a head backward. No activation is stored, and there is no gradient for the hidden states. Nothing
 is summed by atomics: what several programs add up goes to scratch memory, and is summed in a fixed order.
 
-Plain PyTorch with the same signatures is in `recontrol.training.fused`; it says in few lines what is computed here.
+Plain PyTorch with the same signatures, for one head, is in `recontrol.training.fused`; it shows in few lines what is computed here.
 """
 
 import torch

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from recontrol.evaluation.results import Result, choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
+    from recontrol.training.config import TrainConfig
     from recontrol.training.diagnosis import diagnose
-    from recontrol.training.online import train_online
-    from recontrol.training.train import train
+    from recontrol.training.train import train, train_online
     from recontrol.value.weighted_sum import WeightedSum
 
 moved.install()
@@ -50,6 +50,7 @@ _ON_DEMAND = {
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
+    "TrainConfig": "recontrol.training.config",
     "WeightedSum": "recontrol.value.weighted_sum",
     "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
@@ -69,7 +70,7 @@ _ON_DEMAND = {
     "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
     "train": "recontrol.training.train",
-    "train_online": "recontrol.training.online",
+    "train_online": "recontrol.training.train",
     "win_rate": "recontrol.evaluation.win_rate",
 }
 
@@ -85,6 +86,7 @@ __all__ = [
     "RewardModel",
     "Rollouts",
     "StaticDecoder",
+    "TrainConfig",
     "ValueFunction",
     "WeightedSum",
     "__version__",

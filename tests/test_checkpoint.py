@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from recontrol.data.rollouts import Rollouts
 from recontrol.training.checkpoint import Progress, RunFolder
 from recontrol.training.loop import Learner
-from recontrol.training.tasks import TokenTask
+from recontrol.training.objectives import TD
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
@@ -189,7 +189,7 @@ def test_ctrl_c_in_the_middle_of_validation_loses_no_mini_batch(rollouts, uninte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TokenTask, "validate", interrupted)
+        patch.setattr(TD, "validate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(rollouts, out=tmp_path / "v", **SETTINGS)
     assert_goes_on(tmp_path / "v", rollouts, uninterrupted, monkeypatch, left=12)

@@ -1,4 +1,3 @@
-import inspect
 import json
 import os
 import shlex
@@ -16,13 +15,15 @@ import recontrol
 from recontrol.cli import main, options, parser
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import model_fingerprint
-from recontrol.training.train import LARGEST_BATCH, MINIBATCHES, train
+from recontrol.training.config import TrainConfig
+from recontrol.training.data import LARGEST_BATCH, MINIBATCHES
 from recontrol.value import ValueFunction
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
 MODEL = ["--model", str(EXAMPLE / "lm"), "--dtype", "float32", "--device", "cpu"]
 REWARD = ["--reward-model", str(EXAMPLE / "reward")]
+TRAIN = ["train", "--rollouts", "missing", "--out", "missing"]
 SUBCOMMANDS = ("collect", "relabel", "train", "generate", "serve", "evaluate", "judge", "push", "info")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,26 +148,30 @@ def test_the_whole_method(tmp_path, prompt_file, capsys):
     assert all(line["response"] and line["finish"] == "length" for line in lines)
 
 
-def train_keywords(monkeypatch, *arguments):
-    """What the command hands to `train`."""
+def train_call(monkeypatch, *arguments):
+    """The settings and the other arguments that the command hands to `train`."""
     calls = []
-    monkeypatch.setattr("recontrol.training.train.train", lambda rollouts, **keywords: calls.append({"rollouts": rollouts, **keywords}))
+    monkeypatch.setattr("recontrol.training.train.train", lambda rollouts, config, **keywords: (calls.append((config, {"rollouts": rollouts, **keywords})), []))
     assert run("train", "--rollouts", "r", "--out", "v", *arguments) == 0
     return calls[0]
 
 
 def test_what_is_not_asked_of_train_is_as_in_the_function(monkeypatch, capsys):
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    found = train_keywords(monkeypatch)
-    assert found.keys() == defaults.keys() - {"dtype", "progress"}
-    assert found == {name: defaults[name] for name in found} | {"rollouts": "r", "out": "v", "device": found["device"]}
+    config, others = train_call(monkeypatch)
+    assert config == TrainConfig()
+    assert others == {"rollouts": "r", "out": "v", "device": None, "log_with": None, "checkpoint_every": 1}
     assert run("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {defaults['kernel']})" in text
-    shown = {"learning_rate": "1e-4", "epochs": "100", "patience": "10", "validation_fraction": "0.1", "td_lambda": "0, as in the paper"}
-    for name, words in shown.items():
-        assert f"(default: {words})" in text and defaults[name] == float(words.split(",")[0])
-    assert f"(default: a twentieth of those trained on, at least 1 and at most the paper's {LARGEST_BATCH})" in text and MINIBATCHES == 20
+    for name, words in {
+        "learning_rate": "0.0001",
+        "epochs": "100",
+        "patience": "10",
+        "validation_fraction": "0.1",
+        "td_lambda": "0.0",
+        "kernel": "auto",
+    }.items():
+        assert f"(default: {words})" in text and str(getattr(config, name)) == words
+    assert "by default a twentieth of those trained on, at least 1 and at most the paper's 512" in text and (LARGEST_BATCH, MINIBATCHES) == (512, 20)
 
 
 def test_collect_runs_pairs_through_the_model(tmp_path, capsys):
@@ -182,19 +187,25 @@ def test_collect_runs_pairs_through_the_model(tmp_path, capsys):
 
 def test_what_is_asked_of_train_is_handed_over(monkeypatch):
     wanted = {"hidden_dims": (8, 4), "seed": 3, "learning_rate": 0.01, "batch_size": 5, "epochs": 7, "patience": 2}
-    wanted |= {"validation_fraction": 0.3, "td_lambda": 0.95, "checkpoint_every": 50, "kernel": "triton", "device": "meta"}
+    wanted |= {"validation_fraction": 0.3, "td_lambda": 0.95, "kernel": "torch"}
     arguments = ["--hidden-dims", "8,4", "--seed", 3, "--learning-rate", 0.01, "--batch-size", 5, "--epochs", 7, "--patience", 2]
-    arguments += ["--validation-fraction", 0.3, "--td-lambda", 0.95, "--checkpoint-every", 50, "--kernel", "triton", "--device", "meta"]
+    arguments += ["--validation-fraction", 0.3, "--td-lambda", 0.95, "--checkpoint-every", 50, "--kernel", "torch", "--device", "meta"]
     wanted |= {"objective": "preference", "preference_regression": 0.5, "preference_regulariser": 1.0, "normalise_rewards": True}
     wanted |= {"weight_decay": 0.1, "warmup_steps": 9, "schedule": "cosine", "max_gradient_norm": 2.0, "ema_decay": 0.99}
-    wanted |= {"compute_dtype": torch.bfloat16, "log_with": "tensorboard"}
+    wanted |= {"compute_dtype": "bfloat16"}
     arguments += ["--objective", "preference", "--preference-regression", 0.5, "--preference-regulariser", 1, "--normalise-rewards"]
     arguments += ["--weight-decay", 0.1, "--warmup-steps", 9, "--schedule", "cosine", "--max-gradient-norm", 2, "--ema-decay", 0.99]
     arguments += ["--compute-dtype", "bfloat16", "--log-with", "tensorboard"]
-    assert train_keywords(monkeypatch, *arguments) == {"rollouts": "r", "out": "v", **wanted}
-    ends = train_keywords(monkeypatch, "--validation-fraction", 0, "--td-lambda", 1)
-    assert (ends["validation_fraction"], ends["td_lambda"]) == (0.0, 1.0)
-    assert train_keywords(monkeypatch, "--td-lambda", 0)["td_lambda"] == 0.0
+    config, others = train_call(monkeypatch, *arguments)
+    assert config == TrainConfig(**wanted)
+    # Every setting that has a flag differs from its default here, so that none is forgotten.
+    assert [name for name, setting in vars(config).items() if setting == getattr(TrainConfig(), name)] == ["dtype"]
+    assert others == {"rollouts": "r", "out": "v", "device": "meta", "log_with": "tensorboard", "checkpoint_every": 50}
+    ends, _ = train_call(monkeypatch, "--validation-fraction", 0, "--td-lambda", 1)
+    assert (ends.validation_fraction, ends.td_lambda) == (0.0, 1.0)
+    assert train_call(monkeypatch, "--td-lambda", 0)[0].td_lambda == 0.0
+    with pytest.warns(DeprecationWarning, match="'reference' is now 'released'"):
+        assert train_call(monkeypatch, "--objective", "reference")[0].objective == "released"
 
 
 def test_train_is_done_once_and_other_settings_are_refused(rollout_folder, tmp_path, capsys):
@@ -299,18 +310,18 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, val
         (["generate", *MODEL, "--step-size", "nan"], "--step-size: must be a number above 0, found nan"),
         (["generate", *MODEL, "--step-size", "-1"], "--step-size"),
         (["evaluate", *MODEL, "--step-sizes", "0.5,,1"], "--step-sizes: invalid list of positive float value: '0.5,,1'"),
-        (["train", "--validation-fraction", "1"], "--validation-fraction: must be between 0 and 1, found 1"),
-        (["train", "--td-lambda", "1.5"], "--td-lambda: must be between 0 and 1, found 1.5"),
-        (["train", "--td-lambda", "nan"], "--td-lambda: must be between 0 and 1, found nan"),
+        ([*TRAIN, "--validation-fraction", "1"], "validation_fraction must be at least 0 and below 1, found 1.0"),
+        ([*TRAIN, "--td-lambda", "1.5"], "td_lambda must be between 0 and 1, found 1.5"),
+        ([*TRAIN, "--td-lambda", "nan"], "td_lambda must be between 0 and 1, found nan"),
         (["train", "--checkpoint-every", "0"], "--checkpoint-every: must be at least 1, found 0"),
-        (["train", "--batch-size", "0"], "--batch-size: must be at least 1, found 0"),
-        (["train", "--patience", "-1"], "--patience: must be at least 1, found -1"),
-        (["train", "--learning-rate", "inf"], "--learning-rate: must be a number above 0, found inf"),
+        ([*TRAIN, "--batch-size", "0"], "batch_size must be an integer of at least 1, found 0"),
+        ([*TRAIN, "--patience", "-1"], "patience must be an integer of at least 1, found -1"),
+        ([*TRAIN, "--learning-rate", "inf"], "learning_rate must be finite and above 0, found inf"),
         (["train", "--kernel", "cuda"], "--kernel: invalid choice: 'cuda'"),
-        (["train", "--objective", "ppo"], "--objective: invalid choice: 'ppo'"),
-        (["train", "--warmup-steps", "-1"], "--warmup-steps: must be at least 0, found -1"),
-        (["train", "--weight-decay", "nan"], "--weight-decay: must be finite, found nan"),
-        (["train", "--ema-decay", "1"], "--ema-decay: must be between 0 and 1, found 1"),
+        ([*TRAIN, "--objective", "ppo"], "unknown objective 'ppo'; choose one of 'td'"),
+        ([*TRAIN, "--warmup-steps", "-1"], "warmup_steps must be an integer of at least 0, found -1"),
+        ([*TRAIN, "--weight-decay", "nan"], "weight_decay must be finite and at least 0, found nan"),
+        ([*TRAIN, "--ema-decay", "1"], "ema_decay must be between 0 and 1, or None, found 1.0"),
         (["generate", *MODEL, "--stop", ""], "must not be empty"),
         (["generate", *MODEL, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["collect"], "the following arguments are required: --out, --model, --dataset"),

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from recontrol.training.held_out import HeldOutError
-from recontrol.training.objectives import bellman_targets, td_loss
+from recontrol.training.objectives import HeldOutError, bellman_targets, td_loss
 
 LENGTHS = [3, 1, 7, 2, 1, 5]
 # Sums of some tens of float64 terms of the size of 1, in two orders, differ by a few units of 2.2e-16 each.

@@ -8,15 +8,12 @@ import torch
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import RolloutWriter
 from recontrol.training import data
-from recontrol.training import train as module
-from recontrol.training.data import Standardisation, split_by_prompt
+from recontrol.training.config import TrainConfig
+from recontrol.training.data import TrainingData, split_by_prompt
 from recontrol.training.distributed import Processes
-from recontrol.training.held_out import HeldOutError
-from recontrol.training.initial import initial_value
 from recontrol.training.loop import Learner
-from recontrol.training.objectives import Objective, reference_loss, td_loss
-from recontrol.training.tasks import TokenTask
-from recontrol.training.train import train
+from recontrol.training.objectives import HeldOutError, released_loss, td_loss
+from recontrol.training.train import initial_value, train
 from recontrol.value import ValueFunction
 
 SETTINGS = {"hidden_dims": (8,), "learning_rate": 1e-2, "epochs": 3, "batch_size": 8, "progress": False, "device": "cpu"}
@@ -69,16 +66,17 @@ def recorded_updates(monkeypatch):
     batches = []
     update = Learner.update
 
-    def recording(self, task, batch, learning_rate):
+    def recording(self, objective, batch, learning_rate):
         batches.append(batch.tolist())
-        return update(self, task, batch, learning_rate)
+        return update(self, objective, batch, learning_rate)
 
     monkeypatch.setattr(Learner, "update", recording)
     return batches
 
 
 def test_the_seed_decides_the_weights_and_the_order(rollouts, monkeypatch):
-    starts = [initial_value(WIDTH, (8,), 1, seed) for seed in (0, 0, 1)]
+    data = TrainingData(rollouts, Processes())
+    starts = [initial_value(data, TrainConfig(hidden_dims=(8,), seed=seed)) for seed in (0, 0, 1)]
     assert same(starts[0], starts[1]) and not same(starts[0], starts[2])
     orders = []
     for seed in (0, 0, 1):
@@ -109,7 +107,7 @@ def test_mini_batches_are_a_twentieth_of_the_data_and_at_most_the_papers(rollout
     assert value.provenance["training"]["batch_size"] == 2 and [len(batch) for batch in batches] == [2] * 20
     # 36 responses are trained on: 36 // 20 = 1.
     assert train(rollouts, **{**SETTINGS, "batch_size": None, "epochs": 1})[0].provenance["training"]["batch_size"] == 1
-    monkeypatch.setattr(module, "LARGEST_BATCH", 30)
+    monkeypatch.setattr(data, "LARGEST_BATCH", 30)
     many = Rollouts.write(tmp_path / "r", [torch.randn(1, 2) for _ in range(700)], torch.randn(700))
     assert train(many, **{**SETTINGS, "batch_size": None, "epochs": 1, "validation_fraction": 0})[0].provenance["training"]["batch_size"] == 30
 
@@ -282,16 +280,19 @@ def test_states_are_read_a_few_at_a_time_and_let_go(rollouts, monkeypatch, at_on
     assert sum(sum(lengths) for lengths, _ in reads[1:]) == 4 * rollouts.num_tokens
 
 
-@pytest.mark.parametrize("objective", [Objective("td"), Objective("td-lambda", 0.5), Objective("mc"), Objective("reference")], ids=lambda aim: aim.name)
-def test_the_gradient_of_a_mini_batch_does_not_depend_on_how_it_is_cut(tmp_path, monkeypatch, objective):
+@pytest.mark.parametrize("config", [TrainConfig("td"), TrainConfig("td-lambda", 0.5), TrainConfig("mc"), TrainConfig("released")], ids=lambda c: c.objective)
+def test_the_gradient_of_a_mini_batch_does_not_depend_on_how_it_is_cut(tmp_path, monkeypatch, config):
     rollouts = made(tmp_path / "r", heads=2)
     torch.manual_seed(0)
     start = ValueFunction(WIDTH, (8,), 2).double()
-    standardisation = Standardisation.of(rollouts.rewards.double())
+    objective = config.new_objective()
+    objective.bind(TrainingData(rollouts, Processes(), dtype=torch.float64))
+    standardisation = objective.standardisation
+    assert torch.equal(standardisation.mean, rollouts.rewards.double().mean(0))
     batch = torch.randperm(40)
     states, lengths, rewards = rollouts.batch(batch)
-    by_response = objective.name == "reference"
-    loss = reference_loss if by_response else lambda *case: td_loss(*case, objective.td_lambda)
+    by_response = config.objective == "released"
+    loss = released_loss if by_response else lambda *case: td_loss(*case, objective.td_lambda)
     loss(start(states), standardisation.apply(rewards), lengths).backward()
     # Sums of 160 float64 terms in another order: 160 roundings of 1.1e-16.
     close = {"rtol": 1e-12, "atol": 1e-13}
@@ -302,8 +303,7 @@ def test_the_gradient_of_a_mini_batch_does_not_depend_on_how_it_is_cut(tmp_path,
         assert len(list(data.parts(batch, rollouts.lengths))) >= pieces
         value = copy.deepcopy(start)
         value.zero_grad()
-        task = TokenTask(rollouts, objective, standardisation, batch, batch[:0], Processes())
-        assert task.backward(value, batch) == (pytest.approx(wanted, rel=1e-12), count)
+        assert objective.backward(value, batch) == (pytest.approx(wanted, rel=1e-12), count)
         for parameter, before in zip(value.parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, before.grad, **close)
 
@@ -384,8 +384,8 @@ def test_one_prompt_cannot_be_split(tmp_path):
         *(({"td_lambda": number}, f"td_lambda must be between 0 and 1, found {number}") for number in (-0.1, 1.5, float("nan"))),
         *(({"validation_fraction": number}, "validation_fraction must be at least 0 and below 1") for number in (-0.1, 1.0, float("nan"))),
         ({"seed": -1}, "seed must be an integer of at least 0, found -1"),
-        ({"dtype": torch.bfloat16}, r"dtype must be torch.float32 or torch.float64, found torch.bfloat16"),
-        ({"hidden_dims": (8, 0)}, "must be positive integers"),
+        ({"dtype": torch.bfloat16}, r"dtype must be float32 or float64, since smaller ones lose Adam's updates, found 'bfloat16'"),
+        ({"hidden_dims": (8, 0)}, r"must be a sequence of positive integers such as \(4096,\), found \(8, 0\)"),
         ({"hidden_dims": 64}, r"hidden_dims must be a sequence of positive integers such as \(4096,\), found 64"),
         ({"kernel": "cuda"}, "unknown kernel 'cuda'; choose one of 'auto', 'torch', 'closed-form', 'triton'"),
     ],

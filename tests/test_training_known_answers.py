@@ -78,14 +78,14 @@ def test_the_exact_value_function_is_found(walks, options):
 
 
 def test_the_released_loss_says_along_the_whole_response_what_it_said_after_the_prompt(walks):
-    value, found = walks.trained(objective="reference")
+    value, found = walks.trained(objective="released")
     np.testing.assert_allclose(found, walks.of_start(), **CLOSE)
     assert diagnose(value, walks.rollouts).movement < 1e-4
 
 
 def test_the_report_tells_a_value_function_that_follows_the_response_from_one_that_does_not(walks):
     right, _ = walks.trained(objective="td")
-    wrong, _ = walks.trained(objective="reference")
+    wrong, _ = walks.trained(objective="released")
     followed, ignored = (diagnose(value, walks.rollouts, bins=STEPS + 1) for value in (right, wrong))
     # The correlation of E[r | s] with r is the ratio of their standard deviations; every state of a step is one bin here.
     visits = np.array(walks.walks)

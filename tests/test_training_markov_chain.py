@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.training import tasks
-from recontrol.training.objectives import bellman_targets
+from recontrol.training.objectives import bellman_targets, tokens
 from recontrol.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +94,6 @@ def no_stop_gradient(values, rewards, lengths, td_lambda=0.0):
 
 @pytest.mark.parametrize("mistake", [reward_at_the_first_token, no_stop_gradient])
 def test_with_a_mistake_of_the_released_code_another_value_function_is_found(chain, monkeypatch, mistake):
-    monkeypatch.setattr(tasks, "td_loss", mistake)
+    monkeypatch.setattr(tokens, "td_loss", mistake)
     from_process, from_sample = chain.distances(0.0)
     assert from_process > 3 and from_sample > 3

@@ -7,9 +7,10 @@ import torch
 from test_checkpoint import count_updates, interrupt, made
 from test_train import same
 
-from recontrol.training.loop import Learner
-from recontrol.training.mixed_precision import low_precision_values
-from recontrol.training.optimisation import Optimisation
+from recontrol.training.config import TrainConfig
+from recontrol.training.distributed import Processes
+from recontrol.training.fused import low_precision_values
+from recontrol.training.loop import Learner, rate
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
@@ -30,29 +31,30 @@ def plain(rollouts):
 
 
 def test_the_learning_rate_rises_and_falls_as_said():
-    cosine = Optimisation(2.0, warmup_steps=4, schedule="cosine")
-    assert [cosine.rate(step, 24) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert [cosine.rate(step, 24) for step in (4, 9, 14, 24)] == pytest.approx([2, 1 + math.sqrt(0.5), 1, 0])
-    constant = Optimisation(2.0, warmup_steps=2)
-    assert [constant.rate(step, 24) for step in (0, 1, 2, 23)] == [1.0, 2.0, 2.0, 2.0]
+    cosine = TrainConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine")
+    assert [rate(cosine, step, 24) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert [rate(cosine, step, 24) for step in (4, 9, 14, 24)] == pytest.approx([2, 1 + math.sqrt(0.5), 1, 0])
+    constant = TrainConfig(learning_rate=2.0, warmup_steps=2)
+    assert [rate(constant, step, 24) for step in (0, 1, 2, 23)] == [1.0, 2.0, 2.0, 2.0]
     # More of warm-up than there is to train, and a single step.
-    assert Optimisation(2.0, warmup_steps=10, schedule="cosine").rate(3, 4) == 0.8
-    assert Optimisation(2.0, schedule="cosine").rate(0, 1) == 2.0
+    assert rate(TrainConfig(learning_rate=2.0, warmup_steps=10, schedule="cosine"), 3, 4) == 0.8
+    assert rate(TrainConfig(learning_rate=2.0, schedule="cosine"), 0, 1) == 2.0
 
 
 def test_a_run_takes_its_steps_with_those_learning_rates(rollouts, monkeypatch):
     rates = []
     update = Learner.update
 
-    def recording(self, task, batch, learning_rate):
-        result = update(self, task, batch, learning_rate)
+    def recording(self, objective, batch, learning_rate):
+        result = update(self, objective, batch, learning_rate)
         rates.append(self.optimizer.param_groups[0]["lr"])
         return result
 
     monkeypatch.setattr(Learner, "update", recording)
     train(rollouts, warmup_steps=3, schedule="cosine", **SETTINGS)
     # 36 responses to train on, hence 6 mini-batches in each of 3 epochs.
-    assert rates == [Optimisation(1e-2, warmup_steps=3, schedule="cosine").rate(step, 18) for step in range(18)]
+    config = TrainConfig(learning_rate=1e-2, warmup_steps=3, schedule="cosine")
+    assert rates == [rate(config, step, 18) for step in range(18)]
 
 
 @pytest.mark.parametrize("option", EVERYTHING)
@@ -61,10 +63,10 @@ def test_each_setting_changes_the_result_and_is_recorded(rollouts, plain, option
     assert not same(value, plain) and all(math.isfinite(entry["validation_mc_error"]) for entry in history)
     wanted = "bfloat16" if option == "compute_dtype" else EVERYTHING[option]
     assert value.provenance["training"][option] == wanted and value.dtype == torch.float32
-    assert plain.provenance["training"][option] == (None if option in ("max_gradient_norm", "ema_decay", "compute_dtype") else getattr(Optimisation(), option))
+    assert plain.provenance["training"][option] == (None if option in ("max_gradient_norm", "ema_decay", "compute_dtype") else getattr(TrainConfig(), option))
 
 
-def one_step(optimisation, gradient):
+def one_step(gradient, **settings):
     value = ValueFunction(2, (), 1)
     with torch.no_grad():
         value.layers[0].weight.copy_(torch.tensor([[1.0, -2.0]]))
@@ -75,29 +77,27 @@ def one_step(optimisation, gradient):
             value.layers[0].bias.grad = torch.zeros(1)
             return 3.0, 2
 
-    from recontrol.training.distributed import Processes
-
-    learner = Learner(value, optimisation, value, Processes())
-    assert learner.update(Task(), torch.arange(2), optimisation.learning_rate) == (3.0, 2)
+    learner = Learner(value, TrainConfig(learning_rate=0.1, **settings), value, Processes())
+    assert learner.update(Task(), torch.arange(2), 0.1) == (3.0, 2)
     return learner
 
 
 def test_weights_decay_apart_from_the_gradient():
     """AdamW: w <- (1 - lr decay) w, then the step of Adam, whose size is lr."""
-    weight = one_step(Optimisation(0.1, weight_decay=0.5), [4.0, 0.0]).value.layers[0].weight
+    weight = one_step([4.0, 0.0], weight_decay=0.5).value.layers[0].weight
     torch.testing.assert_close(weight, torch.tensor([[0.95 - 0.1, -2 * 0.95]]))
 
 
 def test_long_gradients_are_cut_and_short_ones_are_not():
     for gradient, norm in (([3.0, 4.0], 0.5), ([0.03, 0.04], 0.05)):
-        learner = one_step(Optimisation(0.1, max_gradient_norm=0.5), gradient)
+        learner = one_step(gradient, max_gradient_norm=0.5)
         # Adam's first moment after a step is a tenth of the gradient.
         moment = learner.optimizer.state_dict()["state"][0]["exp_avg"]
         assert float(10 * moment.norm()) == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_average_starts_at_the_first_step_and_follows():
-    learner = one_step(Optimisation(0.1, ema_decay=0.75), [1.0, 1.0])
+    learner = one_step([1.0, 1.0], ema_decay=0.75)
     first = learner.value.layers[0].weight.detach().clone()
     assert torch.equal(learner.judged.layers[0].weight, first)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_run_with_all_of_them_goes_on_to_the_bit(rollouts, tmp_path, monkeypat
         ({"schedule": "linear"}, "unknown schedule 'linear'; choose one of 'constant', 'cosine'"),
         *(({"max_gradient_norm": number}, "max_gradient_norm must be finite and above 0, or None") for number in (0.0, math.nan)),
         *(({"ema_decay": number}, "ema_decay must be between 0 and 1, or None") for number in (0.0, 1.0, math.nan)),
-        ({"compute_dtype": torch.float16}, "compute_dtype must be torch.bfloat16, or None for that of the weights, found torch.float16"),
+        ({"compute_dtype": torch.float16}, "compute_dtype must be bfloat16, or None for that of the weights, found 'float16'"),
         ({"compute_dtype": torch.bfloat16, "kernel": "triton"}, "compute_dtype is for kernel 'torch', found it with 'triton'"),
     ],
 )

@@ -9,12 +9,11 @@ from test_train import same
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import RolloutWriter
 from recontrol.training import data
-from recontrol.training.data import Standardisation
+from recontrol.training.config import TrainConfig
+from recontrol.training.data import TrainingData
 from recontrol.training.distributed import Processes
-from recontrol.training.held_out import HeldOutPreference
-from recontrol.training.objectives import Objective, preference_loss, preference_regulariser, td_loss
+from recontrol.training.objectives import order_scores, preference_loss, preference_regulariser, td_loss
 from recontrol.training.pairs import preference_pairs
-from recontrol.training.tasks import PreferenceTask
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
@@ -109,8 +108,10 @@ def test_the_gradient_is_that_of_the_formula_however_states_are_read(tmp_path, m
     pairs = preference_pairs(rollouts)
     value = ValueFunction(WIDTH, (8,), 2).double()
     rewards = rollouts.rewards.double()
-    standardisation = Standardisation.of(rewards) if regression else Standardisation.none(2, torch.float64)
-    objective = Objective("preference", 0.3 if regression else 0.0, regression, regulariser)
+    objective = TrainConfig("preference", 0.3 if regression else 0.0, regression, regulariser).new_objective()
+    objective.bind(TrainingData(rollouts, Processes(), dtype=torch.float64))
+    standardisation = objective.standardisation
+    assert torch.equal(standardisation.scale, rewards.std(0, correction=0) if regression else torch.ones(2, dtype=torch.float64))
     batch = torch.tensor([7, 2, 9])
     # By hand, for three prompts at once.
     chosen_pairs = pairs.of(batch)
@@ -125,12 +126,10 @@ def test_the_gradient_is_that_of_the_formula_however_states_are_read(tmp_path, m
     if regression:
         loss = loss + regression * td_loss(every, rewards[responses] - standardisation.mean, lengths, 0.3)
     wanted = torch.autograd.grad(loss, list(value.parameters()))
-    regressed = torch.full((len(rollouts),), regression > 0)
-    task = PreferenceTask(rollouts, objective, standardisation, standardisation.scale, pairs, pairs, regressed, Processes())
     for at_once in (10_000, 3):
         monkeypatch.setattr(data, "TOKENS_AT_ONCE", at_once)
         value.zero_grad()
-        found, count = task.backward(value, batch)
+        found, count = objective.backward(value, batch)
         assert count == len(chosen_pairs.margin) == 18 and found / count == pytest.approx(float(margin.detach()), rel=1e-12)
         for parameter, gradient in zip(value.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
@@ -176,28 +175,24 @@ def test_a_run_does_not_go_on_with_other_labels(tmp_path):
 
 def test_the_score_of_pairs_is_that_of_a_direct_computation():
     chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.0, 1.0, 0.5, -4.0])
-    whole, first, second = HeldOutPreference(), HeldOutPreference(), HeldOutPreference()
-    whole.add(chosen, rejected)
-    first.add(chosen[:1], rejected[:1])
-    second.add(chosen[1:], rejected[1:])
-    second.add(chosen[:0], rejected[:0])
-    first.merge(second)
+    whole = order_scores(chosen, rejected)
     # Right, wrong, equal, right.
-    assert whole.summary()["validation_preference_accuracy"] == 2.5 / 4
-    assert whole.summary()["validation_preference_loss"] == pytest.approx(sum(math.log(1 + math.exp(-gap)) for gap in (1, -3, 0, 4)) / 4, rel=1e-6)
-    assert first.summary() == pytest.approx(whole.summary())
+    assert (whole[0], whole[2]) == (4, 2.5) and whole.dtype == torch.float64
+    assert float(whole[1]) == pytest.approx(sum(math.log(1 + math.exp(-gap)) for gap in (1, -3, 0, 4)), rel=1e-6)
+    parts = [order_scores(chosen[part], rejected[part]) for part in (slice(0, 1), slice(1, 4), slice(0, 0))]
+    assert sum(parts).tolist() == pytest.approx(whole.tolist())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "dpo"}, "unknown objective 'dpo'; choose one of 'td', 'td-lambda', 'mc', 'preference', 'reference'"),
+        ({"objective": "dpo"}, "unknown objective 'dpo'; choose one of 'td', 'td-lambda', 'mc', 'preference', 'released'"),
         ({"objective": "td", "td_lambda": 0.5}, "the objective 'td' has no td_lambda, found 0.5"),
-        ({"objective": "reference", "td_lambda": 1.0}, "the objective 'reference' has no td_lambda, found 1.0"),
+        ({"objective": "released", "td_lambda": 1.0}, "the objective 'released' has no td_lambda, found 1.0"),
         ({"objective": "td-lambda"}, "the objective 'td-lambda' needs td_lambda above 0, such as 0.95; with 0 it is 'td'"),
         ({"objective": "mc", "td_lambda": 0.5}, "the objective 'mc' is td_lambda=1, found td_lambda=0.5"),
         ({"td_lambda": 0.5}, "the objective 'preference' without preference_regression has no td_lambda, found 0.5"),
-        ({"objective": "td", "preference_regulariser": 1.0}, "preference_regulariser is for the objective 'preference', found it with 'td'"),
+        ({"objective": "td", "preference_regulariser": 1.0}, "the objective 'td' has no preference_regulariser, found 1.0"),
         ({"preference_regression": -1.0}, "preference_regression must be finite and at least 0, found -1.0"),
         ({"preference_regulariser": math.nan}, "preference_regulariser must be finite and at least 0, found nan"),
         ({"normalise_rewards": True}, "normalise_rewards has no meaning for the objective 'preference' without preference_regression"),

@@ -14,7 +14,7 @@ from oracle import ROUNDOFF, integers, whole_value_function
 from test_train import SETTINGS, made, same
 
 from recontrol.training import fused
-from recontrol.training.fused import fused_values, reference_values, why_not
+from recontrol.training.fused import fused_values, why_not
 from recontrol.training.objectives import td_loss
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
@@ -33,6 +33,55 @@ if DEVICE == "cpu" and not kernels.INTERPRETED:
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens, hidden_size, units, heads: 1, primes, one past a block boundary in each of them, and several blocks.
 SIZES = [(1, 1, 1, 1), (7, 37, 5, 2), (65, 33, 65, 1), (37, 257, 131, 3), (129, 129, 32, 1), (257, 7, 31, 2)]
+
+
+def reference_forward(hidden, w1, b1, w2, b2):
+    """V = w2 relu(W1 h + b1) + b2, and which units are active, in plain PyTorch.
+
+    Args:
+        hidden: (tokens, hidden_size), dtype of the weights.
+        w1: (units, hidden_size).
+        b1: (units,).
+        w2: (heads, units).
+        b2: (heads,).
+
+    Returns:
+        V, (tokens, heads), and the mask m = 1[W1 h + b1 > 0], (tokens, units), bool. NaN counts as active, as in autograd's ReLU.
+    """
+    z = torch.addmm(b1, hidden, w1.T)
+    return torch.addmm(b2, torch.relu(z), w2.T), ~(z <= 0)
+
+
+def reference_backward(gradient, mask, hidden, w1, b1, w2):
+    """The gradients of the weights, from the mask instead of the activations.
+
+        P_k = (m * dv_k)^T H,    n_k = sum over tokens of m * dv_k,    for each head k
+        dW1 = sum_k diag(w2_k) P_k,    db1 = sum_k w2_k * n_k,    dw2_kj = W1_j . P_kj + b1_j n_kj,    db2 = sum over tokens of dv
+
+    since dV_k / dz = w2_k * m and an active unit is m * (W1 h + b1).
+
+    Args:
+        gradient: (tokens, heads), dv, the gradient with respect to V.
+        mask: (tokens, units), bool, as `reference_forward` returned it.
+        hidden: (tokens, hidden_size), dtype of the weights.
+        w1: (units, hidden_size).
+        b1: (units,).
+        w2: (heads, units).
+
+    Returns:
+        The gradients of w1, b1, w2 and b2, each of its weight's shape.
+    """
+    masked = torch.where(mask[:, :, None], gradient[:, None, :], 0)  # (tokens, units, heads)
+    products = torch.einsum("tjk,th->kjh", masked, hidden)  # (heads, units, hidden_size)
+    active = masked.sum(0).T  # (heads, units)
+    w1_gradient = torch.einsum("kj,kjh->jh", w2, products)
+    w2_gradient = torch.einsum("jh,kjh->kj", w1, products) + b1 * active
+    return w1_gradient, (w2 * active).sum(0), w2_gradient, gradient.sum(0)
+
+
+def reference_values(value, hidden):
+    """As `fused_values`, in plain PyTorch: what the kernels compute, in the dtype of the weights, on any device."""
+    return fused._apply(value, hidden.to(value.dtype), reference_forward, reference_backward)
 
 
 def setup(tokens, size, units, heads, dtype=torch.float32):
@@ -116,7 +165,7 @@ def test_the_reference_passes_gradcheck():
     parts = [part for pair in zip(*value.parameters_by_kind, strict=True) for part in pair]
 
     def evaluate(w1, b1, w2, b2):
-        return fused._Values.apply(hidden.double(), w1, b1, w2, b2, fused.reference_forward, fused.reference_backward)
+        return fused._Values.apply(hidden.double(), w1, b1, w2, b2, reference_forward, reference_backward)
 
     assert torch.autograd.gradcheck(evaluate, parts)
 
@@ -304,8 +353,8 @@ def test_triton_is_imported_by_no_one_who_does_not_ask_for_it():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, recontrol as rc, recontrol.training.train, recontrol.cli\n"
-        "from recontrol.training.fused import reference_values\n"
-        "assert reference_values(rc.ValueFunction(3, (4,)), torch.ones(2, 3)).shape == (2, 1)\n"
+        "from recontrol.training.fused import closed_form_values\n"
+        "assert closed_form_values(rc.ValueFunction(3, (4,)), torch.ones(2, 3)).shape == (2, 1)\n"
         "assert 'recontrol.kernels.value_training' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from recontrol.data.batches import RolloutBatch, ScoredResponses
 from recontrol.data.sampling import SampledResponses
 from recontrol.decoding.hooks import input_width, output_embedding
@@ -31,6 +33,7 @@ class OnlineRollouts:
         model: the language model.
         settings: all that the batches depend on, for the provenance of what is trained on them.
         hidden_size: width of a state.
+        dtype: of a state.
 
     Raises:
         TypeError, ValueError: as for `collect`.
@@ -40,7 +43,9 @@ class OnlineRollouts:
         self._source = SampledResponses(model, tokenizer, prompts, reward, **options)
         self.model = model
         self.settings = self._source.settings
-        self.hidden_size = input_width(model, output_embedding(model))
+        embedding = output_embedding(model)
+        self.hidden_size = input_width(model, embedding)
+        self.dtype: torch.dtype = embedding.weight.dtype  # type: ignore[assignment]
 
     def __len__(self) -> int:
         """Batches of one pass over the prompts."""
@@ -54,30 +59,19 @@ class OnlineRollouts:
         """The batches from number `start` to before `stop`, over as many passes as that takes; without end if `stop` is None.
 
         A batch of which stop strings left no response is passed over.
-
-        Args:
-            start: number of the first batch, from 0.
-            stop: number of the batch after the last one.
         """
         for scored in self.responses(start, stop):
             if scored.records:
                 yield scored.batch()
 
     def responses(self, start: int = 0, stop: int | None = None) -> Iterator[ScoredResponses]:
-        """As `batches`, with the texts and tokens of the responses.
-
-        Args:
-            start: number of the first batch, from 0.
-            stop: number of the batch after the last one.
-        """
+        """As `batches`, with the texts and tokens of the responses."""
         with self.opened() as make:
             number = start
             while stop is None or number < stop:
                 yield make(number)
                 number += 1
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
+    def opened(self) -> contextlib.AbstractContextManager[Callable[[int], ScoredResponses]]:
         """Get the model ready inside the block, for a function from the number of a batch, from 0 on, to its responses."""
-        with self._source.opened() as make:
-            yield make
+        return self._source.opened()

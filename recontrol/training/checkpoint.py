@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json, writing_lock
+from recontrol.training.config import TrainConfig, in_present_names
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME
 
 FORMAT = "recontrol.training"
@@ -26,9 +27,7 @@ class Progress:
 
     Attributes:
         epoch: the epoch that is running, from 0.
-        position: mini-batches of that epoch that are done.
-        loss: sum of the loss over the tokens, responses or pairs of those mini-batches.
-        count: how many tokens, responses or pairs those were.
+        position: mini-batches of that epoch that are done; `loss` is the sum of their loss over `count` tokens, responses or pairs.
         best_epoch: the epoch whose weights are the best so far, or -1.
         history: one dict for each epoch that is done.
     """
@@ -44,18 +43,8 @@ class Progress:
 class RunFolder:
     """The files of one training run; with no path, none.
 
-    A run that is under way has `history.json` and `checkpoint.safetensors`; a finished one has the value function and a
-    `history.json` that says so, and no checkpoint.
-
-    Args:
-        path: the folder, made if absent, or None.
-        settings: what decides the result, JSON-able; compared with that of the run already in the folder.
-        write: whether this process writes; of several processes that share the folder, one does.
-
-    Raises:
-        OSError: the folder cannot be written.
-        ValueError: the folder holds something else, or a run with other settings; the setting is named, with what was
-            found and wanted.
+    A run that is under way has `history.json` and `checkpoint.safetensors`; a finished one has the value function and a `history.json`
+    that says so. `settings` decide the result; a run with others in the same folder is refused. One of several processes writes.
     """
 
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any], *, write: bool = True):
@@ -89,18 +78,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         average: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the checkpoint, whole or not at all.
-
-        Args:
-            progress: how far the run is.
-            weights: the current state dict of the value function.
-            best: the state dict of the best epoch so far; empty before the first epoch is done.
-            optimizer: its moments are written, its settings are not.
-            average: the state dict of the moving average of the weights, if there is one.
-
-        Raises:
-            OSError: the disk is full; the message names the file, and the checkpoint before it stays.
-        """
+        """Write the checkpoint, whole or not at all; of the optimiser its moments, not its settings."""
         if self.path is None or not self.write:
             return
         groups = {"weights": weights, "best": best, "average": average or {}}
@@ -117,19 +95,7 @@ class RunFolder:
     def load(
         self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
     ) -> tuple[Progress, dict[str, Tensor]]:
-        """Go on from the checkpoint, if there is one.
-
-        Args:
-            weights: the state dict of the value function; filled in place.
-            optimizer: its moments are filled in.
-            average: the state dict of the moving average of the weights, if there is one; filled in place.
-
-        Returns:
-            How far the run was, and the weights of its best epoch.
-
-        Raises:
-            ValueError: the checkpoint is damaged, or of another run.
-        """
+        """Fill in state dicts and moments from the checkpoint, if there is one: how far the run was, and the weights of its best epoch."""
         if self.path is None or not (self.path / CHECKPOINT_NAME).exists():
             return Progress(), {}
         path = self.path / CHECKPOINT_NAME
@@ -142,6 +108,7 @@ class RunFolder:
                     group, rest = name.split(".", 1)
                     groups[group][rest] = file.get_tensor(name).clone()
             progress, settings = Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
+            progress.history = [in_present_names(entry) for entry in progress.history]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole checkpoint ({error}); delete it to train from the beginning") from error
         self._compare(settings, path)
@@ -161,24 +128,13 @@ class RunFolder:
         return progress, groups["best"]
 
     def finish(self, progress: Progress) -> None:
-        """Say that the value function beside it is the result, and remove the checkpoint.
-
-        Args:
-            progress: how far the run is: at its end.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Say that the value function beside it is the result, and remove the checkpoint."""
         if self.path is not None and self.write:
             self._write_history(progress.history, progress.best_epoch, finished=True)
             self.clear()
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
-        """Keep other runs out of the folder inside the block; of several processes, the one that writes holds the lock for all.
-
-        Raises:
-            RuntimeError: another run is writing into the folder; on entering the block.
-        """
+        """Keep other runs out of the folder inside the block; of several processes, the one that writes holds the lock for all."""
         return writing_lock(self.path) if self.path is not None and self.write else contextlib.nullcontext()
 
     def clear(self) -> None:
@@ -192,10 +148,12 @@ class RunFolder:
         if found != FORMAT or not isinstance(content.get("settings"), dict) or not isinstance(content.get("epochs"), list):
             raise ValueError(f"{path} is not the history of a training run: found format {found!r}, wanted {FORMAT!r}; use another folder")
         self._compare(content["settings"], path)
-        self.finished, self.history = bool(content.get("finished")), content["epochs"]
+        self.finished, self.history = bool(content.get("finished")), [in_present_names(entry) for entry in content["epochs"]]
 
     def _compare(self, found: dict[str, Any], path: Path) -> None:
-        check_same_settings(found, self.settings, f"{path} is of a run with")
+        # What a run of an earlier release does not name was not there to be set.
+        before = {name: entry for name, entry in TrainConfig(kernel="torch", validation_fraction=0.0).record().items() if name in self.settings}
+        check_same_settings({**before, **in_present_names(found)}, self.settings, f"{path} is of a run with")
 
     def _write_history(self, epochs: list[dict[str, Any]], best_epoch: int, *, finished: bool = False) -> None:
         assert self.path is not None

@@ -4,27 +4,92 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recontrol.checks import first_few
 from recontrol.data.rollouts import Rollouts
+from recontrol.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
 # Tokens in one forward call. It bounds memory, and splits a mini-batch between responses without changing its gradient.
 TOKENS_AT_ONCE = 8192
+# The paper's batch; small data get smaller ones, or one pass over them would be a handful of updates.
+LARGEST_BATCH = 512
+MINIBATCHES = 20
+
+
+class TrainingData:
+    """Stored rollouts, some of whose prompts are held out.
+
+    Attributes:
+        rollouts: those trained on and those held out.
+        held_in: responses to train on.
+        held_out: responses to validate on.
+        rewards: (len(held_in), num_heads), those trained on, in the dtype of the weights.
+        states_dtype: of the states.
+        normalise_rewards: whether V stays in standard deviations of the reward.
+        processes: the processes that share a mini-batch.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        processes: Processes,
+        *,
+        validation_fraction: float = 0.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        normalise_rewards: bool = False,
+    ):
+        if not len(rollouts):
+            raise ValueError(f"{rollouts.path} has no responses to train on")
+        check_rewards(rollouts)
+        self.rollouts, self.processes, self.normalise_rewards = rollouts, processes, normalise_rewards
+        self.held_in, self.held_out = split_by_prompt(rollouts.groups, validation_fraction, seed)
+        self.rewards = rollouts.rewards.to(dtype)[self.held_in]
+        self.hidden_size, self.num_heads = rollouts.hidden_size, rollouts.num_heads
+        self.states_dtype: torch.dtype = getattr(torch, rollouts.manifest["dtype"])
+
+    def units(self, epoch: int) -> Tensor:
+        """What an epoch takes: responses."""
+        return self.held_in
+
+    def batch_size(self, asked: int | None, units: int) -> int:
+        """Units in a mini-batch."""
+        return asked or max(1, min(LARGEST_BATCH, units // MINIBATCHES))
+
+    def fetch(self, batch: Tensor) -> tuple[Rollouts, Tensor]:
+        """Where the responses of a mini-batch are, and their indices there."""
+        return self.rollouts, batch
+
+    def check(self) -> None:
+        """Refuse states that are not finite."""
+        check_states(self.rollouts)
+
+    def settings(self, labels: tuple[Tensor, ...]) -> dict[str, Any]:
+        """What the result depends on beside the config."""
+        return {"rollouts": digest(self.rollouts, *labels)}
+
+    def provenance(self) -> dict[str, Any]:
+        """What V was trained on."""
+        counts = {"responses": len(self.rollouts), "tokens": self.rollouts.num_tokens, "trained_on": len(self.held_in), "held_out": len(self.held_out)}
+        return {**origin(self.rollouts.manifest), "data": counts}
+
+
+def origin(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of rollouts as the provenance of a value function has it."""
+    named = {name: manifest.get(name) for name in ("base_model", "reward")}
+    return {**named, "rollouts": {name: entry for name, entry in manifest.items() if name not in named}}
 
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Counts rewards in standard deviations from their mean, head by head.
-
-    Args:
-        mean: (num_heads,).
-        scale: (num_heads,), above 0.
-    """
+    """Counts rewards in standard deviations, `scale`, from their mean; both are (num_heads,)."""
 
     mean: Tensor
     scale: Tensor
@@ -40,7 +105,7 @@ class Standardisation:
 
     @classmethod
     def none(cls, num_heads: int, dtype: torch.dtype) -> "Standardisation":
-        """That leaves numbers as they are."""
+        """Leaves numbers as they are."""
         return cls(torch.zeros(num_heads, dtype=dtype), torch.ones(num_heads, dtype=dtype))
 
     def apply(self, rewards: Tensor) -> Tensor:
@@ -53,18 +118,9 @@ class Standardisation:
 
 
 def split_by_prompt(groups: Tensor, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out prompts with all their responses, so that no response to a prompt trained on is among those judged.
+    """Indices of the responses to train on and of those held out, in rising order; a prompt has all its responses on one side.
 
-    Args:
-        groups: (responses,), index of each response's prompt.
-        validation_fraction: share of the prompts held out; at least one prompt is on each side, unless this is 0.
-        seed: of the choice.
-
-    Returns:
-        Indices of the responses to train on, and of those held out, each in rising order.
-
-    Raises:
-        ValueError: there is only one prompt to split.
+    At least one prompt is on each side, unless `validation_fraction` is 0.
     """
     prompts = groups.unique()
     if validation_fraction and len(prompts) < 2:
@@ -87,44 +143,35 @@ def parts(indices: Tensor, lengths: Tensor) -> Iterator[Tensor]:
         yield indices[start:]
 
 
-def check_rewards(rollouts: Rollouts) -> None:
-    """Refuse rewards that are not finite.
+def read(rollouts: Rollouts, indices: Tensor, standardisation: Standardisation) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """States, standardised rewards and lengths of some responses, some thousand tokens at a time."""
+    for part in parts(indices, rollouts.lengths):
+        states, lengths, rewards = rollouts.batch(part)
+        yield states, standardisation.apply(rewards), lengths
 
-    Raises:
-        ValueError: the responses are named.
-    """
-    if not rollouts.rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite, found others in responses {_some((~rollouts.rewards.isfinite().all(1)).nonzero()[:, 0])}")
+
+def check_rewards(rollouts: Rollouts) -> None:
+    """Refuse rewards that are not finite, and name the responses."""
+    bad = (~rollouts.rewards.isfinite().all(1)).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(f"rewards must be finite, found others in responses {first_few(bad.tolist())}")
 
 
 def check_states(rollouts: Rollouts) -> None:
-    """Read everything once before training: a NaN found in epoch 50 would be found too late.
-
-    Raises:
-        ValueError: the responses are named.
-    """
+    """Read everything once before training, and name responses whose states are not finite: a NaN found in epoch 50 would be found too late."""
     bad = []
     for part in parts(torch.arange(len(rollouts)), rollouts.lengths):
         states, lengths, _ = rollouts.batch(part)
         if not (finite := states.isfinite().all(1)).all():
             bad.append(part.repeat_interleave(lengths)[~finite].unique())
     if bad:
-        raise ValueError(f"hidden states must be finite, found NaN or infinite ones in responses {_some(torch.cat(bad))} of {rollouts.path}")
+        raise ValueError(f"hidden states must be finite, found NaN or infinite ones in responses {first_few(torch.cat(bad).tolist())} of {rollouts.path}")
 
 
 def digest(rollouts: Rollouts, *tables: Tensor) -> str:
-    """Tells rollouts apart without reading all states: lengths, rewards and prompts of all responses, and the first and last one's states.
-
-    Args:
-        rollouts: the data.
-        tables: what else tells them apart.
-    """
+    """Identifies rollouts without reading all states: lengths, rewards and prompts of all responses, the first and last one's states, and tables."""
     found = sha256(str((rollouts.hidden_size, rollouts.manifest["dtype"])).encode())
     for tensor in (rollouts.lengths, rollouts.rewards, rollouts.groups, *tables):
         found.update(tensor.contiguous().numpy().tobytes())
     found.update(rollouts.batch([0, len(rollouts) - 1])[0].view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _some(numbers: Tensor) -> str:
-    return ", ".join(map(str, numbers[:8].tolist())) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

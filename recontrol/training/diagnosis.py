@@ -1,4 +1,4 @@
-"""What a value function knows as a response unfolds, and what it says that is not so: numbers, a table and a figure."""
+"""What a value function knows as a response unfolds, and where it is wrong: numbers, a table and a figure."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from recontrol.checks import required
 from recontrol.data.rollouts import Rollouts
 from recontrol.files import write_aside, write_json
 from recontrol.training.data import parts
 from recontrol.value import ValueFunction
 
 FORMAT = "recontrol.diagnosis"
-# Told apart by readers who cannot tell red from green (Okabe and Ito's palette).
+# Okabe and Ito's palette, which readers who cannot see red and green can distinguish.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 
 
@@ -27,14 +28,12 @@ class Diagnosis:
         responses: how many there were.
         tokens: in each bin.
         correlation: in each bin, of V(s_t) with the final reward over tokens; None where one of them does not vary.
-        explained_variance: in each bin, 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward, below it for worse; None where
-            rewards do not vary.
+        explained_variance: in each bin, 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward; None where rewards do not vary.
         best_third: in each bin, the mean of V(s_t) over the third of the responses with the largest rewards.
         worst_third: the same over the third with the smallest.
-        calibration: (mean V, mean reward, tokens) of the tokens in each bin of V, from the smallest V to the largest, as many tokens
-            in each; a calibrated V has the same in both.
-        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward: 0 where V says along the whole
-            response what it said after the prompt; None where rewards do not vary.
+        calibration: (mean V, mean reward, tokens) in bins of V with as many tokens each; a calibrated V has the same in both.
+        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward: 0 where V stays what it was after
+            the prompt; None where rewards do not vary.
     """
 
     responses: int
@@ -126,9 +125,9 @@ def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int)
 
 def table(diagnoses: Mapping[str, Diagnosis]) -> str:
     """Correlation and explained variance along the response, a line for each value function, as aligned plain text."""
-    lines = []
+    lines, bins = [], len(next(iter(diagnoses.values())).tokens)
     for title, attribute in (("correlation of V with the final reward", "correlation"), ("explained variance", "explained_variance")):
-        lines.append(f"{title}, by tenth of the response:" if _bins(diagnoses) == 10 else f"{title}, along the response:")
+        lines.append(f"{title}, by tenth of the response:" if bins == 10 else f"{title}, along the response:")
         for name, found in diagnoses.items():
             cells = ["   -  " if number is None else f"{number:6.2f}" for number in getattr(found, attribute)]
             moves = "-" if found.movement is None else f"{found.movement:.2f}"
@@ -137,16 +136,7 @@ def table(diagnoses: Mapping[str, Diagnosis]) -> str:
 
 
 def save_diagnosis(out: str | os.PathLike, diagnoses: Mapping[str, Diagnosis]) -> None:
-    """Write `diagnosis.json` and `diagnosis.png` into a folder, each whole or not at all.
-
-    Args:
-        out: the folder, made if absent.
-        diagnoses: by the name of the value function; up to five, to be told apart in the figure.
-
-    Raises:
-        OSError: the folder cannot be written.
-        ValueError: none, or more than five.
-    """
+    """Write `diagnosis.json` and `diagnosis.png` into a folder; up to five value functions, by name, can be distinguished in the figure."""
     if not 1 <= len(diagnoses) <= len(COLOURS):
         raise ValueError(f"found {len(diagnoses)} value functions to draw, wanted 1 to {len(COLOURS)}")
     folder = Path(out)
@@ -158,10 +148,8 @@ def save_diagnosis(out: str | os.PathLike, diagnoses: Mapping[str, Diagnosis]) -
 
 def draw(diagnoses: Mapping[str, Diagnosis]) -> Any:
     """A figure of three panels: correlation along the response, V of good and bad responses along it, and calibration."""
-    # Needs no display, and no state that a caller's own figures would share.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    # Needs no display, and shares no state with a caller's own figures.
+    figure = required("matplotlib.figure", "report").Figure(figsize=(14, 4.5), layout="constrained")
     along, thirds, calibration = figure.subplots(1, 3)
     lines = []
     for (name, found), colour in zip(diagnoses.items(), COLOURS, strict=False):
@@ -181,10 +169,6 @@ def draw(diagnoses: Mapping[str, Diagnosis]) -> Any:
         axes.grid(alpha=0.25)
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return figure
-
-
-def _bins(diagnoses: Mapping[str, Diagnosis]) -> int:
-    return len(next(iter(diagnoses.values())).tokens)
 
 
 def _correlation(v: np.ndarray, r: np.ndarray) -> float | None:

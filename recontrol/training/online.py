@@ -1,7 +1,6 @@
-"""Training a value function while rollouts are sampled, which are trained on once and not kept."""
+"""Training on rollouts while they are sampled; no state touches the disk."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,174 +10,70 @@ from recontrol.data.batches import MemoryRollouts, ScoredResponses
 from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import difference
-from recontrol.training.checkpoint import Progress, RunFolder
-from recontrol.training.data import Standardisation, check_rewards, digest
+from recontrol.training.data import TrainingData, check_rewards, digest, origin
 from recontrol.training.distributed import Processes
-from recontrol.training.initial import initial_value, scale_back
-from recontrol.training.loop import Learner, Loop
-from recontrol.training.objectives import Objective
-from recontrol.training.optimisation import Optimisation
-from recontrol.training.tasks import TokenTask, Values, held_out_error
-from recontrol.value import ValueFunction
-from recontrol.version import __version__
 
 
-def train_online(
-    online: OnlineRollouts,
-    hidden_dims: Sequence[int] = (4096,),
-    seed: int = 0,
-    *,
-    validation: Rollouts | str | os.PathLike | None = None,
-    out: str | os.PathLike | None = None,
-    objective: str | None = None,
-    td_lambda: float = 0.0,
-    learning_rate: float = 1e-4,
-    passes: int = 1,
-    patience: int | None = 10,
-    checkpoint_every: int = 1,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-) -> tuple[ValueFunction, list[dict[str, Any]]]:
-    """Train V as `train` does, on batches that the model samples for each step; no state touches the disk.
+class OnlineData(TrainingData):
+    """`OnlineRollouts`, whose batches are the mini-batches and `make` samples them; `validation` rollouts, if any, are held out.
 
-    A mini-batch is a batch of `online`. A pass over the prompts is what an epoch is to `train`, except that every pass samples new
-    responses, so that V never sees a response twice. A batch follows from its number alone: a run that was killed goes on
-    from its last checkpoint with the same result, bit for bit on the CPU.
-
-    Several processes give the same result within rounding, as in `train`, but each samples the whole batch: that saves no time.
-
-    Rewards are counted in standard deviations inside, by the rewards of `validation`, or without it by those of the first batch, which is
-    sampled once more for that; V is in the unit of the reward at the end.
-
-    Args:
-        online: where batches come from.
-        hidden_dims: widths of the hidden layers.
-        seed: of the first weights and the order of batches within a pass.
-        validation: rollouts of other prompts, by which the best pass is chosen as in `train`; None keeps the last weights.
-        out: folder for the value function, its history and, until the run is finished, a checkpoint; None writes nothing.
-        objective: "td", "td-lambda", "mc" or "reference", as for `train`; None is "td", or "td-lambda" where `td_lambda` is above 0.
-        td_lambda: for "td-lambda".
-        learning_rate: of Adam.
-        passes: over the prompts, at most.
-        patience: stop after so many passes without a better one; None never stops early.
-        checkpoint_every: mini-batches between checkpoints.
-        device: where V is trained; None is a GPU if there is one.
-        progress: show a progress bar.
-
-    Returns:
-        The value function and the history, one dict a pass, as from `train`.
-
-    Raises:
-        ValueError: validation rollouts of another model, width or number of rewards, a setting out of its range, an objective that
-            needs pairs, or an `out` folder of another run.
-        FloatingPointError: training diverged.
-        OSError: the disk is full; the message names the file, and the checkpoint before it stays.
-
-    Source: Kong et al. 2024, section 4.2 (training of the value function).
-    """
-    aim = Objective(objective, td_lambda)
-    if aim.pairs:
-        raise ValueError("train_online takes responses one by one, found the objective 'preference', which needs pairs: collect them, and use train")
-    for name, count in {"passes": passes, "patience": patience, "checkpoint_every": checkpoint_every}.items():
-        if not (count is None and name == "patience") and (type(count) is not int or count < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, found {count!r}")
-    judged = validation if isinstance(validation, Rollouts) or validation is None else Rollouts(validation)
-    if judged is not None:
-        check_rewards(judged)
-        _check_validation(online, judged)
-    optimisation, processes = Optimisation(learning_rate), Processes()
-    with online.opened() as make:
-        # How many heads there are shows in the rewards only.
-        rewards = make(0).batch().rewards if judged is None else judged.rewards
-        if not len(rewards):
-            raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
-        standardisation = Standardisation.of(rewards)
-        settings = {
-            "online": {name: entry for name, entry in online.settings.items() if name not in ("base_model", "made_with", "tokenizer")},
-            "validation": None if judged is None else digest(judged),
-            "hidden_dims": list(hidden_dims),
-            "seed": seed,
-            "objective": aim.name,
-            "td_lambda": aim.td_lambda,
-            **optimisation.settings(),
-            "passes": passes,
-            "patience": patience,
-        }
-        value = initial_value(online.hidden_size, hidden_dims, rewards.shape[1], seed).to(processes.device(device))
-        folder = RunFolder(out, settings, write=processes.is_main)
-        if folder.path is not None and folder.finished:
-            folder.clear()
-            return ValueFunction.from_pretrained(folder.path, device=value.device), folder.history
-        learner = Learner(value, optimisation, lambda states: value(states.to(value.device)), processes)
-        state, best = folder.load(value.state_dict(), learner.optimizer)
-        task = OnlineTask(make, len(online), state, aim, standardisation, judged, processes)
-        best = Loop(passes, len(online), seed, patience, checkpoint_every, progress).run(learner, task, folder, state, best)
-    value.load_state_dict(best)
-    learner.optimizer.zero_grad()
-    scale_back(value, standardisation)
-    value.provenance = {
-        "base_model": online.settings["base_model"],
-        "reward": online.settings["reward"],
-        "rollouts": {name: entry for name, entry in online.settings.items() if name not in ("base_model", "reward")},
-        "objective": aim.describe(),
-        "training": settings,
-        "best_epoch": state.history[state.best_epoch],
-        "history": list(state.history),
-        "made_with": {"recontrol": __version__, "torch": torch.__version__},
-    }
-    if processes.is_main and folder.path is not None:
-        value.save_pretrained(folder.path)
-        folder.finish(state)
-    processes.wait()
-    return value, state.history
-
-
-class OnlineTask:
-    """A `Task` whose units are the numbers of the batches of a pass; each is sampled when it is trained on.
-
-    Args:
-        make: from the number of a batch to its responses.
-        batches: of a pass.
-        state: of the run, which knows the pass.
-        objective: on the tokens of single responses.
-        standardisation: of the rewards.
-        validation: what V is judged on, or None.
-        processes: the processes that share a batch.
+    Rewards are standardised by those of `validation`, or without it by those of the first batch, which is sampled once more for that.
     """
 
     def __init__(
         self,
+        online: OnlineRollouts,
         make: Callable[[int], ScoredResponses],
-        batches: int,
-        state: Progress,
-        objective: Objective,
-        standardisation: Standardisation,
         validation: Rollouts | None,
         processes: Processes,
+        *,
+        dtype: torch.dtype,
+        normalise_rewards: bool,
     ):
-        self.make, self.state, self.objective, self.standardisation = make, state, objective, standardisation
-        self.validation, self.processes = validation, processes
-        self.units = torch.arange(batches)
-        self.loss_name = "train_reference_loss" if objective.name == "reference" else "train_td_loss"
+        self.online, self._make, self.validation, self.processes, self.normalise_rewards = online, make, validation, processes, normalise_rewards
+        if validation is not None:
+            check_rewards(validation)
+            _check_validation(online, validation)
+            self.rollouts = validation
+        # How many heads there are shows in the rewards only.
+        self.rewards = (make(0).batch() if validation is None else validation).rewards.to(dtype)
+        if not len(self.rewards):
+            raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
+        self.held_in, self.held_out = torch.arange(0), torch.arange(0 if validation is None else len(validation))
+        self.hidden_size, self.num_heads = online.hidden_size, self.rewards.shape[1]
+        self.states_dtype = online.dtype
 
-    def backward(self, values_of: Values, batch: Tensor) -> tuple[float, int]:
-        """As `Task.backward`, on one batch sampled for this pass."""
+    def units(self, epoch: int) -> Tensor:
+        """What an epoch takes: batches, by the numbers of this pass over the prompts."""
+        return torch.arange(len(self.online)) + epoch * len(self.online)
+
+    def batch_size(self, asked: int | None, units: int) -> int:
+        """Units in a mini-batch: one."""
+        if asked is not None:
+            raise ValueError(f"a mini-batch is a batch of OnlineRollouts, whose batch_size says how many prompts it has; found batch_size={asked!r} here too")
+        return 1
+
+    def fetch(self, batch: Tensor) -> tuple[Rollouts, Tensor]:
+        """As `TrainingData.fetch`: sample a batch."""
         (number,) = batch.tolist()
-        scored = self.make(self.state.epoch * len(self.units) + number)
-        if not scored.records:
-            return 0.0, 1
-        # What a task reads of rollouts, a batch in memory has too.
-        rollouts = cast(Rollouts, MemoryRollouts(scored.batch()))
-        responses = torch.arange(len(rollouts.lengths))
-        task = TokenTask(rollouts, self.objective, self.standardisation, responses, responses[:0], self.processes)
-        return task.backward(values_of, responses)
+        # What training reads of rollouts, a batch in memory has too.
+        rollouts = cast(Rollouts, MemoryRollouts(self._make(number).batch()))
+        return rollouts, torch.arange(len(rollouts.lengths))
 
-    def validate(self, values_of: Values) -> dict[str, float | None]:
-        """As `Task.validate`: the scores of `HeldOutError` on the validation rollouts."""
-        if self.validation is None:
-            return {}
-        everything = torch.arange(len(self.validation))
-        return held_out_error(values_of, self.validation, everything, self.standardisation, self.objective.td_lambda, self.processes)
+    def check(self) -> None:
+        """As `TrainingData.check`, of the validation rollouts."""
+        if self.validation is not None:
+            super().check()
+
+    def settings(self, labels: tuple[Tensor, ...]) -> dict[str, Any]:
+        """As `TrainingData.settings`; what the config says of mini-batches and of the split has no meaning here."""
+        online = {name: entry for name, entry in self.online.settings.items() if name not in ("base_model", "made_with", "tokenizer")}
+        validation = None if self.validation is None else digest(self.validation, *labels)
+        return {"online": online, "validation": validation, "batch_size": None, "validation_fraction": 0.0}
+
+    def provenance(self) -> dict[str, Any]:
+        """As `TrainingData.provenance`."""
+        return origin(self.online.settings)
 
 
 def _check_validation(online: OnlineRollouts, judged: Rollouts) -> None:

@@ -13,19 +13,15 @@ LABELS = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of responses, by the prompt that both answer.
+    """Pairs of responses; the prompts that both answer are in rising order."""
 
-    Args:
-        margin: (pairs, 3), int64: indices of the chosen and the rejected response, and the head of V that orders them.
-        anchor: (pairs, 3), int64: indices of a response that the model itself generated and of a chosen one, and the head.
-        generated: (responses,), bool: whether the model itself generated the response.
-        margin_prompts: (pairs,), int64, rising: the prompt of each row of `margin`.
-        anchor_prompts: (pairs,), int64, rising: the prompt of each row of `anchor`.
-    """
-
+    # (pairs, 3): indices of the chosen and the rejected response, and the head of V that orders them.
     margin: Tensor
+    # (pairs, 3): indices of a response that the model itself generated and of a chosen one, and the head.
     anchor: Tensor
+    # (responses,), bool: whether the model itself generated the response.
     generated: Tensor
+    # (pairs,): the prompt of each row of `margin` and of `anchor`.
     margin_prompts: Tensor
     anchor_prompts: Tensor
 
@@ -38,19 +34,9 @@ class Pairs:
 def preference_pairs(rollouts: Rollouts) -> Pairs:
     """Find the pairs in rollouts.
 
-    Where lines of a prompt say `"preference": "chosen"` or `"rejected"`, as those of `collect_pairs` do, the two with the same number
-    `pair` are a pair, for every head; the prompt's other responses are the model's own. Where no line of a prompt says so, all its
-    responses are the model's own, and any two with different rewards are a pair, for each head by its own reward; the
-    one with the lower reward is then the generated one in `anchor`.
-
-    Args:
-        rollouts: the responses, whose prompts are told apart by `groups`.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        ValueError: a chosen response without a rejected one, a pair of equal texts, a label that is neither, or no pair at all.
+    Where lines of a prompt say `"preference": "chosen"` or `"rejected"`, as those of `collect_pairs` do, the two with the same number `pair`
+    are a pair, for every head; the prompt's other responses are the model's own. Where none says so, all are the model's own, and any two
+    with different rewards are a pair, for each head by its own reward; the one with the lower reward is the generated one in `anchor`.
     """
     labelled = _labelled_pairs(rollouts)
     heads = range(rollouts.num_heads)
