@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recontrol.data.collect import collect
+from recontrol.data.collect import collect, collect_pairs, collect_texts
 from recontrol.data.pairs import Preference, load_pairs
-from recontrol.data.texts import collect_pairs, collect_texts
 from recontrol.training.pairs import preference_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +217,7 @@ def test_questions_with_two_answers_and_plain_pairs(tmp_path):
 def test_equal_pairs_of_a_file_are_named_by_their_lines(tmp_path, caplog):
     good = {"prompt": "Q", "chosen": " a", "rejected": " b"}
     path = write_lines(tmp_path / "p.jsonl", [good, {**good, "rejected": " a"}, good, {**good, "chosen": " b"}])
-    with pytest.raises(ValueError, match=r"p\.jsonl has 2 pairs whose chosen and rejected response are the same.* in lines 2, 4; .*skip_equal=True"):
+    with pytest.raises(ValueError, match=r"p\.jsonl has 2 pairs whose chosen and rejected response are the same.*: line 2, line 4; .*skip_equal=True"):
         load_pairs(path)
     assert len(load_pairs(path, skip_equal=True)) == 2
     assert "left out 2 pairs" in caplog.text

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recontrol.data.batches import some
+from recontrol.checks import first_few
 
 
 class Line(NamedTuple):
@@ -83,7 +83,7 @@ def pair_up(lines: Sequence[Line], others: Sequence[Line]) -> tuple[list[str], l
     if missing:
         seed = "" if one_seed else f" and seed {lines[missing[0]].seed}"
         raise ValueError(
-            f"{len(missing)} of {len(lines)} responses have no other one to the same prompt{seed}: {some(missing)}; found the prompt "
+            f"{len(missing)} of {len(lines)} responses have no other one to the same prompt{seed}: {first_few(missing)}; found the prompt "
             f"{lines[missing[0]].prompt[-200:]!r}, among others to prompts such as {others[0].prompt[-200:]!r}"
         )
     return [line.prompt for line in lines], [line.response for line in lines], [table[key] for key in keys]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from recontrol.data.batches import some
+from recontrol.checks import first_few
 from recontrol.data.pairs import Preference
 from recontrol.data.rewards import as_reward, reward_name
 from recontrol.data.sampling import token_counts
@@ -94,12 +94,12 @@ def train_dpo(
         raise ValueError("there are no pairs to train on")
     equal = [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected]
     if equal:
-        raise ValueError(f"{len(equal)} pairs have equal responses, so that there is nothing to prefer: {some(equal)}")
+        raise ValueError(f"{len(equal)} pairs have equal responses, so that there is nothing to prefer: {first_few(equal)}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
     longest = min(max_length, context)
     too_long = [index for index, count in enumerate(token_counts(tokenizer, [pair.prompt for pair in pairs])) if count >= longest]
     if too_long:
-        raise ValueError(f"{len(too_long)} pairs have prompts that leave no room for a response in {longest} tokens: {some(too_long)}")
+        raise ValueError(f"{len(too_long)} pairs have prompts that leave no room for a response in {longest} tokens: {first_few(too_long)}")
     lora = _lora(peft, rank, alpha, dropout, target_modules)
     chosen = _arguments(model, learning_rate, epochs, batch_size, micro_batch_size, gradient_checkpointing, seed)
     chosen = _with_options({**chosen, "beta": beta, "max_length": longest}, options)

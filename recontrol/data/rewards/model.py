@@ -18,7 +18,7 @@ class RewardModel:
     prompt: the response is what is scored. The tokenizer is copied, so that its settings stay as they are.
 
     Args:
-        model: a model with a sequence-classification head: `logits` of (batch, labels).
+        model: a model with a sequence-classification head, which returns `logits` of (batch, labels).
         tokenizer: its tokenizer.
         batch_size: texts in one forward call.
         max_length: tokens of a text at most, special tokens included; by default what the model and its tokenizer allow.
