@@ -227,7 +227,7 @@ def test_equal_pairs_of_a_file_are_named_by_their_lines(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a"}], r"no pairs: wanted columns .*found \['prompt'\]"),
+        ([{"prompt": "a"}], r"no pairs: beside prompt it must have the columns chosen, rejected; found \['prompt'\]"),
         ([{"prompt": "", "chosen": "a", "rejected": "b"}], "line 1 must have text in its column prompt"),
         ([{"prompt": "a", "chosen": "a", "rejected": None}], "line 1 must have text in its columns rejected"),
         ([{"chosen": "no dialogue", "rejected": "none"}], "line 1: two dialogues must begin alike"),
@@ -242,7 +242,7 @@ def test_rows_that_are_no_pairs_are_refused(tmp_path, rows, message):
 
 def test_long_prompts_are_left_out_and_templates_rendered(tokenizer, tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [{"chosen": START + " Good.", "rejected": START + " Bad. "}])
-    with pytest.raises(ValueError, match=r"no pair with a prompt of at most 3 tokens \(1 are longer\)"):
+    with pytest.raises(ValueError, match=r"no prompt of at most 3 tokens \(1 are longer\)"):
         load_pairs(path, tokenizer=tokenizer, max_prompt_tokens=3)
     with pytest.raises(ValueError, match="need the tokenizer"):
         load_pairs(path, max_prompt_tokens=3)

@@ -145,26 +145,25 @@ def collect_texts(
 
     Source: Kong et al. 2024, section 4.2, for responses of another origin.
     """
-    check_storage(storage)
-    packing = Packing(batch_size, cache_budget)
-    source = GivenResponses(model, tokenizer, prompts, responses, packing, reward=reward, rewards=rewards, append_eos=append_eos, max_new_tokens=max_new_tokens)
-    return write_rollouts(source, out, storage=storage, unit="text", progress=progress)
+    return _collect_given(
+        model,
+        tokenizer,
+        prompts,
+        responses,
+        out,
+        batch_size=batch_size,
+        cache_budget=cache_budget,
+        storage=storage,
+        progress=progress,
+        append_eos=append_eos,
+        max_new_tokens=max_new_tokens,
+        reward=reward,
+        rewards=rewards,
+    )
 
 
 def collect_pairs(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Preference | Sequence[str]],
-    out: str | os.PathLike,
-    *,
-    reward: Any = None,
-    append_eos: bool = True,
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-    cache_budget: int | str | None = None,
-    skip_equal: bool = False,
-    storage: str | None = None,
-    progress: bool = True,
+    model: Any, tokenizer: Any, pairs: Sequence[Preference | Sequence[str]], out: str | os.PathLike, *, skip_equal: bool = False, **options: Any
 ) -> Rollouts:
     """Run chosen and rejected responses through the model, for training by preference. As `collect_texts` otherwise.
 
@@ -176,14 +175,9 @@ def collect_pairs(
         tokenizer: its tokenizer.
         pairs: (prompt, chosen, rejected) each, as from `load_pairs`.
         out: the folder of the rollouts.
-        reward: what scores prompts and responses, as for `collect`; None gives 1 to chosen and 0 to rejected responses.
-        append_eos: put the end-of-sequence token behind each response.
-        max_new_tokens: cut longer responses to so many tokens.
-        batch_size: pairs in a batch and a shard; None is 16, or no limit with a `cache_budget`.
-        cache_budget: pack pairs of similar length, as in `collect_texts`.
         skip_equal: leave out pairs whose two responses have the same tokens, which are refused otherwise.
-        storage: how states are kept, as in `collect`.
-        progress: show a progress bar.
+        options: those of `collect_texts`: reward (None gives 1 to chosen and 0 to rejected responses), append_eos, max_new_tokens, batch_size (pairs
+            in a batch and a shard), cache_budget, storage, progress.
 
     Returns:
         The rollouts, opened.
@@ -192,22 +186,29 @@ def collect_pairs(
         ValueError: no pairs, pairs of equal responses, perhaps only when they are cut to `max_new_tokens` (they are named), and what
             `collect_texts` refuses.
     """
-    check_storage(storage)
     listed = [Preference(*pair) for pair in pairs]
-    source = GivenResponses(
-        model,
-        tokenizer,
-        [pair.prompt for pair in listed for _ in range(2)],
-        [response for pair in listed for response in pair[1:]],
-        Packing(batch_size, cache_budget),
-        reward=reward,
-        rewards=[1.0, 0.0] * len(listed) if reward is None else None,
-        append_eos=append_eos,
-        max_new_tokens=max_new_tokens,
-        paired=True,
-        skip_equal=skip_equal,
-    )
-    return write_rollouts(source, out, storage=storage, unit="pair", progress=progress)
+    prompts = [pair.prompt for pair in listed for _ in range(2)]
+    responses = [response for pair in listed for response in pair[1:]]
+    rewards = [1.0, 0.0] * len(listed) if options.get("reward") is None else None
+    return _collect_given(model, tokenizer, prompts, responses, out, **{**options, "rewards": rewards, "paired": True, "skip_equal": skip_equal})
+
+
+def _collect_given(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    out: str | os.PathLike,
+    *,
+    batch_size: int | None = None,
+    cache_budget: int | str | None = None,
+    storage: str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Rollouts:
+    check_storage(storage)
+    source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **options)
+    return write_rollouts(source, out, storage=storage, unit="pair" if source.paired else "text", progress=progress)
 
 
 def write_rollouts(source: Source, out: str | os.PathLike, *, storage: str | None = None, unit: str = "prompt", progress: bool = True) -> Rollouts:

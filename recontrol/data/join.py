@@ -52,14 +52,14 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
     groups: dict[Any, int] = {}
     with writing_lock(Path(out)):
         writer = RolloutWriter(out, manifest, storage=first.get("storage"))
-        for number, (place, number_there) in enumerate(shards):
+        for number, (place, shard_number) in enumerate(shards):
             records = [
                 {**record, "index": groups.setdefault(record.get("prompt") or (place, record["index"]), len(groups))}
-                for record in opened[place].shard_records(number_there)
+                for record in opened[place].shard_records(shard_number)
             ]
             if writer.has(number):
                 continue
-            shard = opened[place].shards[number_there]
+            shard = opened[place].shards[shard_number]
             content = shard.read_bytes()
             wanted = opened[place].checksums.get(shard.name)
             if wanted is not None and checksum(content) != wanted:

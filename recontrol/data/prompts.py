@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ logger = logging.getLogger(__name__)
 # Data sets whose prompts end with the mark of the assistant's turn. A model that was not tuned to stop goes on with the dialogue by itself.
 DIALOGUES = ("Anthropic/hh-rlhf", "stanfordnlp/SHP")
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-# By the column of the prompt, the columns of the preferred response.
-PREFERRED_COLUMNS = {"prompt": ("chosen",), "chosen": (), "history": ("human_ref_A", "human_ref_B", "labels")}
-# From a row, the mark of the user's turns and the name of the row to a prompt and the responses to it; None leaves the row out.
-Maker = Callable[[dict[str, Any], str, str], Sequence[str] | None]
+# By the column of the prompt: the columns read for prompts alone, with the preferred response, and with the rejected one too.
+ANSWERS = ("history", "human_ref_A", "human_ref_B", "labels")
+COLUMNS = {
+    "prompt": (("prompt",), ("prompt", "chosen"), ("prompt", "chosen", "rejected")),
+    "chosen": (("chosen",), ("chosen",), ("chosen", "rejected")),
+    "history": (("history",), ANSWERS, ANSWERS),
+}
+CALLED = ("prompts", "preferred responses", "pairs")
 
 
 def load_prompts(
@@ -59,7 +63,7 @@ def load_prompts(
     Source: Kong et al. 2024, section 5 and appendix (data sets; prompts of at most 512 tokens).
     """
     options = {"limit": limit, "tokenizer": tokenizer, "chat_template": chat_template, "human": human, "max_prompt_tokens": max_prompt_tokens}
-    return [prompt for prompt, *_ in _read_prompts(source, split, False, options)]
+    return [prompt for (prompt,) in read_entries(source, split, 0, **options)]
 
 
 def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
@@ -83,7 +87,7 @@ def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train",
 
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
-    entries = _read_prompts(source, split, True, options)
+    entries = read_entries(source, split, 1, **options)
     return [prompt for prompt, _ in entries], [response for _, response in entries]
 
 
@@ -109,70 +113,19 @@ def turn_marks(source: str | None, human: str = "Human", chat_template: bool = F
     return [f"\n\n{human}:", f"\n{human}:", f"{human}:"]
 
 
-def _read_prompts(source: str | os.PathLike, split: str, with_preferred: bool, options: dict[str, Any]) -> list[Sequence[str]]:
-    """Entries (prompt,), or (prompt, preferred response)."""
-
-    def choose(names: list[str]) -> tuple[Sequence[str], Maker]:
-        column = next((name for name in PREFERRED_COLUMNS if name in names), None)
-        if column is None:
-            raise ValueError(f"{source} has no column prompt, chosen or history; found {names}")
-        further = PREFERRED_COLUMNS[column] if with_preferred else ()
-        if not set(further) <= set(names):
-            raise ValueError(f"{source} has no preferred responses: beside {column} it must have the columns {', '.join(further)}; found {names}")
-
-        def make(row: dict[str, Any], human: str, where: str) -> Sequence[str]:
-            prompt = _prompt(row[column], column, human, where)
-            return (prompt, _preferred(row, column, where)) if with_preferred else (prompt,)
-
-        return (column, *further), make
-
-    entries, limited = read_entries(source, split, choose, **options)
-    if not entries:
-        raise ValueError(f"{source} has no prompt{limited}")
-    return entries
-
-
-def _prompt(text: str, column: str, human: str, where: str) -> str:
-    if column == "history":
-        return question(text, human)
-    return rename_user(text[: end_of_prompt(text, where)] if column == "chosen" else text, human)
-
-
-def _preferred(row: dict[str, Any], column: str, where: str) -> str:
-    """The preferred response of a row, as it follows the prompt."""
-    if column == "history":
-        return better_and_worse(row, where)[0]
-    return row["chosen"] if column == "prompt" else row["chosen"][end_of_prompt(row["chosen"], where) :]
-
-
-def question(history: str, human: str) -> str:
-    """The prompt of a row of SHP."""
-    return f"{human}: {history}\nAssistant:"
-
-
-def better_and_worse(row: dict[str, Any], where: str) -> tuple[str, str]:
-    """The two answers of a row of SHP as they follow the prompt, the preferred one first."""
-    if row["labels"] not in (0, 1):
-        raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
-    first, second = " " + row["human_ref_A"], " " + row["human_ref_B"]
-    return (first, second) if row["labels"] else (second, first)
-
-
 def read_entries(
     source: str | os.PathLike,
     split: str,
-    choose: Callable[[list[str]], tuple[Sequence[str], Maker]],
+    responses: int,
+    equal: list[str] | None = None,
     *,
     limit: int | None = None,
     tokenizer: Any = None,
     chat_template: bool = False,
     human: str = "Human",
     max_prompt_tokens: int | None = None,
-) -> tuple[list[Sequence[str]], str]:
-    """Prompts, each with its responses, and how a limit of tokens is told in an error, if prompts were left out.
-
-    `choose` takes the names of the columns, and gives those to read, the prompt's first, with the function that makes an entry of a row.
-    """
+) -> list[tuple[str, ...]]:
+    """Prompts, each with so many responses, the preferred one first; with `equal`, entries of equal responses are named in it and left out."""
     if tokenizer is None and (chat_template or max_prompt_tokens is not None):
         raise ValueError("chat_template and max_prompt_tokens need the tokenizer of the language model")
     if chat_template and not getattr(tokenizer, "chat_template", None):
@@ -180,39 +133,67 @@ def read_entries(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
     rows = load_rows(str(source), split)
-    columns, make = choose(rows.column_names)
+    columns = _columns(source, rows.column_names, responses)
     # Lines of a file are counted from 1, as editors do.
     base, called = (1, "line") if Path(source).is_file() else (0, "row")
-    entries: list[Sequence[str]] = []
+    entries: list[tuple[str, ...]] = []
     too_long = 0
     for number, row in enumerate(rows.select_columns(list(columns)), start=base):
         if len(entries) == limit:
             break
         where = f"{source}: {called} {number}"
-        _check_text(row, columns, where)
-        entry = make(row, "Human" if chat_template else human, where)
-        if entry is None:
+        prompt, *further = _entry(row, columns, responses, "Human" if chat_template else human, where)
+        if equal is not None and len(set(further)) == 1:
+            equal.append(f"{called} {number}")
             continue
-        prompt, *responses = entry
         if chat_template:
             prompt = render_prompt(tokenizer, row.get("history", prompt))
-            responses = [response.strip() for response in responses]
+            further = [response.strip() for response in further]
         if max_prompt_tokens is not None and len(tokenizer(prompt).input_ids) > max_prompt_tokens:
             too_long += 1
             continue
-        entries.append((prompt, *responses))
-    if not too_long:
-        return entries, ""
-    logger.info("left out %d prompts of %s with more than %d tokens", too_long, source, max_prompt_tokens)
-    return entries, f" of at most {max_prompt_tokens} tokens ({too_long} are longer)"
+        entries.append((prompt, *further))
+    if too_long:
+        logger.info("left out %d prompts of %s with more than %d tokens", too_long, source, max_prompt_tokens)
+    if not entries and not equal:
+        raise ValueError(f"{source} has no prompt" + (f" of at most {max_prompt_tokens} tokens ({too_long} are longer)" if too_long else ""))
+    return entries
 
 
-def _check_text(row: dict[str, Any], columns: Sequence[str], where: str) -> None:
+def _columns(source: str | os.PathLike, names: Sequence[str], responses: int) -> tuple[str, ...]:
+    """The columns to read, the prompt's first."""
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(f"{source} has no column prompt, chosen or history; found {names}")
+    columns = COLUMNS[column][responses]
+    if not set(columns) <= set(names):
+        raise ValueError(f"{source} has no {CALLED[responses]}: beside {column} it must have the columns {', '.join(columns[1:])}; found {names}")
+    return columns
+
+
+def _entry(row: dict[str, Any], columns: Sequence[str], responses: int, human: str, where: str) -> tuple[str, ...]:
+    """The prompt of a row and so many responses, as they follow the prompt."""
     missing = [name for name in columns if name != "labels" and not isinstance(row[name], str)]
     if missing:
         raise ValueError(f"{where} must have text in its columns {', '.join(missing)}")
-    if not row[columns[0]].strip():
-        raise ValueError(f"{where} must have text in its column {columns[0]}, found {row[columns[0]]!r}")
+    text = row[columns[0]]
+    if not text.strip():
+        raise ValueError(f"{where} must have text in its column {columns[0]}, found {text!r}")
+    if columns[0] == "history":
+        return (f"{human}: {text}\nAssistant:", *(_better_and_worse(row, where)[:responses] if responses else ()))
+    if columns[0] == "prompt":
+        return (rename_user(text, human), *(row[name] for name in columns[1:]))
+    end = end_of_prompt(text, row.get("rejected", text), where)
+    dialogue = (text[:end], text[end:], row.get("rejected", "")[end:])
+    return tuple(rename_user(part, human) for part in dialogue[: responses + 1])
+
+
+def _better_and_worse(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """The two answers of a row of SHP, the preferred one first."""
+    if row["labels"] not in (0, 1):
+        raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
+    first, second = " " + row["human_ref_A"], " " + row["human_ref_B"]
+    return (first, second) if row["labels"] else (second, first)
 
 
 def load_rows(source: str, split: str) -> Any:

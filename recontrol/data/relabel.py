@@ -15,14 +15,14 @@ from recontrol.data.reward_files import write_rewards
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.rewards.checks import head_names, names_of_heads
 from recontrol.data.rollouts import Rollouts
+from recontrol.data.settings import texts_checksum
 from recontrol.data.shards import MANIFEST_NAME, read_lines, read_manifest, shard_path, with_lines
 from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
 
 logger = logging.getLogger(__name__)
 
-# Inside the folder, until all shards are scored: the new rewards of each shard, and what they are.
+# Inside the folder, until all shards are scored: the new rewards of each shard, by the rewards they are.
 SCORES_NAME = ".scores"
-SETTINGS_NAME = "settings.json"
 
 
 def relabel(
@@ -62,39 +62,23 @@ def relabel(
     # Checked before a folder is made for a lock.
     read_manifest(source)
     score = as_reward(reward)
-    with writing_together(target, lambda first: _set_up(source, target, score, add, first)) as (peers, work):
+    with writing_together(target, lambda first: _set_up(source, target, score, add)) as (peers, work):
         if work is not None:
             old, manifest = work
-            _score_shards(old, target / SCORES_NAME, score, add, peers, progress)
+            # Scores of another reward, or in another place of the list of relabellings, are not mixed in.
+            scores = target / SCORES_NAME / texts_checksum([manifest["reward"], manifest["relabelled"]])[:16]
+            _score_shards(old, scores, score, add, peers, progress)
             if peers.first:
-                _finish(old, target, manifest, add)
-        if peers.first:
-            shutil.rmtree(target / SCORES_NAME, ignore_errors=True)
+                _finish(old, target, scores, manifest, add)
         peers.wait()
     return Rollouts(target)
 
 
-def _set_up(source: Path, target: Path, score: Reward, add: bool, first: bool) -> tuple[Rollouts, dict[str, Any]] | None:
-    """The rollouts to score and their new manifest; None if the same call has finished before."""
-    if _left_over(target):
-        if target == source and read_manifest(source)["relabelled"][-1]["reward"] == head_names(score):
-            return None
-        if first:
-            shutil.rmtree(target / SCORES_NAME)
+def _set_up(source: Path, target: Path, score: Reward, add: bool) -> tuple[Rollouts, dict[str, Any]] | None:
+    """The rollouts to score and their new manifest; None if the copy was finished before."""
     old = Rollouts(source)
     manifest = _new_manifest(old, score, add)
-    if target != source and _is_same_copy(target, manifest):
-        return None
-    if first:
-        _start(target / SCORES_NAME, manifest)
-    return old, manifest
-
-
-def _left_over(target: Path) -> bool:
-    """Whether the scores in a folder are those that it has as its rewards: the run was killed before it could delete them."""
-    if not (target / SCORES_NAME / SETTINGS_NAME).exists() or not (target / MANIFEST_NAME).exists():
-        return False
-    return read_json(target / SCORES_NAME / SETTINGS_NAME)["relabelled"] == read_manifest(target).get("relabelled")
+    return None if target != source and _is_same_copy(target, manifest) else (old, manifest)
 
 
 def _is_same_copy(target: Path, manifest: dict[str, Any]) -> bool:
@@ -118,26 +102,13 @@ def _new_manifest(old: Rollouts, score: Reward, add: bool) -> dict[str, Any]:
     return {**old.manifest, "reward": [*before, *new] if add else reward_name(score), "relabelled": [*old.manifest.get("relabelled", []), step]}
 
 
-def _start(scores: Path, manifest: dict[str, Any]) -> None:
-    """Make the folder of scores, or go on with that of an earlier call with the same reward."""
-    remove_leftovers(scores.parent)
-    wanted = {name: manifest[name] for name in ("reward", "relabelled")}
-    if (scores / SETTINGS_NAME).exists():
-        try:
-            check_same_settings(read_json(scores / SETTINGS_NAME), wanted, f"{scores} holds scores with")
-        except ValueError as error:
-            raise ValueError(f"{error}; or delete {scores}, where an earlier relabelling was interrupted") from error
-    else:
-        scores.mkdir(exist_ok=True)
-        write_json(scores / SETTINGS_NAME, wanted)
-
-
 def _scores_path(scores: Path, number: int) -> Path:
     return scores / f"shard-{number:05d}.json"
 
 
 def _score_shards(old: Rollouts, scores: Path, score: Reward, add: bool, peers: Peers, progress: bool) -> None:
     """Score this process's share of the shards that have no scores yet; return when all processes have."""
+    scores.mkdir(parents=True, exist_ok=True)
     total = len(old.shards)
     missing = [number for number in range(total) if not _scores_path(scores, number).exists()]
     # Nobody may write before all have counted.
@@ -175,9 +146,9 @@ def _scored(shard: Path, score: Reward, add: bool) -> list[list[float]]:
     return table.tolist()
 
 
-def _finish(old: Rollouts, target: Path, manifest: dict[str, Any], add: bool) -> None:
+def _finish(old: Rollouts, target: Path, scores: Path, manifest: dict[str, Any], add: bool) -> None:
     """Put the scores of all shards into one file, and into the copy what else it needs; the manifest comes last."""
-    scores = target / SCORES_NAME
+    remove_leftovers(target)
     rows = [row for number in range(len(old.shards)) for row in read_json(_scores_path(scores, number))]
     widths = sorted({len(row) for row in rows})
     if len(widths) > 1:
@@ -186,6 +157,7 @@ def _finish(old: Rollouts, target: Path, manifest: dict[str, Any], add: bool) ->
     if target != old.path:
         _copy(old, target)
     write_rewards(target, manifest, torch.cat([old.rewards, new], 1) if add else new)
+    shutil.rmtree(target / SCORES_NAME)
 
 
 def _copy(old: Rollouts, target: Path) -> None:

@@ -51,19 +51,8 @@ class RolloutWriter:
     """Writes a rollout folder one shard at a time, so that a kill loses at most the shard being written.
 
     The lines of a shard are renamed into place first, then its checksums, and its tensors last: a shard exists if and only if
-    its `.safetensors` does. Hold `writing_lock` meanwhile.
-
-    Args:
-        path: the folder, made if absent; temporary files of dead processes in it are removed.
-        manifest: the settings, compared with those of an existing folder that has shards; `hidden_size`, `dtype` and
-            `num_heads` are taken from the first shard where they are not given.
-        ignored: names in `manifest` that may differ from those of an existing folder.
-        storage: how states are kept, one of `storage.STORED`; None is the dtype of the states.
-        first: whether this process sets the folder up, or joins others that write other shards of it.
-
-    Raises:
-        OSError: the folder cannot be made.
-        ValueError: the folder holds rollouts with other settings; the setting is named, with what was found and wanted.
+    its `.safetensors` does. Hold `writing_lock` meanwhile. `manifest` is compared with that of an existing folder with shards, but for the names
+    in `ignored`; what is in MEASURED is taken from the first shard. The first process sets the folder up, others join it.
     """
 
     def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
@@ -93,19 +82,8 @@ class RolloutWriter:
         return shard_path(self.path, number).exists()
 
     def write(self, number: int, states: Tensor, token_ids: Tensor, lengths: Sequence[int], records: Sequence[dict[str, Any]]) -> None:
-        """Write one shard, whole or not at all. Responses are packed one after the other, without padding.
-
-        Args:
-            number: which shard.
-            states: (tokens, hidden_size), floating point; row t is the state whose logits sampled token t.
-            token_ids: (tokens,), int64; entry t is the token sampled from row t.
-            lengths: tokens of each response, at least 1 each, adding up to `tokens`.
-            records: one dict a response: index (of the prompt), prompt, response, reward (list of floats), finish.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written; the message names the file.
-            ValueError: lengths that do not add up, a width, dtype or number of rewards other than the shards before, or states
-                that the storage cannot hold.
+        """Write one shard, whole or not at all: packed (tokens, hidden_size) states, the token sampled from each, the tokens of each response, and
+        one record a response: index (of the prompt), prompt, response, reward (list of floats), finish.
         """
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         if len(lengths) != len(records) or min(lengths, default=1) < 1 or not len(states) == len(token_ids) == offsets[-1]:

@@ -14,8 +14,8 @@ from recontrol.data.rewards.templates import text_writer
 class RewardModel:
     """Scores prompt and response, read together as one text, with a sequence classifier. One label is one reward.
 
-    Texts are padded on the right. A text longer than `max_length` loses its beginning, that is, the oldest part of the
-    prompt: the response is what is scored. The tokenizer is copied, so that its settings stay as they are.
+    Texts are padded on the right. A text longer than `max_length` loses its beginning, the oldest part of the prompt. The tokenizer is copied, so
+    that its settings stay as they are.
 
     Args:
         model: a model with a sequence-classification head, which returns `logits` of (batch, labels).
