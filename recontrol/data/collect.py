@@ -145,25 +145,31 @@ def collect_texts(
 
     Source: Kong et al. 2024, section 4.2, for responses of another origin.
     """
-    return _collect_given(
+    source = GivenResponses(
         model,
         tokenizer,
         prompts,
         responses,
-        out,
-        batch_size=batch_size,
-        cache_budget=cache_budget,
-        storage=storage,
-        progress=progress,
-        append_eos=append_eos,
-        max_new_tokens=max_new_tokens,
+        Packing(batch_size, cache_budget),
         reward=reward,
         rewards=rewards,
+        append_eos=append_eos,
+        max_new_tokens=max_new_tokens,
     )
+    return write_rollouts(source, out, storage=storage, unit="text", progress=progress)
 
 
 def collect_pairs(
-    model: Any, tokenizer: Any, pairs: Sequence[Preference | Sequence[str]], out: str | os.PathLike, *, skip_equal: bool = False, **options: Any
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Preference | Sequence[str]],
+    out: str | os.PathLike,
+    *,
+    batch_size: int | None = None,
+    cache_budget: int | str | None = None,
+    storage: str | None = None,
+    progress: bool = True,
+    **options: Any,
 ) -> Rollouts:
     """Run chosen and rejected responses through the model, for training by preference. As `collect_texts` otherwise.
 
@@ -175,9 +181,12 @@ def collect_pairs(
         tokenizer: its tokenizer.
         pairs: (prompt, chosen, rejected) each, as from `load_pairs`.
         out: the folder of the rollouts.
-        skip_equal: leave out pairs whose two responses have the same tokens, which are refused otherwise.
-        options: those of `collect_texts`: reward (None gives 1 to chosen and 0 to rejected responses), append_eos, max_new_tokens, batch_size (pairs
-            in a batch and a shard), cache_budget, storage, progress.
+        batch_size: pairs in a batch and a shard; None is 16, or no limit with a `cache_budget`.
+        cache_budget: pack pairs of similar length, as in `collect_texts`.
+        storage: how states are kept, as in `collect`.
+        progress: show a progress bar.
+        options: reward (None gives 1 to chosen and 0 to rejected responses), append_eos and max_new_tokens as for `collect_texts`, and skip_equal=True
+            to leave out pairs whose two responses have the same tokens, which are refused otherwise.
 
     Returns:
         The rollouts, opened.
@@ -190,25 +199,8 @@ def collect_pairs(
     prompts = [pair.prompt for pair in listed for _ in range(2)]
     responses = [response for pair in listed for response in pair[1:]]
     rewards = [1.0, 0.0] * len(listed) if options.get("reward") is None else None
-    return _collect_given(model, tokenizer, prompts, responses, out, **{**options, "rewards": rewards, "paired": True, "skip_equal": skip_equal})
-
-
-def _collect_given(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    out: str | os.PathLike,
-    *,
-    batch_size: int | None = None,
-    cache_budget: int | str | None = None,
-    storage: str | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Rollouts:
-    check_storage(storage)
-    source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **options)
-    return write_rollouts(source, out, storage=storage, unit="pair" if source.paired else "text", progress=progress)
+    source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), rewards=rewards, paired=True, **options)
+    return write_rollouts(source, out, storage=storage, unit="pair", progress=progress)
 
 
 def write_rollouts(source: Source, out: str | os.PathLike, *, storage: str | None = None, unit: str = "prompt", progress: bool = True) -> Rollouts:
@@ -217,6 +209,7 @@ def write_rollouts(source: Source, out: str | os.PathLike, *, storage: str | Non
     Several processes share the missing shards. All return once the folder is complete; if one dies, the others' shards stay, and the same
     call makes what is missing.
     """
+    check_storage(storage)
     out = Path(out)
     if (out / MANIFEST_NAME).exists() and (recorded := read_manifest(out).get("base_model")) and (other := difference(recorded, source.model)):
         raise ValueError(f"{out} holds rollouts of another model: {other}; use another folder")

@@ -92,13 +92,7 @@ def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train",
 
 
 def load_prompts_with_references(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
-    """The old name of `load_prompts_with_preferred`.
-
-    Args:
-        source: as for `load_prompts`.
-        split: which split.
-        options: those of `load_prompts`.
-    """
+    """The old name of `load_prompts_with_preferred`."""
     renamed("load_prompts_with_references", "load_prompts_with_preferred")
     return load_prompts_with_preferred(source, split, **options)
 
