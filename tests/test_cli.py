@@ -263,7 +263,7 @@ def one_line(capsys):
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--num-samples", "2"], "needs do_sample=True"),
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--cache-budget", "much"], 'a text such as "8GiB"'),
         (["collect", *MODEL, "--dataset", "PROMPTS", "--out", "OUT"], "--reward-model is needed, except with --pairs"),
-        (["collect", *MODEL, "--pairs", "--dataset", "PROMPTS", "--out", "OUT"], "has no pairs: wanted columns"),
+        (["collect", *MODEL, "--pairs", "--dataset", "PROMPTS", "--out", "OUT"], "has no pairs: beside prompt it must have the columns chosen, rejected"),
         (
             ["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--max-new-tokens", "511"],
             "leave no room for 511 new tokens in a context of 512",
