@@ -14,15 +14,15 @@ from recontrol.value import ValueFunction
 from recontrol.version import __version__
 
 if TYPE_CHECKING:
-    from recontrol.data.collect import collect
+    from recontrol.data.collect import collect, collect_pairs, collect_texts
+    from recontrol.data.config import Collection
     from recontrol.data.join import join_rollouts
     from recontrol.data.online import OnlineRollouts
     from recontrol.data.pairs import load_pairs
-    from recontrol.data.prompts import load_prompts, load_prompts_with_references
+    from recontrol.data.prompts import load_prompts, load_prompts_with_preferred
     from recontrol.data.relabel import relabel
     from recontrol.data.rewards import Judge, RewardModel
     from recontrol.data.rollouts import Rollouts
-    from recontrol.data.texts import collect_pairs, collect_texts
     from recontrol.decoding.config import Decoding
     from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import evaluate
@@ -41,6 +41,7 @@ moved.install()
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
+    "Collection": "recontrol.data.config",
     "Decoding": "recontrol.decoding.config",
     "Judge": "recontrol.data.rewards",
     "OnlineRollouts": "recontrol.data.online",
@@ -56,8 +57,8 @@ _ON_DEMAND = {
     "choose": "recontrol.evaluation.results",
     "choose_at_kl": "recontrol.evaluation.frontier",
     "collect": "recontrol.data.collect",
-    "collect_pairs": "recontrol.data.texts",
-    "collect_texts": "recontrol.data.texts",
+    "collect_pairs": "recontrol.data.collect",
+    "collect_texts": "recontrol.data.collect",
     "diagnose": "recontrol.training.diagnosis",
     "evaluate": "recontrol.evaluation.evaluate",
     "generate": "recontrol.generation.generate",
@@ -65,7 +66,7 @@ _ON_DEMAND = {
     "knee": "recontrol.evaluation.frontier",
     "load_pairs": "recontrol.data.pairs",
     "load_prompts": "recontrol.data.prompts",
-    "load_prompts_with_references": "recontrol.data.prompts",
+    "load_prompts_with_preferred": "recontrol.data.prompts",
     "pareto": "recontrol.evaluation.frontier",
     "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
@@ -75,6 +76,7 @@ _ON_DEMAND = {
 }
 
 __all__ = [
+    "Collection",
     "Control",
     "Controller",
     "Decoding",
@@ -105,7 +107,7 @@ __all__ = [
     "knee",
     "load_pairs",
     "load_prompts",
-    "load_prompts_with_references",
+    "load_prompts_with_preferred",
     "oracle",
     "pareto",
     "path_of_steps",
@@ -117,7 +119,7 @@ __all__ = [
 
 
 # Names of earlier releases, and what they are called now.
-_RENAMED = {"reference": "oracle"}
+_RENAMED = {"load_prompts_with_references": "load_prompts_with_preferred", "reference": "oracle"}
 
 
 def __getattr__(name: str) -> Any:

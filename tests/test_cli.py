@@ -179,7 +179,7 @@ def test_collect_runs_pairs_through_the_model(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ["collect", "--pairs", *MODEL, "--dataset", tmp_path / "pairs.jsonl", "--out", tmp_path / "r", "--storage", "int8", "--cache-budget", "1GB"]
     assert run(*arguments) == 2
-    assert "in lines 2" in capsys.readouterr().err
+    assert "nothing to prefer: line 2" in capsys.readouterr().err
     assert run(*arguments, "--skip-equal") == 0
     assert "2 responses, 6 tokens, states of 256 numbers as int8" in capsys.readouterr().out
     assert [record["preference"] for record in Rollouts(tmp_path / "r").records()] == ["chosen", "rejected"]
@@ -274,7 +274,7 @@ def one_line(capsys):
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--num-samples", "2"], "needs do_sample=True"),
         (["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--cache-budget", "much"], 'a text such as "8GiB"'),
         (["collect", *MODEL, "--dataset", "PROMPTS", "--out", "OUT"], "--reward-model is needed, except with --pairs"),
-        (["collect", *MODEL, "--pairs", "--dataset", "PROMPTS", "--out", "OUT"], "has no pairs: wanted columns"),
+        (["collect", *MODEL, "--pairs", "--dataset", "PROMPTS", "--out", "OUT"], "has no pairs: beside prompt it must have the columns chosen, rejected"),
         (
             ["collect", *MODEL, *REWARD, "--dataset", "PROMPTS", "--out", "OUT", "--max-new-tokens", "511"],
             "leave no room for 511 new tokens in a context of 512",

@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_collect_processes import SAMPLING, PROMPTS, lengths_of, model_and_tokenizer
 from recontrol.data.collect import collect
+from recontrol.data.relabel import relabel
 
 def work(rank, port, dying):
     os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -45,8 +46,10 @@ def work(rank, port, dying):
     score.__qualname__ = "lengths_of"
     try:
         rollouts = collect(*model_and_tokenizer(), PROMPTS, score, sys.argv[2], **SAMPLING)
+        collected = calls
+        copy = relabel(rollouts, score, sys.argv[2] + "-copy", progress=False)
         # In one piece, since both write to the same pipe.
-        os.write(1, f"rank {rank}: {len(rollouts)} responses, {calls} calls\\n".encode())
+        os.write(1, f"rank {rank}: {len(rollouts)} responses, {collected} calls, {calls - collected} to relabel {len(copy)}\\n".encode())
     except RuntimeError:
         traceback.print_exc()
         os._exit(1)
@@ -87,7 +90,7 @@ def launch(folder, dying=None):
     return statuses, sorted(line for line in lines if line.startswith("rank")), done.stderr
 
 
-def test_a_process_that_dies_leaves_the_others_shards_and_the_same_call_goes_on(tmp_path):
+def test_a_process_that_dies_leaves_the_others_shards_and_the_same_call_goes_on_and_relabels(tmp_path):
     whole = collect(*model_and_tokenizer(), PROMPTS, lengths_of, tmp_path / "whole", **SAMPLING)
     wanted = {path.name: path.read_bytes() for path in whole.path.iterdir()}
     folder = tmp_path / "r"
@@ -103,7 +106,11 @@ def test_a_process_that_dies_leaves_the_others_shards_and_the_same_call_goes_on(
 
     statuses, printed, errors = launch(folder)
     # Each made one of the two that were missing, and both return when all is there.
-    assert statuses == [0, 0] and printed == ["rank 0: 8 responses, 1 calls", "rank 1: 8 responses, 1 calls"], errors
+    assert statuses == [0, 0] and printed == [f"rank {rank}: 8 responses, 1 calls, 4 to relabel 8" for rank in range(2)], errors
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest == whole.manifest
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
+    # They shared the shards of the copy too.
+    copy = Rollouts(tmp_path / "r-copy")
+    copy.verify()
+    assert torch.equal(copy.rewards, whole.rewards) and copy.manifest["version"] == 3

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recontrol.data.collect import collect
+from recontrol.data.collect import collect, collect_pairs, collect_texts
 from recontrol.data.pairs import Preference, load_pairs
-from recontrol.data.texts import collect_pairs, collect_texts
 from recontrol.training.pairs import preference_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +217,7 @@ def test_questions_with_two_answers_and_plain_pairs(tmp_path):
 def test_equal_pairs_of_a_file_are_named_by_their_lines(tmp_path, caplog):
     good = {"prompt": "Q", "chosen": " a", "rejected": " b"}
     path = write_lines(tmp_path / "p.jsonl", [good, {**good, "rejected": " a"}, good, {**good, "chosen": " b"}])
-    with pytest.raises(ValueError, match=r"p\.jsonl has 2 pairs whose chosen and rejected response are the same.* in lines 2, 4; .*skip_equal=True"):
+    with pytest.raises(ValueError, match=r"p\.jsonl has 2 pairs whose chosen and rejected response are the same.*: line 2, line 4; .*skip_equal=True"):
         load_pairs(path)
     assert len(load_pairs(path, skip_equal=True)) == 2
     assert "left out 2 pairs" in caplog.text
@@ -228,7 +227,7 @@ def test_equal_pairs_of_a_file_are_named_by_their_lines(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a"}], r"no pairs: wanted columns .*found \['prompt'\]"),
+        ([{"prompt": "a"}], r"no pairs: beside prompt it must have the columns chosen, rejected; found \['prompt'\]"),
         ([{"prompt": "", "chosen": "a", "rejected": "b"}], "line 1 must have text in its column prompt"),
         ([{"prompt": "a", "chosen": "a", "rejected": None}], "line 1 must have text in its columns rejected"),
         ([{"chosen": "no dialogue", "rejected": "none"}], "line 1: two dialogues must begin alike"),
@@ -243,7 +242,7 @@ def test_rows_that_are_no_pairs_are_refused(tmp_path, rows, message):
 
 def test_long_prompts_are_left_out_and_templates_rendered(tokenizer, tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [{"chosen": START + " Good.", "rejected": START + " Bad. "}])
-    with pytest.raises(ValueError, match=r"no pair with a prompt of at most 3 tokens \(1 are longer\)"):
+    with pytest.raises(ValueError, match=r"no prompt of at most 3 tokens \(1 are longer\)"):
         load_pairs(path, tokenizer=tokenizer, max_prompt_tokens=3)
     with pytest.raises(ValueError, match="need the tokenizer"):
         load_pairs(path, max_prompt_tokens=3)

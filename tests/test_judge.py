@@ -206,7 +206,7 @@ class TestCache:
 
     def test_a_file_of_another_kind(self, serve, tmp_path):
         (tmp_path / "notes.txt").write_text("mine\n" * 400)
-        with pytest.raises(ValueError, match=r"notes\.txt is no file for the answers of a judge"):
+        with pytest.raises(ValueError, match=r"notes\.txt is not a file of answers of a judge"):
             Judge("m", base_url=serve(by_length).url, cache=tmp_path / "notes.txt")
         assert (tmp_path / "notes.txt").read_text() == "mine\n" * 400
 
@@ -252,5 +252,5 @@ def test_keys(serve, monkeypatch):
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r'pip install "recontrol\[judge\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'recontrol\[judge\]'"):
         Judge("m", base_url="http://127.0.0.1:9/v1")

@@ -8,7 +8,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from recontrol.data.prompts import load_prompts, load_prompts_with_references
+import recontrol as rc
+from recontrol.data import prompts as prompts_module
+from recontrol.data.prompts import load_prompts, load_prompts_with_preferred
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -139,9 +141,9 @@ def test_long_prompts_are_left_out(tmp_path, tokenizer, caplog):
         ("p.json", "", "empty"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b', "damaged"),
         ("p.jsonl", '{"text": "a"}\n', r"no column prompt, chosen or history; found \['text'\]"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "row 1 must have text"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "row 1 must have text"),
-        ("p.jsonl", '{"chosen": "no turns here"}\n', "row 0: a dialogue must have a turn of the assistant"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "line 2 must have text"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "line 2 must have text"),
+        ("p.jsonl", '{"chosen": "no turns here"}\n', "line 1: a dialogue must have a turn of the assistant"),
         ("p.txt", "a\n", "prompts are read from"),
     ],
 )
@@ -178,46 +180,53 @@ SHP = [
 ]
 
 
-class TestReferences:
+class TestPreferred:
     def test_the_preferred_response_follows_the_last_mark_of_a_dialogue(self, tmp_path):
         path = write_lines(tmp_path / "hh.jsonl", HH[:1])
-        prompts, references = load_prompts_with_references(path, human="User")
-        assert prompts == load_prompts(path, human="User") and references == [" This is CHOSEN. Assistant: yes"]
+        prompts, preferred = load_prompts_with_preferred(path, human="User")
+        assert prompts == load_prompts(path, human="User") and preferred == [" This is CHOSEN. Assistant: yes"]
         # Prompt and reference are the dialogue, whole.
-        prompts, references = load_prompts_with_references(path)
-        assert [prompt + reference for prompt, reference in zip(prompts, references, strict=True)] == [HH[0]["chosen"]]
+        prompts, preferred = load_prompts_with_preferred(path)
+        assert [prompt + reference for prompt, reference in zip(prompts, preferred, strict=True)] == [HH[0]["chosen"]]
 
     def test_the_answer_with_the_higher_score(self, tmp_path, tokenizer):
         path = write_lines(tmp_path / "shp.jsonl.gz", SHP)
-        assert load_prompts_with_references(path) == (load_prompts(path), [" Because.", " long A", " Now."])
+        assert load_prompts_with_preferred(path) == (load_prompts(path), [" Because.", " long A", " Now."])
         # Responses are left out with their prompts, and no more are read than asked for.
         short = {"tokenizer": tokenizer, "max_prompt_tokens": 40}
-        assert load_prompts_with_references(path, **short) == (["Human: Why?\nAssistant:", "Human: When?\nAssistant:"], [" Because.", " Now."])
-        assert load_prompts_with_references(path, limit=1, **short) == (["Human: Why?\nAssistant:"], [" Because."])
+        assert load_prompts_with_preferred(path, **short) == (["Human: Why?\nAssistant:", "Human: When?\nAssistant:"], [" Because.", " Now."])
+        assert load_prompts_with_preferred(path, limit=1, **short) == (["Human: Why?\nAssistant:"], [" Because."])
+
+    def test_the_old_name_warns(self, tmp_path):
+        path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": " b"}])
+        with pytest.warns(DeprecationWarning, match="load_prompts_with_references is now load_prompts_with_preferred"):
+            assert prompts_module.load_prompts_with_references(path) == (["a"], [" b"])
+        with pytest.warns(DeprecationWarning, match=r"load_prompts_with_references is now .*load_prompts_with_preferred"):
+            assert rc.load_prompts_with_references is load_prompts_with_preferred
 
     def test_plain_pairs(self, tmp_path):
         path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}])
-        assert load_prompts_with_references(path) == (["a"], [" b"])
+        assert load_prompts_with_preferred(path) == (["a"], [" b"])
 
     def test_chat_templates_leave_no_space_around_the_response(self, tmp_path, chat_tokenizer):
         for name, rows, reference in (("hh.jsonl", HH[:1], "This is CHOSEN. Assistant: yes"), ("shp.jsonl", SHP[:1], "Because.")):
             path = write_lines(tmp_path / name, rows)
-            prompts, references = load_prompts_with_references(path, tokenizer=chat_tokenizer, chat_template=True)
-            assert prompts == load_prompts(path, tokenizer=chat_tokenizer, chat_template=True) and references == [reference]
+            prompts, preferred = load_prompts_with_preferred(path, tokenizer=chat_tokenizer, chat_template=True)
+            assert prompts == load_prompts(path, tokenizer=chat_tokenizer, chat_template=True) and preferred == [reference]
 
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
             ([{"prompt": "a"}], r"has no preferred responses: beside prompt it must have the columns chosen; found \['prompt'\]"),
             ([{"history": "a", "labels": 1}], "beside history it must have the columns human_ref_A, human_ref_B, labels"),
-            ([SHP[0], {**SHP[0], "human_ref_B": None}], "row 1 must have text in its columns human_ref_B"),
-            ([{**SHP[0], "labels": 3}], "row 0: labels must be 1, where human_ref_A is preferred, or 0, found 3"),
-            ([{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": None}], "row 1 must have text in its columns chosen"),
+            ([SHP[0], {**SHP[0], "human_ref_B": None}], "line 2 must have text in its columns human_ref_B"),
+            ([{**SHP[0], "labels": 3}], "line 1: labels must be 1, where human_ref_A is preferred, or 0, found 3"),
+            ([{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": None}], "line 2 must have text in its columns chosen"),
         ],
     )
     def test_rows_that_prefer_nothing_are_refused(self, tmp_path, rows, message):
         with pytest.raises(ValueError, match=message):
-            load_prompts_with_references(write_lines(tmp_path / "p.jsonl", rows))
+            load_prompts_with_preferred(write_lines(tmp_path / "p.jsonl", rows))
 
 
 @pytest.mark.shared
@@ -232,7 +241,7 @@ def test_real_lines_of_hh_rlhf(chat_tokenizer):
         assert prompt.startswith("\n\nHuman:") and prompt.endswith("\n\nAssistant:")
         # The dialogue is prompt then response, and the prompt has nothing of the response.
         assert text.startswith(prompt) and "\n\nAssistant:" not in text[len(prompt) :]
-    assert load_prompts_with_references(path) == (prompts, [text.removeprefix(prompt) for prompt, text in zip(prompts, chosen, strict=True)])
+    assert load_prompts_with_preferred(path) == (prompts, [text.removeprefix(prompt) for prompt, text in zip(prompts, chosen, strict=True)])
     rendered = load_prompts(path, tokenizer=chat_tokenizer, chat_template=True)
     assert all(text.startswith("[user]") and text.endswith("[end][assistant]") for text in rendered)
     assert load_prompts(path, human="User", limit=1)[0].startswith("\n\nUser:")

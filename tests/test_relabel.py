@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import recontrol as rc
-from recontrol.data.relabel import STAGING_NAME
-from recontrol.data.shards import RELABELLED_NAME
+from recontrol.data.relabel import SCORES_NAME
+from recontrol.data.rollouts import OLD_REPLACEMENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, SHARD = 7, 2
@@ -90,10 +90,14 @@ def test_in_place(rollouts, tmp_path):
     new = rc.relabel(str(rollouts.path), length, progress=False)
     assert new.path == rollouts.path
     assert_only_rewards_differ(new, rc.Rollouts(tmp_path / "old"), LENGTHS)
-    assert sorted(content(new.path)) == sorted(content(tmp_path / "old"))
+    # One file is new, and the manifest, which names it.
+    old_files, new_files = content(tmp_path / "old"), content(new.path)
+    assert sorted(new_files.keys() - old_files.keys()) == ["rewards-1.safetensors"]
+    assert [name for name in old_files if old_files[name] != new_files[name]] == ["manifest.json"]
     again = rc.relabel(new, minus, new.path, progress=False)
     assert_only_rewards_differ(again, rc.Rollouts(tmp_path / "old"), -LENGTHS)
     assert [step["reward"] for step in again.manifest["relabelled"]] == [["length"], ["minus"]]
+    assert sorted(content(again.path).keys() - old_files.keys()) == ["rewards-2.safetensors"]
 
 
 def test_other_files_in_the_folder_stay(rollouts):
@@ -142,7 +146,7 @@ def test_an_interrupted_run_goes_on_where_it_was(rollouts, tmp_path, in_place, e
     second = Interrupted(None)
     new = rc.relabel(rollouts, second, out, progress=False)
     assert second.calls == 2
-    assert torch.equal(new.rewards, LENGTHS) and not (new.path / STAGING_NAME).exists()
+    assert torch.equal(new.rewards, LENGTHS) and not (new.path / SCORES_NAME).exists()
     new.verify()
 
 
@@ -152,53 +156,90 @@ def test_a_finished_copy_is_opened(rollouts, tmp_path):
     assert torch.equal(rc.relabel(rollouts, reward, tmp_path / "new", progress=False).rewards, LENGTHS) and reward.calls == 0
 
 
-@pytest.mark.parametrize("kill", range(8))
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "copy"])
 @pytest.mark.parametrize("add", [False, True], ids=["replace", "add"])
-def test_a_kill_while_the_lines_are_replaced(rollouts, monkeypatch, kill, add):
-    """At every step of the replacement: the rollouts are the old ones, or the new ones, or will not open until the same call has finished."""
-    wanted = torch.cat([rollouts.rewards, LENGTHS], 1) if add else LENGTHS
-    replace, calls = os.replace, 0
+@pytest.mark.parametrize("at", ["rewards-1.safetensors", "manifest.json", "scores"])
+def test_a_kill_while_the_rewards_are_replaced(rollouts, tmp_path, monkeypatch, at, add, in_place):
+    """At every step the rollouts have the old rewards or the new ones, and the same call finishes without scoring anything again."""
+    out = rollouts.path if in_place else tmp_path / "new"
+    new = torch.cat([rollouts.rewards, LENGTHS], 1) if add else LENGTHS
+    replace = os.replace
 
     def failing(source, target):
-        nonlocal calls
-        if RELABELLED_NAME in str(source):
-            calls += 1
-            if calls == kill:
-                raise KeyboardInterrupt
+        if Path(target) == out / at:
+            raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr("recontrol.data.relabel.os.replace", failing)
-    if kill == 0:
-        monkeypatch.setattr("recontrol.data.relabel.shutil.rmtree", lambda path: failing_remove(path))
-    interrupted = False
-    try:
-        rc.relabel(rollouts, length, add=add, progress=False)
-    except KeyboardInterrupt:
-        interrupted = True
-    monkeypatch.undo()
-    # Four shards of lines, the checksums and the manifest.
-    assert interrupted == (kill <= 6)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if at == "scores":
+            patch.setattr("recontrol.data.relabel.shutil.rmtree", failing_remove)
+        else:
+            patch.setattr("recontrol.files.os.replace", failing)
+        rc.relabel(rollouts, length, out, add=add, progress=False)
+    if in_place or at == "scores":
+        assert torch.equal(rc.Rollouts(out).rewards, new if at == "scores" else rollouts.rewards)
+    else:
+        with pytest.raises(ValueError, match="is no rollout folder"):
+            rc.Rollouts(out)
     reward = Interrupted(None)
-    if interrupted:
-        with pytest.raises(ValueError, match=r"the rewards of .* were being replaced when the run was killed: the same call of relabel finishes it"):
-            rc.Rollouts(rollouts.path)
-        assert torch.equal(rc.relabel(rollouts, reward, add=add, progress=False).rewards, wanted) and reward.calls == 0
-    assert torch.equal(rc.Rollouts(rollouts.path).rewards, wanted)
-    rc.Rollouts(rollouts.path).verify()
-    assert not (rollouts.path / RELABELLED_NAME).exists()
+    if add and in_place and at == "scores":
+        with pytest.raises(ValueError, match="has the reward length already"):
+            rc.relabel(rollouts.path, reward, out, add=add, progress=False)
+    else:
+        assert torch.equal(rc.relabel(rollouts.path, reward, out, add=add, progress=False).rewards, new)
+        # Nothing is scored again, unless the call had come to its end and this one is another.
+        assert reward.calls == (4 if in_place and at == "scores" else 0)
+    rc.Rollouts(out).verify()
 
 
-def failing_remove(path):
+def failing_remove(path, **options):
     raise KeyboardInterrupt
+
+
+def test_scores_that_a_finished_call_left_are_not_in_the_way_of_another_reward(rollouts, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("recontrol.data.relabel.shutil.rmtree", failing_remove)
+        rc.relabel(rollouts, length, progress=False)
+    assert torch.equal(rc.relabel(rollouts.path, minus, progress=False).rewards, -LENGTHS)
+
+
+def test_a_replacement_that_an_earlier_release_did_not_finish_is_refused(rollouts):
+    (rollouts.path / OLD_REPLACEMENT).mkdir()
+    message = r"were being replaced by an earlier release when it was killed: move shard-\*\.jsonl, checksums\.sha256 and manifest\.json"
+    with pytest.raises(ValueError, match=message):
+        rc.Rollouts(rollouts.path)
+
+
+def test_new_rewards_that_have_changed_or_are_missing_are_refused(rollouts):
+    path = rc.relabel(rollouts, length, progress=False).path / "rewards-1.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"rewards-1\.safetensors has changed since it was written"):
+        rc.Rollouts(rollouts.path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"rewards-1\.safetensors is missing: the manifest names it as the rewards"):
+        rc.Rollouts(rollouts.path)
+
+
+def test_shards_that_the_new_rewards_do_not_go_with_are_refused(rollouts):
+    (rc.relabel(rollouts, length, progress=False).path / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="has new rewards of 7 responses, its shards have 5"):
+        rc.Rollouts(rollouts.path, allow_partial=True)
+
+
+def test_joined_rollouts_have_the_new_rewards(rollouts, tmp_path):
+    rc.relabel(rollouts, length, progress=False)
+    joined = rc.join_rollouts([rollouts.path, rollouts.path], tmp_path / "joined")
+    assert torch.equal(joined.rewards, LENGTHS.repeat(2, 1)) and joined.manifest["version"] == 2 and "rewards" not in joined.manifest
+    assert [record["reward"] for record in joined.records()] == LENGTHS.repeat(2, 1).tolist()
+    joined.verify()
 
 
 def test_an_unfinished_relabelling_with_another_reward_is_not_mixed_in(rollouts):
     with pytest.raises(RuntimeError):
         rc.relabel(rollouts, Interrupted(3), progress=False)
-    with pytest.raises(ValueError, match=r"holds rollouts with another re.*or delete .*\.relabel, where an earlier relabelling was interrupted"):
-        rc.relabel(rollouts, minus, progress=False)
-    shutil.rmtree(rollouts.path / STAGING_NAME)
     assert torch.equal(rc.relabel(rollouts, minus, progress=False).rewards, -LENGTHS)
+    assert not (rollouts.path / SCORES_NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -278,14 +319,15 @@ def test_eight_bit_states_are_shared_as_they_are(tmp_path):
 
 
 def test_rollouts_of_format_version_1(rollouts):
-    """They have no checksums; the new ones do."""
+    """Their shards have no checksums, and relabelling does not make up any; the new rewards have one."""
     (rollouts.path / "checksums.sha256").unlink()
     manifest = json.loads((rollouts.path / "manifest.json").read_text())
     kept = {name: entry for name, entry in manifest.items() if name not in ("checksums_sha256", "storage")}
     (rollouts.path / "manifest.json").write_text(json.dumps(kept | {"version": 1}))
     new = rc.relabel(rollouts.path, length, progress=False)
-    assert torch.equal(new.rewards, LENGTHS)
-    new.verify()
+    assert torch.equal(new.rewards, LENGTHS) and len(new.manifest["rewards"]["sha256"]) == 64
+    with pytest.raises(ValueError, match=r"8 of 8 files .* has no checksum"):
+        new.verify()
 
 
 def test_names_of_paths_are_not_resolved_away(rollouts, tmp_path):

@@ -135,7 +135,7 @@ def test_an_interrupted_folder_is_opened_only_on_request(folder):
     ("change", "message"),
     [
         ({"format": "other"}, "found format 'other', wanted 'recontrol.rollouts'"),
-        ({"version": 3}, "version 3.*upgrade"),
+        ({"version": 4}, "version 4.*upgrade"),
         ({"hidden_size": 16}, "not a shard of these rollouts"),
         ({"dtype": "float16"}, "not a shard of these rollouts"),
     ],

@@ -22,22 +22,14 @@ AFTER_INTERRUPT = "the batches that were finished are kept: repeat the command t
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
+    from recontrol.configs import add_flags
+    from recontrol.data.config import Collection
+
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the rollouts are written")
-    parser.add_argument("--num-samples", type=shared.positive_int, default=1, metavar="N", help="responses to each prompt; above 1 with --sample (default: 1)")
     parser.add_argument("--pairs", action="store_true", help="run the chosen and rejected responses of the data set through the model instead of sampling")
     parser.add_argument("--skip-equal", action="store_true", help="with --pairs, leave out pairs whose two responses are the same (default: refuse them)")
-    parser.add_argument("--unique-responses", action="store_true", help="keep equal responses to a prompt once (default: keep all, each as likely as it is)")
-    parser.add_argument(
-        "--cache-budget",
-        metavar="SIZE",
-        help="memory for the key/value cache, for example 40GiB: prompts are sorted by length, and as many are decoded at once as fit "
-        "(default: --batch-size prompts, in their order)",
-    )
-    parser.add_argument(
-        "--storage",
-        choices=("float32", "bfloat16", "float16", "int8"),
-        help="how hidden states are kept; int8 takes half of what bfloat16 takes (default: the dtype of the model, without loss)",
-    )
+    # Prompts that are too long are left out when they are loaded.
+    add_flags(parser, Collection, leave_out=("max_prompt_tokens", "unique_prompts"))
     shared.add_model_options(parser)
     shared.add_prompt_options(parser)
     shared.add_reward_options(parser, default="none")
@@ -50,20 +42,16 @@ def run(options: argparse.Namespace) -> None:
     if options.reward_model is None and not options.pairs:
         raise ValueError("--reward-model is needed, except with --pairs, where chosen responses get reward 1 and rejected ones 0")
     model, tokenizer = shared.load_model(options)
-    common = {
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": options.batch_size,
-        "cache_budget": options.cache_budget,
-        "storage": options.storage,
-    }
-    rollouts = _pairs(options, model, tokenizer, common) if options.pairs else _samples(options, model, tokenizer, common)
+    rollouts = (_pairs if options.pairs else _samples)(options, model, tokenizer)
     if os.environ.get("RANK", "0") == "0":
         means = ", ".join(f"{mean:.3f}" for mean in rollouts.rewards.mean(0).tolist())
         print(f"{rollouts.describe()}; average reward {means}: {options.out}")
 
 
-def _samples(options: argparse.Namespace, model: Any, tokenizer: Any, common: dict[str, Any]) -> Any:
+def _samples(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    from recontrol.configs import from_flags
     from recontrol.data.collect import collect
+    from recontrol.data.config import Collection
 
     return collect(
         model,
@@ -71,29 +59,29 @@ def _samples(options: argparse.Namespace, model: Any, tokenizer: Any, common: di
         shared.load_prompts(options, tokenizer, options.dataset, options.split, options.limit),
         shared.load_reward(options),
         options.out,
-        num_samples=options.num_samples,
-        unique_responses=options.unique_responses,
+        collection=from_flags(Collection, options),
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
         seed=options.seed,
         stop_strings=shared.stop_strings(options),
-        **common,
         **shared.generation_options(options),
     )
 
 
-def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any, common: dict[str, Any]) -> Any:
+def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    from recontrol.data.collect import collect_pairs
     from recontrol.data.pairs import load_pairs
-    from recontrol.data.texts import collect_pairs
 
-    pairs = load_pairs(
-        options.dataset,
-        options.split,
-        limit=options.limit,
-        tokenizer=tokenizer,
-        chat_template=options.chat_template,
-        human=options.human,
-        max_prompt_tokens=options.max_prompt_tokens,
-        skip_equal=options.skip_equal,
-    )
+    how = {name: getattr(options, name) for name in ("limit", "chat_template", "human", "max_prompt_tokens", "skip_equal")}
     return collect_pairs(
-        model, tokenizer, pairs, options.out, reward=options.reward_model and shared.load_reward(options), skip_equal=options.skip_equal, **common
+        model,
+        tokenizer,
+        load_pairs(options.dataset, options.split, tokenizer=tokenizer, **how),
+        options.out,
+        reward=options.reward_model and shared.load_reward(options),
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        cache_budget=options.cache_budget,
+        skip_equal=options.skip_equal,
+        storage=options.storage,
     )

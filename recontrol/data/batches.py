@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from recontrol.checks import first_few
+
 
 class RolloutBatch(NamedTuple):
     """Some responses, as training reads them: from disk (`Rollouts.batch`) or straight from the model (`OnlineRollouts`).
@@ -25,27 +27,14 @@ class RolloutBatch(NamedTuple):
 
 
 class MemoryRollouts:
-    """A batch in memory, read as `Rollouts` are: some of its responses at a time.
-
-    Args:
-        batch: the responses.
-
-    Attributes:
-        lengths: (responses,), int64, tokens of each response.
-        rewards: (responses, num_heads), float32.
-        num_heads: how many rewards a response has.
-    """
+    """A batch in memory, read as `Rollouts` are: some of its responses at a time."""
 
     def __init__(self, batch: RolloutBatch):
         self._states = batch.states.split(batch.lengths.tolist())
         self.lengths, self.rewards, self.num_heads = batch.lengths, batch.rewards, batch.rewards.shape[1]
 
     def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
-        """Some responses, as `Rollouts.batch` returns them.
-
-        Args:
-            indices: which responses, in the order wanted.
-        """
+        """Some responses, as `Rollouts.batch` returns them."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         return RolloutBatch(torch.cat([self._states[index] for index in indices.tolist()]), self.lengths[indices], self.rewards[indices])
 
@@ -59,7 +48,7 @@ class ScoredResponses:
         token_ids: (tokens,), int64; entry t was sampled from row t of `states`.
         lengths: tokens of each response.
         records: one dict a response: index (of the prompt), prompt, response, reward (list of floats), finish.
-        left_out: how many responses are not among them, by the reason.
+        left_out: how many responses were dropped, by reason.
     """
 
     states: Tensor
@@ -76,17 +65,15 @@ class ScoredResponses:
 
 
 class Source(Protocol):
-    """Makes rollouts batch by batch; what a batch holds depends on its number alone, not on the batches before.
+    """Makes rollouts batch by batch; a batch depends on its number alone, not on the batches before.
 
     Attributes:
         settings: all that the result depends on, for the manifest.
-        ignored: names in `settings` that may differ between runs that go on with one another.
         batches: the entries (prompts or texts) of each batch, as places in the caller's list.
         model: the language model.
     """
 
     settings: dict[str, Any]
-    ignored: Sequence[str]
     batches: list[list[int]]
     model: Any
 
@@ -94,13 +81,8 @@ class Source(Protocol):
         """Get the model ready inside the block, for a function from the number of a batch to its responses."""
 
 
-def some(items: Sequence[Any]) -> str:
-    """The first few items, for a message."""
-    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
-
-
 def named(entries: Sequence[int]) -> str:
     """Which entries, for a message: "4 to 7", or the first few of them."""
     if list(entries) == list(range(entries[0], entries[0] + len(entries))):
         return f"{entries[0]} to {entries[-1]}"
-    return some(entries)
+    return first_few(entries)

@@ -12,7 +12,6 @@ from recontrol.files import write_aside
 
 CHECKSUMS_NAME = "checksums.sha256"
 LINE = re.compile(r"([0-9a-f]{64})  (shard-\d+\.(?:safetensors|jsonl))")
-PIECE = 1 << 20
 
 
 def checksum(content: bytes) -> str:
@@ -21,16 +20,9 @@ def checksum(content: bytes) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, which is read in pieces.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """SHA-256 of a file, which is read in pieces."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listing(checksums: Mapping[str, str]) -> bytes:
@@ -39,21 +31,13 @@ def listing(checksums: Mapping[str, str]) -> bytes:
 
 
 def write_checksums(path: Path, checksums: Mapping[str, str]) -> None:
-    """Write a list of checksums by file name, whole or not at all.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the message names the file.
-    """
+    """Write a list of checksums by file name, whole or not at all."""
     with write_aside(path) as aside:
         aside.write_bytes(listing(checksums))
 
 
 def read_checksums(path: Path) -> tuple[dict[str, str], str]:
-    """Checksums by file name, and the checksum of the list itself.
-
-    Raises:
-        ValueError: the file is missing, or a line is no checksum of a shard.
-    """
+    """Checksums by file name, and the checksum of the list itself; ValueError if it is missing or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -68,7 +52,7 @@ def read_checksums(path: Path) -> tuple[dict[str, str], str]:
 
 
 def changed_files(folder: Path, checksums: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    """What is wrong with some files of a folder, one text a file: it is missing, it has no checksum, or it has another one."""
+    """What is wrong with some files of a folder, one text a file: missing, changed, or without a checksum."""
     wrong = []
     for name in names:
         path = folder / name

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.data.batches import ScoredResponses, named, some
+from recontrol.checks import first_few
+from recontrol.data.batches import ScoredResponses, named
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.data.settings import IGNORED, model_settings, texts_checksum
+from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
 from recontrol.decoding.hooks import Attachment
 from recontrol.decoding.packing import Packing
@@ -24,22 +25,8 @@ logger = logging.getLogger(__name__)
 class GivenResponses:
     """A `Source` of responses that exist already; see `collect_texts` for the arguments.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompts: one a response.
-        responses: the texts that follow the prompts.
-        reward: what scores prompts and responses.
-        rewards: instead of `reward`, the scores.
-        append_eos: put the end-of-sequence token behind each response.
-        max_new_tokens: cut longer responses.
-        batch_size: entries in a batch.
-        cache_budget: bytes.
-        paired: whether an entry is two responses, the chosen and the rejected one, instead of one.
-        skip_equal: leave out pairs whose two responses have the same tokens, instead of refusing them.
+    With `paired`, an entry is two rows, the chosen and the rejected response; `skip_equal` leaves out pairs whose responses have the same tokens.
     """
-
-    ignored: Sequence[str] = IGNORED
 
     def __init__(
         self,
@@ -47,13 +34,12 @@ class GivenResponses:
         tokenizer: Any,
         prompts: Sequence[str],
         responses: Sequence[str],
+        packing: Packing,
         *,
-        reward: Any,
-        rewards: Any,
-        append_eos: bool,
-        max_new_tokens: int | None,
-        batch_size: int | None,
-        cache_budget: int | str | None,
+        reward: Any = None,
+        rewards: Any = None,
+        append_eos: bool = True,
+        max_new_tokens: int | None = None,
         paired: bool = False,
         skip_equal: bool = False,
     ):
@@ -65,25 +51,15 @@ class GivenResponses:
             raise ValueError("give either reward, which scores the responses, or rewards, their scores")
         if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
             raise ValueError(f"max_new_tokens must be an integer of at least 1, found {max_new_tokens!r}")
-        packing = Packing(batch_size, cache_budget)
         self.score = None if reward is None else as_reward(reward)
         self.rewards = None if rewards is None else _checked_scores(rewards, prompts, responses)
         check_lengths(model, tokenizer, prompts, 1)
         others = [row for row, response in enumerate(responses) if not isinstance(response, str)]
         if others:
-            raise TypeError(f"responses must be a list of texts, found {type(responses[others[0]]).__name__} at {some(others)}")
+            raise TypeError(f"responses must be a list of texts, found {type(responses[others[0]]).__name__} at {first_few(others)}")
         self.eos, self.max_new_tokens = _end_of_sequence(model, tokenizer) if append_eos else None, max_new_tokens
         lengths, equal = self._checked_lengths()
-        if equal and not skip_equal:
-            raise ValueError(
-                f"the tokens of the chosen and the rejected response are the same in {len(equal)} pairs: {some(equal)}; there is nothing to prefer"
-            )
-        left_out = set(equal)
-        kept = [entry for entry in range(len(lengths) // self.rows_per_entry) if entry not in left_out]
-        if not kept:
-            raise ValueError("no pair is left: the two responses of each are the same")
-        if left_out:
-            logger.warning("left out %d pairs whose two responses have the same tokens", len(left_out))
+        kept = _without(equal, len(lengths) // self.rows_per_entry, skip_equal)
         longest = [max(lengths[entry * self.rows_per_entry : (entry + 1) * self.rows_per_entry]) for entry in kept]
         self.batches = packing.batches(model, kept, lambda: longest, self.rows_per_entry)
         first: dict[str, int] = {}
@@ -95,7 +71,7 @@ class GivenResponses:
             "prompts_sha256": texts_checksum(prompts),
             "responses_sha256": texts_checksum(responses),
             "num_prompts": len(first),
-            "left_out": len(left_out),
+            "left_out": len(equal),
             "responses": "chosen and rejected" if paired else "given",
             "append_eos": append_eos,
             "max_new_tokens": max_new_tokens,
@@ -106,7 +82,7 @@ class GivenResponses:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
-        """Attach a recorder and put the model into evaluation mode inside the block, for a function from a batch's number to its responses."""
+        """Attach a recorder inside the block, for a function from a batch's number to its responses."""
         with evaluation_mode(self.model), _PositionRecorder(self.model) as recorder:
             yield partial(self._make, recorder)
 
@@ -115,14 +91,14 @@ class GivenResponses:
         rows = [entry * self.rows_per_entry + place for entry in entries for place in range(self.rows_per_entry)]
         prompts = [self.prompts[row] for row in rows]
         prompt_ids, new_ids, texts = self._tokens(rows)
-        states = recorder.record([(prompt, new) for prompt, new in zip(prompt_ids, new_ids, strict=True)])
+        states = recorder.record(list(zip(prompt_ids, new_ids, strict=True)))
         try:
-            if self.rewards is not None:
-                rewards = self.rewards[rows]
+            if self.score is None:
+                rewards = self.rewards[rows]  # type: ignore[index]
             else:
-                # Batch by batch, so that a reward that draws numbers gives the same in a run that was taken up again.
+                # Seeded batch by batch, so that a reward that draws random numbers gives the same in a run that was resumed.
                 with seeded(number):
-                    rewards = checked_rewards(self.score, prompts, texts)  # type: ignore[arg-type]
+                    rewards = checked_rewards(self.score, prompts, texts)
         except ValueError as error:
             raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {named(entries)}): {error}") from error
         records = [
@@ -154,7 +130,7 @@ class GivenResponses:
         return prompts, new, texts
 
     def _checked_lengths(self) -> tuple[list[int], list[int]]:
-        """Tokens of each row that the model reads, after refusing those that it cannot, and the pairs of equal responses."""
+        """Tokens of each row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         lengths: list[int] = []
         empty: list[int] = []
@@ -168,11 +144,10 @@ class GivenResponses:
             if self.paired:
                 equal += [rows[place] // 2 for place in range(0, len(rows), 2) if new[place] == new[place + 1]]
         if empty:
-            raise ValueError(f"{len(empty)} responses have no tokens: {some(empty)}")
-        if context is not None:
-            too_long = [f"{row} ({length} tokens)" for row, length in enumerate(lengths) if length > context]
-            if too_long:
-                raise ValueError(f"{len(too_long)} prompts with their responses are longer than the model's context of {context}: {some(too_long)}")
+            raise ValueError(f"{len(empty)} responses have no tokens: {first_few(empty)}")
+        too_long = [f"{row} ({length} tokens)" for row, length in enumerate(lengths) if context is not None and length > context]
+        if too_long:
+            raise ValueError(f"{len(too_long)} prompts with their responses are longer than the model's context of {context}: {first_few(too_long)}")
         return lengths, equal
 
 
@@ -185,10 +160,9 @@ class _PositionRecorder(Attachment):
         self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
 
     def record(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Run rows of (prompt, new tokens) in one forward call.
+        """Run rows of (prompt, new tokens) in one forward call: (new tokens, hidden_size) states, row after row, on the CPU.
 
-        Returns:
-            (new tokens, hidden_size), row after row, on the CPU: the state that reads position t - 1 goes with token t.
+        The state that reads position t - 1 goes with token t.
         """
         ids = [(prompt + new)[:-1] for prompt, new in rows]
         width = max(map(len, ids))
@@ -213,11 +187,25 @@ class _PositionRecorder(Attachment):
         return args[0][:, -1:], *args[1:]
 
 
+def _without(equal: list[int], count: int, skip_equal: bool) -> list[int]:
+    """The entries but for the pairs of equal responses, which are refused unless they are to be skipped."""
+    if equal and not skip_equal:
+        raise ValueError(
+            f"the tokens of the chosen and the rejected response are the same in {len(equal)} pairs: {first_few(equal)}; there is nothing to prefer"
+        )
+    if len(equal) == count:
+        raise ValueError("no pair is left: the two responses of each are the same")
+    if equal:
+        logger.warning("left out %d pairs whose two responses have the same tokens", len(equal))
+    left_out = set(equal)
+    return [entry for entry in range(count) if entry not in left_out]
+
+
 def _checked_scores(rewards: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     try:
         return checked_rewards(lambda *_: rewards, prompts, responses)
     except ValueError as error:
-        raise ValueError(f"rewards that are given must be as if a reward had returned them: {error}") from error
+        raise ValueError(f"rewards must be as a reward returns them: {error}") from error
 
 
 def _end_of_sequence(model: Any, tokenizer: Any) -> int:

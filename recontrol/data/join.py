@@ -7,11 +7,11 @@ from typing import Any
 
 from recontrol.data.checksums import checksum
 from recontrol.data.rollouts import Rollouts
-from recontrol.data.shards import MEASURED, RolloutWriter, read_lines
+from recontrol.data.shards import MEASURED, RolloutWriter
 from recontrol.decoding.fingerprint import fingerprint_hash
 from recontrol.files import writing_lock
 
-# What all folders must have in common, or the states or rewards of one would mean something else than those of another.
+# What all folders must have in common.
 SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")
 
 
@@ -39,7 +39,7 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
     for other in opened[1:]:
         _compare(opened[0], other)
     first = opened[0].manifest
-    shards = [(place, shard) for place, rollouts in enumerate(opened) for shard in rollouts.shards]
+    shards = [(place, number) for place, rollouts in enumerate(opened) for number in range(len(rollouts.shards))]
     manifest: dict[str, Any] = {
         "base_model": first.get("base_model"),
         **{name: first[name] for name in ("model_dtype", "tokenizer", "tokenizer_sha256", "reward") if name in first},
@@ -48,17 +48,18 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
         "num_prompts": sum(rollouts.manifest.get("num_prompts") or 0 for rollouts in opened),
         "num_shards": len(shards),
     }
-    # Numbers of the groups, by the text of the prompt; where texts were not kept, by folder and number there.
+    # Numbers of the groups by the text of the prompt; where texts were not kept, by folder and number there.
     groups: dict[Any, int] = {}
     with writing_lock(Path(out)):
         writer = RolloutWriter(out, manifest, storage=first.get("storage"))
-        for number, (place, shard) in enumerate(shards):
+        for number, (place, shard_number) in enumerate(shards):
             records = [
                 {**record, "index": groups.setdefault(record.get("prompt") or (place, record["index"]), len(groups))}
-                for record in read_lines(shard.with_suffix(".jsonl"))
+                for record in opened[place].shard_records(shard_number)
             ]
             if writer.has(number):
                 continue
+            shard = opened[place].shards[shard_number]
             content = shard.read_bytes()
             wanted = opened[place].checksums.get(shard.name)
             if wanted is not None and checksum(content) != wanted:

@@ -1,26 +1,28 @@
 """Scoring the responses of rollouts again, with another reward: the hidden states stay as they are, and nothing is generated."""
 
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
-from recontrol.data.checksums import CHECKSUMS_NAME, checksum, write_checksums
-from recontrol.data.processes import Peers
+from recontrol.data.checksums import CHECKSUMS_NAME
+from recontrol.data.processes import Peers, writing_together
+from recontrol.data.reward_files import write_rewards
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.rewards.checks import head_names, names_of_heads
 from recontrol.data.rollouts import Rollouts
-from recontrol.data.shards import MANIFEST_NAME, MEASURED, RELABELLED_NAME, RolloutWriter, read_lines, read_manifest, shard_checksums, shard_path
-from recontrol.files import write_aside, write_json, writing_lock
+from recontrol.data.settings import texts_checksum
+from recontrol.data.shards import MANIFEST_NAME, read_lines, read_manifest, shard_path, with_lines
+from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
 
 logger = logging.getLogger(__name__)
 
-# Inside the rollouts, for new lines until all of them are there.
-STAGING_NAME = ".relabel"
+# Inside the folder, until all shards are scored: the new rewards of each shard, by the rewards they are.
+SCORES_NAME = ".scores"
 
 
 def relabel(
@@ -33,14 +35,14 @@ def relabel(
 ) -> Rollouts:
     """Score stored prompts and responses again. Hidden states and tokens are neither read nor changed.
 
-    The rewards are replaced once all of them are there: a run that was killed leaves the old ones, and the same call goes on with
-    the shard it was at. A kill in the moment of the replacement leaves rollouts that will not open before the same call has
-    finished it. Launched in several processes (`accelerate launch`), each scores its share of the shards.
+    The new rewards are written to one file beside the shards, once all of them are there, and replace those in the lines. A run that was
+    killed leaves the old rewards, or no rollouts in `out`, and the same call resumes with the shards that it had not scored.
+    Launched in several processes (`accelerate launch`), each scores its share of the shards.
 
     Args:
         rollouts: what `collect` made, or its folder.
         reward: as for `collect`; a list of rewards, or a dictionary of them by name, becomes several heads.
-        out: folder for a copy with the new rewards, which shares the files of the states with the old one where the file system
+        out: folder for a copy with the new rewards, which shares the files of the shards with the old one where the file system
             has hard links; None replaces the rewards in the folder itself.
         add: put the new rewards after the old ones, as further heads, instead of replacing them.
         progress: show a progress bar.
@@ -49,151 +51,125 @@ def relabel(
         The rollouts with the new rewards, opened. An object that was opened before keeps the old ones.
 
     Raises:
-        TypeError: `reward` is nothing that can be called.
+        TypeError: `reward` is not callable.
         ValueError: rollouts without texts, or that are not complete; a reward that returns NaN or the wrong count (the shard is
             named; the shards before it stay); with `add`, a reward that is there already; a folder with other rollouts.
         RuntimeError: another run is writing into the folder.
         OSError: the disk is full; the message names the file, and the shards before it stay.
     """
     source = rollouts.path if isinstance(rollouts, Rollouts) else Path(rollouts)
-    in_place = out is None or Path(out).resolve() == source.resolve()
-    # Refused before a folder is made for a lock.
+    target = source if out is None or Path(out).resolve() == source.resolve() else Path(out)
+    # Checked before a folder is made for a lock.
     read_manifest(source)
     score = as_reward(reward)
-    peers = Peers.current()
-    first = peers.index == 0
-    resuming = in_place and (source / RELABELLED_NAME).is_dir()
-    # All have looked before the first one changes anything; it lets the others in when no other run can come between.
-    peers.wait()
-    if not first:
+    with writing_together(target, lambda first: _set_up(source, target, score, add)) as (peers, work):
+        if work is not None:
+            old, manifest = work
+            # Scores of another reward, or in another place of the list of relabellings, are not mixed in.
+            scores = target / SCORES_NAME / texts_checksum([manifest["reward"], manifest["relabelled"]])[:16]
+            _score_shards(old, scores, score, add, peers, progress)
+            if peers.first:
+                _finish(old, target, scores, manifest, add)
         peers.wait()
-    with writing_lock(source if in_place or out is None else Path(out), first) as share:
-        if first and resuming:
-            _replace(source)
-        if first and peers.count > 1:
-            share()
-            peers.wait()
-        if resuming and read_manifest(source)["relabelled"][-1]["reward"] == head_names(score):
-            logger.warning("finished the replacement of rewards that was interrupted in %s", source)
-            return Rollouts(source)
-        old = Rollouts(source)
-        target = source / STAGING_NAME if in_place or out is None else Path(out)
-        if not first:
-            # Until the first one has set the folder up.
-            peers.wait()
-        writer = _writer(target, old, _settings(old, score, add), first, in_place)
-        if first:
-            peers.wait()
-        missing = [number for number in range(old.manifest["num_shards"]) if not writer.has(number)]
-        peers.wait()
-        _score_shards(old, writer, missing[peers.index :: peers.count], score, add, progress and first)
-        peers.wait()
-        if first:
-            writer.finish()
-            # Everything is checked before anything is replaced.
-            Rollouts(target)
-            if in_place:
-                target.rename(source / RELABELLED_NAME)
-                _replace(source)
-        peers.wait()
-    return Rollouts(source if in_place or out is None else out)
+    return Rollouts(target)
 
 
-def _settings(old: Rollouts, score: Reward, add: bool) -> dict[str, Any]:
-    """The manifest of the rollouts with new rewards, but for what is measured."""
+def _set_up(source: Path, target: Path, score: Reward, add: bool) -> tuple[Rollouts, dict[str, Any]] | None:
+    """The rollouts to score and their new manifest; None if the copy was finished before."""
+    old = Rollouts(source)
+    manifest = _new_manifest(old, score, add)
+    return None if target != source and _is_same_copy(target, manifest) else (old, manifest)
+
+
+def _is_same_copy(target: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the copy was finished before, by this release or by an earlier one; ValueError if the folder holds other rollouts."""
+    if not (target / MANIFEST_NAME).exists():
+        return False
+    ignored = {"version", "rewards", "checksums_sha256", "num_heads"}
+    check_same_settings(read_manifest(target), manifest, f"{target} holds rollouts with", ignored=ignored)
+    return all(shard_path(target, number).exists() for number in range(manifest["num_shards"]))
+
+
+def _new_manifest(old: Rollouts, score: Reward, add: bool) -> dict[str, Any]:
+    """The manifest of the rollouts with new rewards, but for their number and file."""
     if len(old) and not any(record.get("prompt") or record.get("response") for record in old.records()):
         raise ValueError(f"{old.path} has no texts to score: it was written without prompts and responses")
-    kept = {name: entry for name, entry in old.manifest.items() if name not in ("format", "version", "storage", "checksums_sha256", *MEASURED)}
     before, new = names_of_heads(old.manifest.get("reward"), old.num_heads), head_names(score)
     twice = sorted(set(before) & set(new))
     if add and twice:
         raise ValueError(f"{old.path} has the reward {', '.join(twice)} already; replace the rewards, or give a dictionary with another name for it")
     step = {"reward": new, "before": before, "added": add, "checksums_before": old.manifest.get("checksums_sha256")}
-    return {**kept, "reward": [*before, *new] if add else reward_name(score), "relabelled": [*kept.get("relabelled", []), step]}
+    return {**old.manifest, "reward": [*before, *new] if add else reward_name(score), "relabelled": [*old.manifest.get("relabelled", []), step]}
 
 
-def _writer(target: Path, old: Rollouts, settings: dict[str, Any], first: bool, in_place: bool) -> RolloutWriter:
+def _scores_path(scores: Path, number: int) -> Path:
+    return scores / f"shard-{number:05d}.json"
+
+
+def _score_shards(old: Rollouts, scores: Path, score: Reward, add: bool, peers: Peers, progress: bool) -> None:
+    """Score this process's share of the shards that have no scores yet; return when all processes have."""
+    scores.mkdir(parents=True, exist_ok=True)
+    total = len(old.shards)
+    missing = [number for number in range(total) if not _scores_path(scores, number).exists()]
+    # Nobody may write before all have counted.
+    peers.wait()
+    share = missing[peers.index :: peers.count]
+    heads = next((len(rows[0]) for number in range(total) if number not in missing and (rows := read_json(_scores_path(scores, number)))), None)
     try:
-        writer = RolloutWriter(target, settings, storage=old.manifest.get("storage"), first=first)
-    except ValueError as error:
-        hint = f"; or delete {target}, where an earlier relabelling was interrupted" if in_place else ""
-        raise ValueError(f"{error}{hint}") from error
-    if first and writer.manifest["hidden_size"] is None:
-        writer.manifest.update(hidden_size=old.hidden_size, dtype=old.manifest["dtype"])
-        write_json(target / MANIFEST_NAME, writer.manifest)
-    return writer
-
-
-def _score_shards(old: Rollouts, writer: RolloutWriter, numbers: list[int], score: Reward, add: bool, progress: bool) -> None:
-    known = shard_checksums(old.path, old.manifest)
-    total = old.manifest["num_shards"]
-    try:
-        with tqdm(total=total, initial=total - len(numbers), unit="shard", disable=not progress) as bar:
-            for number in numbers:
+        with tqdm(total=total, initial=total - len(share), unit="shard", disable=not progress or not peers.first) as bar:
+            for number in share:
                 try:
-                    records = _scored(shard_path(old.path, number), score, add)
-                    _measure(writer, {len(record["reward"]) for record in records})
+                    rows = _scored(old.shards[number], score, add)
+                    if rows and heads not in (None, len(rows[0])):
+                        raise ValueError(f"the reward returned {len(rows[0])} scores a response, and {heads} for the shards before")
                 except ValueError as error:
-                    raise ValueError(f"shard {number}: {error}; the shards scored before stay in {writer.path}") from error
-                _write(old, writer, number, records, known)
+                    raise ValueError(f"shard {number}: {error}; the shards scored before stay in {scores}") from error
+                heads = len(rows[0]) if rows else heads
+                write_json(_scores_path(scores, number), rows)
                 bar.update()
     except KeyboardInterrupt:
-        logger.warning("interrupted: %d of %d shards are in %s; the same call goes on from there", sum(map(writer.has, range(total))), total, writer.path)
+        kept = sum(_scores_path(scores, number).exists() for number in range(total))
+        logger.warning("interrupted: %d of %d shards are in %s; the same call goes on from there", kept, total, scores)
         raise
+    peers.wait()
 
 
-def _scored(shard: Path, score: Reward, add: bool) -> list[dict[str, Any]]:
-    """The lines of a shard with new rewards."""
-    records = list(read_lines(shard.with_suffix(".jsonl")))
+def _scored(shard: Path, score: Reward, add: bool) -> list[list[float]]:
+    """The new rewards of the responses of a shard."""
+    records = list(read_lines(shard))
     if not records:
         return []
     table = checked_rewards(score, [record["prompt"] for record in records], [record["response"] for record in records])
     names = head_names(score)
     if add and table.shape[1] != len(names):
         raise ValueError(f"the reward {names[0]} returned {table.shape[1]} scores a response; to be added it must return one, or name them in head_names")
-    before: list[list[float]] = [record["reward"] if add else [] for record in records]
-    return [{**record, "reward": [*kept, *row]} for record, kept, row in zip(records, before, table.tolist(), strict=True)]
+    return table.tolist()
 
 
-def _measure(writer: RolloutWriter, counts: set[int]) -> None:
-    """Note how many rewards there are, or compare it with the shards before."""
-    if not counts:
-        return
-    # Another process may have been faster.
-    found = read_manifest(writer.path)["num_heads"]
-    if found is None:
-        writer.manifest["num_heads"] = counts.pop()
-        write_json(writer.path / MANIFEST_NAME, writer.manifest)
-    elif {found} != counts:
-        raise ValueError(f"the reward returned {counts.pop()} scores a response, and {found} for the shards before")
+def _finish(old: Rollouts, target: Path, scores: Path, manifest: dict[str, Any], add: bool) -> None:
+    """Put the scores of all shards into one file, and into the copy what else it needs; the manifest comes last."""
+    remove_leftovers(target)
+    rows = [row for number in range(len(old.shards)) for row in read_json(_scores_path(scores, number))]
+    widths = sorted({len(row) for row in rows})
+    if len(widths) > 1:
+        raise ValueError(f"the reward returned {widths} scores a response, wanted one number of scores for all; delete {scores} to score again")
+    new = torch.tensor(rows, dtype=torch.float32).reshape(len(rows), widths[0] if rows else old.num_heads)
+    if target != old.path:
+        _copy(old, target)
+    write_rewards(target, manifest, torch.cat([old.rewards, new], 1) if add else new)
+    shutil.rmtree(target / SCORES_NAME)
 
 
-def _write(old: Rollouts, writer: RolloutWriter, number: int, records: list[dict[str, Any]], known: dict[str, str]) -> None:
-    """New lines, their checksums, and last the tensors, which say that the shard is there."""
-    shard, target = shard_path(old.path, number), shard_path(writer.path, number)
-    content = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
-    lines = target.with_suffix(".jsonl")
-    with write_aside(lines) as aside:
-        aside.write_bytes(content)
-    write_checksums(target.with_suffix(".sha256"), {lines.name: checksum(content)} | ({shard.name: known[shard.name]} if shard.name in known else {}))
-    try:
-        os.link(shard, target)
-    except OSError:
-        # No hard links here. Inside the folder itself a symbolic one will do for as long as it is needed.
-        if writer.path.parent == old.path and writer.path.name == STAGING_NAME:
-            target.symlink_to(Path("..") / shard.name)
-        else:
-            with write_aside(target) as aside:
-                shutil.copyfile(shard, aside)
-
-
-def _replace(folder: Path) -> None:
-    """Put the new lines, all of which are there, in place of the old ones; after a kill, what is left of them."""
-    new = folder / RELABELLED_NAME
-    # Those of single shards would be taken for those of the new lines.
-    for path in folder.glob("shard-*.sha256"):
+def _copy(old: Rollouts, target: Path) -> None:
+    """Hard links to the files of the shards, or copies of them where the file system has none."""
+    names = with_lines(old.shards)
+    listed = [CHECKSUMS_NAME] if old.manifest.get("checksums_sha256") else []
+    for name in [*names, *listed]:
+        with write_aside(target / name) as aside:
+            try:
+                os.link(old.path / name, aside)
+            except OSError:
+                shutil.copyfile(old.path / name, aside)
+    # Of a copy that an earlier release began.
+    for path in target.glob("shard-*.sha256"):
         path.unlink()
-    for path in [*sorted(new.glob("shard-*.jsonl")), new / CHECKSUMS_NAME, new / MANIFEST_NAME]:
-        if path.exists():
-            os.replace(path, folder / path.name)
-    shutil.rmtree(new)

@@ -9,21 +9,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from recontrol.data.batches import RolloutBatch, some
-from recontrol.data.checksums import changed_files
-from recontrol.data.shards import (
-    MANIFEST_NAME,
-    RELABELLED_NAME,
-    RolloutWriter,
-    read_lines,
-    read_manifest,
-    read_offsets,
-    read_scores,
-    shard_checksums,
-    shard_paths,
-)
+from recontrol.checks import first_few
+from recontrol.data.batches import RolloutBatch
+from recontrol.data.checksums import CHECKSUMS_NAME, changed_files
+from recontrol.data.reward_files import read_rewards
+from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_lines, read_manifest, read_offsets, read_scores, shard_checksums, shard_paths, with_lines
 from recontrol.data.storage import STORED, check_storage, decode
 from recontrol.files import interrupts_wait, writing_lock
+
+# Earlier releases kept new lines here while they put them in place of the old ones.
+OLD_REPLACEMENT = ".relabelled"
 
 
 class Rollouts:
@@ -55,8 +50,11 @@ class Rollouts:
 
     def __init__(self, path: str | os.PathLike, *, allow_partial: bool = False):
         self.path = Path(path)
-        if (self.path / RELABELLED_NAME).exists():
-            raise ValueError(f"the rewards of {self.path} were being replaced when the run was killed: the same call of relabel finishes it")
+        if (self.path / OLD_REPLACEMENT).exists():
+            raise ValueError(
+                f"the rewards of {self.path} were being replaced by an earlier release when it was killed: "
+                f"move shard-*.jsonl, {CHECKSUMS_NAME} and {MANIFEST_NAME} from {OLD_REPLACEMENT} into {self.path}, and delete {OLD_REPLACEMENT}"
+            )
         self.manifest = read_manifest(self.path)
         self.hidden_size: int = self.manifest["hidden_size"]
         self.num_heads: int = self.manifest["num_heads"] or 1
@@ -70,18 +68,21 @@ class Rollouts:
         if self.hidden_size is None:
             raise ValueError(f"{self.path} has no shard yet")
         self.checksums = shard_checksums(self.path, self.manifest)
+        self._replaced = read_rewards(self.path, self.manifest)
+        heads = self.num_heads if self._replaced is None else None
         offsets = [read_offsets(shard, self.manifest) for shard in self.shards]
+        counts = [len(of_shard) - 1 for of_shard in offsets]
         scores = [
-            read_scores(shard, len(of_shard) - 1, self.num_heads, self.checksums.get(shard.with_suffix(".jsonl").name))
-            for shard, of_shard in zip(self.shards, offsets, strict=True)
+            read_scores(shard, count, heads, self.checksums.get(shard.with_suffix(".jsonl").name)) for shard, count in zip(self.shards, counts, strict=True)
         ]
-        counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets], dtype=torch.int64)
-        self.lengths = torch.cat([of_shard.diff() for of_shard in offsets] or [torch.empty(0, dtype=torch.int64)])
-        self._starts = torch.cat([of_shard[:-1] for of_shard in offsets] or [torch.empty(0, dtype=torch.int64)])
-        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        self.rewards = torch.cat([rewards for _, rewards in scores] or [torch.empty(0, self.num_heads)])
-        self.groups = torch.cat([groups for groups, _ in scores] or [torch.empty(0, dtype=torch.int64)])
+        self.lengths = torch.cat([torch.empty(0, dtype=torch.int64), *(of_shard.diff() for of_shard in offsets)])
+        self._starts = torch.cat([torch.empty(0, dtype=torch.int64), *(of_shard[:-1] for of_shard in offsets)])
+        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+        self.groups = torch.cat([torch.empty(0, dtype=torch.int64), *(groups for groups, _ in scores)])
+        self.rewards = torch.cat([rewards for _, rewards in scores] or [torch.empty(0, self.num_heads)]) if self._replaced is None else self._replaced
         self.num_tokens = int(self.lengths.sum())
+        if len(self.rewards) != len(self.lengths):
+            raise ValueError(f"{self.path} has new rewards of {len(self.rewards)} responses, its shards have {len(self.lengths)}")
 
     def __len__(self) -> int:
         """How many responses there are."""
@@ -118,19 +119,28 @@ class Rollouts:
 
         Those of `collect` have `sample` too, those of `collect_pairs` `pair` and `preference`, "chosen" or "rejected".
         """
-        for shard in self.shards:
-            yield from read_lines(shard.with_suffix(".jsonl"))
+        for number in range(len(self.shards)):
+            yield from self.shard_records(number)
+
+    def shard_records(self, number: int) -> Iterator[dict[str, Any]]:
+        """The lines of one shard, as `records` gives them."""
+        lines = read_lines(self.shards[number])
+        if self._replaced is None:
+            yield from lines
+            return
+        for record, rewards in zip(lines, self._replaced[self._shard_of == number].tolist(), strict=True):
+            yield {**record, "reward": rewards}
 
     def verify(self) -> None:
-        """Read every file and compare it with its checksum.
+        """Read every file of the shards and compare it with its checksum; a file of new rewards was compared when the rollouts were opened.
 
         Raises:
             ValueError: files have changed, are missing or have no checksum (those of format version 1 have none); they are named.
         """
-        names = [path.name for shard in self.shards for path in (shard, shard.with_suffix(".jsonl"))]
+        names = with_lines(self.shards)
         wrong = changed_files(self.path, self.checksums, names)
         if wrong:
-            raise ValueError(f"{len(wrong)} of {len(names)} files of {self.path} are not those that were written: {some(wrong)}")
+            raise ValueError(f"{len(wrong)} of {len(names)} files of {self.path} are not those that were written: {first_few(wrong)}")
 
     @property
     def storage(self) -> str:
@@ -140,7 +150,7 @@ class Rollouts:
     @property
     def disk_bytes(self) -> int:
         """Bytes of the shards on disk, texts and rewards included."""
-        return sum(path.stat().st_size for shard in self.shards for path in (shard, shard.with_suffix(".jsonl")))
+        return sum((self.path / name).stat().st_size for name in with_lines(self.shards))
 
     def describe(self) -> str:
         """One line: how much there is, and what a token takes on disk."""

@@ -1,6 +1,7 @@
 """Responses sampled from the uncontrolled model, batch by batch, with the hidden states that it read and their rewards."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,13 +12,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from recontrol.data.batches import ScoredResponses, named
+from recontrol.data.config import Collection
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.data.settings import IGNORED, model_settings, texts_checksum
+from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import REFUSED as REFUSED_IN_BATCHES
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.recording import HiddenStateRecorder, record_hidden_states
-from recontrol.decoding.responses import Response, listed_stop_strings
+from recontrol.decoding.responses import Response
 
 # One forward call must sample one token for each row, from a seed, until EOS, the length or a stop string.
 REFUSED = {
@@ -33,27 +36,9 @@ REFUSED = {
 class SampledResponses:
     """A `Source` of responses that the model samples; see `collect` for the arguments.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompts: the texts to respond to.
-        reward: see `as_reward`.
-        max_new_tokens: length of a response at most, in tokens.
-        num_samples: responses to each prompt.
-        batch_size: prompts in a batch; None is 16, or no limit with a `cache_budget`.
-        cache_budget: bytes for the key/value cache of a batch.
-        seed: batch b is generated and scored with `seed + b`.
-        stop_strings: strings at which a response ends.
-        max_prompt_tokens: refuse longer prompts.
-        unique_prompts: respond once to each distinct prompt.
-        unique_responses: keep equal responses to a prompt once.
-        generation_kwargs: passed on to `model.generate`.
-
     Attributes:
-        duplicates: how many prompts are repetitions of others.
+        duplicates: how many prompts repeat others.
     """
-
-    ignored: Sequence[str] = IGNORED
 
     def __init__(
         self,
@@ -61,57 +46,55 @@ class SampledResponses:
         tokenizer: Any,
         prompts: Sequence[str],
         reward: Any,
-        *,
-        max_new_tokens: int = 128,
-        num_samples: int = 1,
-        batch_size: int | None = None,
-        cache_budget: int | str | None = None,
-        seed: int = 0,
-        stop_strings: Sequence[str] | None = None,
-        max_prompt_tokens: int | None = None,
-        unique_prompts: bool = True,
-        unique_responses: bool = False,
-        **generation_kwargs: Any,
+        decoding: Decoding | None = None,
+        collection: Collection | None = None,
+        **keywords: Any,
     ):
+        names = {each.name for each in dataclasses.fields(Collection)}
+        own = {name: keywords.pop(name) for name in list(keywords) if name in names}
+        self.collection = dataclasses.replace(collection or Collection(), **own)
+        self.decoding = Decoding.of(decoding, **keywords)
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.score = as_reward(reward)
-        self.stop_strings = listed_stop_strings(stop_strings)
-        self.seed, self.unique_responses = seed, unique_responses
-        packing = Packing(batch_size, cache_budget)
-        options = {**greedy_unless_asked(generation_kwargs), **generation_kwargs, "max_new_tokens": max_new_tokens}
-        _check_options(model, options, num_samples)
-        check_lengths(model, tokenizer, prompts, max_new_tokens, max_prompt_tokens)
-        self._options = {**options, "num_return_sequences": num_samples}
+        max_new_tokens, samples = self.decoding.max_new_tokens, self.collection.num_samples
+        self.options = {**greedy_unless_asked(dict(self.decoding.options)), **self.decoding.options, "max_new_tokens": max_new_tokens}
+        packing = Packing(self.decoding.batch_size, self.collection.cache_budget)
+        _check_options(model, self.options, samples)
+        check_lengths(model, tokenizer, prompts, max_new_tokens, self.collection.max_prompt_tokens)
         first: dict[str, int] = {}
         for index, prompt in enumerate(prompts):
             first.setdefault(prompt, index)
         self.duplicates = len(prompts) - len(first)
-        chosen = list(first.values()) if unique_prompts else list(range(len(prompts)))
+        chosen = list(first.values()) if self.collection.unique_prompts else list(range(len(prompts)))
         self.batches = packing.batches(
-            model, chosen, lambda: [count + max_new_tokens for count in token_counts(tokenizer, [prompts[index] for index in chosen])], num_samples
+            model, chosen, lambda: [count + max_new_tokens for count in token_counts(tokenizer, [prompts[index] for index in chosen])], samples
         )
+        self.settings = self._settings(packing)
+
+    def _settings(self, packing: Packing) -> dict[str, Any]:
+        """All that the result depends on, as JSON reads it back."""
         settings = {
-            **model_settings(model, tokenizer),
+            **model_settings(self.model, self.tokenizer),
             "reward": reward_name(self.score),
-            "generation": options,
-            "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
-            "num_samples": num_samples,
-            "stop_strings": self.stop_strings,
-            "seed": seed,
-            "prompts_sha256": texts_checksum(prompts),
-            "num_prompts": len(prompts),
+            "generation": self.options,
+            "generation_defaults": self.model.generation_config.to_diff_dict() | {"transformers_version": None},
+            "num_samples": self.collection.num_samples,
+            "stop_strings": self.decoding.stop_strings,
+            "seed": self.decoding.seed,
+            "prompts_sha256": texts_checksum(self.prompts),
+            "num_prompts": len(self.prompts),
             "duplicate_prompts": self.duplicates,
-            "unique_prompts": unique_prompts,
-            "unique_responses": unique_responses,
+            "unique_prompts": self.collection.unique_prompts,
+            "unique_responses": self.collection.unique_responses,
             "batch_size": packing.batch_size,
             "cache_budget": packing.cache_budget,
             "num_shards": len(self.batches),
         }
-        self.settings = json.loads(json.dumps(settings, default=_describe))
+        return json.loads(json.dumps(settings, default=_describe))
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
-        """Attach a recorder and put the model into evaluation mode inside the block, for a function from a batch's number to its responses.
+        """Attach a recorder inside the block, for a function from a batch's number to its responses.
 
         Numbers beyond the last batch go over the prompts again, with seeds of their own.
         """
@@ -121,7 +104,7 @@ class SampledResponses:
     def _make(self, recorder: HiddenStateRecorder, number: int) -> ScoredResponses:
         entries = self.batches[number % len(self.batches)]
         prompts = [self.prompts[index] for index in entries]
-        with seeded(self.seed + number):
+        with seeded(self.decoding.seed + number):
             recorder.clear()
             responses, states = self._respond(prompts, recorder)
             recorder.clear()
@@ -132,7 +115,8 @@ class SampledResponses:
 
     def _respond(self, prompts: list[str], recorder: HiddenStateRecorder) -> tuple[list[Response], Tensor]:
         """Generate one batch: the responses, row by row, and the states (steps, rows, hidden_size); state t sampled token t."""
-        batch = respond(self.model, self.tokenizer, prompts, self.stop_strings, self._options)
+        options = {**self.options, "num_return_sequences": self.collection.num_samples}
+        batch = respond(self.model, self.tokenizer, prompts, list(self.decoding.stop_strings), options)
         rows = len(batch.responses)
         if len(recorder.steps) != batch.steps or any(len(step) != rows for step in recorder.steps):
             shapes = {tuple(step.shape) for step in recorder.steps}
@@ -144,10 +128,10 @@ class SampledResponses:
 
     def _score(self, entries: list[int], prompts: list[str], responses: list[Response], states: Tensor) -> ScoredResponses:
         """Score one batch, and pack what is kept of it."""
-        samples = len(responses) // len(prompts)
+        samples = self.collection.num_samples
         rows = [row for row, response in enumerate(responses) if response.token_ids]
         left_out = {"empty": len(responses) - len(rows)}
-        if self.unique_responses:
+        if self.collection.unique_responses:
             # The first of each; a dictionary keeps the order.
             distinct = {(row // samples, tuple(responses[row].token_ids)): row for row in reversed(rows)}
             left_out["repeated"] = len(rows) - len(distinct)
@@ -178,9 +162,6 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def _check_options(model: Any, options: dict[str, Any], num_samples: int) -> None:
-    for name, value in {"max_new_tokens": options["max_new_tokens"], "num_samples": num_samples}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
     check_options(options, REFUSED)
     if (beams := effective(model, options, "num_beams") or 1) != 1:
         raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
@@ -191,5 +172,5 @@ def _check_options(model: Any, options: dict[str, Any], num_samples: int) -> Non
 
 
 def _describe(value: Any) -> Any:
-    """What stands for an option of `generate` in the manifest."""
+    """What the manifest says of an option of `generate` that JSON cannot hold."""
     return value.to_diff_dict() | {"transformers_version": None} if isinstance(value, GenerationConfig) else type(value).__qualname__

@@ -8,23 +8,19 @@ from typing import Any
 import torch
 import transformers
 
+from recontrol.checks import dtype_name
 from recontrol.decoding.fingerprint import model_fingerprint
 
-# Names in the manifest that may differ between runs that go on with one another: what they stand for is compared in other ways.
+# Names in the manifest that may differ between runs that go on with one another: what they say is compared in other ways.
 IGNORED = ("base_model", "made_with", "tokenizer")
 PROBE = "\n\nHuman: Caf\u00e9s  aren't 100% open?\n\nAssistant:"
 
 
 def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The language model, its tokenizer, and what they run on.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-    """
+    """The language model, its tokenizer, and what they run on."""
     return {
         "base_model": model_fingerprint(model),
-        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "model_dtype": dtype_name(model.dtype),
         "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
         "tokenizer_sha256": tokenizer_checksum(tokenizer),
         "made_with": {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(model.device)},
@@ -34,7 +30,7 @@ def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
 def tokenizer_checksum(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer's vocabulary and of how it cuts one text: two with the same one read texts as the same tokens."""
     vocabulary = sorted((token, int(number)) for token, number in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer(PROBE).input_ids]).encode()).hexdigest()
+    return texts_checksum([vocabulary, tokenizer(PROBE).input_ids])
 
 
 def texts_checksum(texts: Sequence[Any]) -> str:

@@ -13,20 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from recontrol.checks import dtype_name
 from recontrol.data.checksums import CHECKSUMS_NAME, checksum, file_checksum, listing, read_checksums, write_checksums
-from recontrol.data.storage import encode
+from recontrol.data.storage import HEADER_NAMES, encode
 from recontrol.files import check_same_settings, interrupts_wait, read_json, remove_leftovers, write_aside, write_json
 
 FORMAT = "recontrol.rollouts"
 # Version 1 had no checksums, and states in their own dtype only.
 FORMAT_VERSION = 2
+# Rollouts that were relabelled: the manifest names a file of rewards, which take the place of those in the lines.
+RELABELLED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
-# Inside a rollout folder: new lines that are being put in place of the old ones.
-RELABELLED_NAME = ".relabelled"
 # Known only once the first batch has been generated and scored, hence filled in by the writer.
 MEASURED = ("hidden_size", "dtype", "num_heads")
-# What a header of safetensors calls them.
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8"}
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -35,11 +34,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shard_paths(folder: Path, count: int) -> list[Path]:
-    """The shards that are there, of `count` in all, in the order of their numbers.
-
-    Raises:
-        ValueError: there are others, with numbers from `count`: the manifest is that of other rollouts.
-    """
+    """The shards that are there, of `count` in all, in order; ValueError if there are others, with numbers from `count`."""
     wanted = [shard_path(folder, number) for number in range(count)]
     others = sorted(set(folder.glob("shard-*.safetensors")) - set(wanted))
     if others:
@@ -47,23 +42,17 @@ def shard_paths(folder: Path, count: int) -> list[Path]:
     return [path for path in wanted if path.exists()]
 
 
+def with_lines(shards: Sequence[Path]) -> list[str]:
+    """The file names of shards and of their lines."""
+    return [path.name for shard in shards for path in (shard, shard.with_suffix(".jsonl"))]
+
+
 class RolloutWriter:
     """Writes a rollout folder one shard at a time, so that a kill loses at most the shard being written.
 
     The lines of a shard are renamed into place first, then its checksums, and its tensors last: a shard exists if and only if
-    its `.safetensors` does. Hold `writing_lock` meanwhile.
-
-    Args:
-        path: the folder, made if absent; temporary files of dead processes in it are removed.
-        manifest: the settings, compared with those of an existing folder that has shards; `hidden_size`, `dtype` and
-            `num_heads` are taken from the first shard where they are not given.
-        ignored: names in `manifest` that may differ from those of an existing folder.
-        storage: how states are kept, one of `storage.STORED`; None is the dtype of the states.
-        first: whether this process sets the folder up, or joins others that write other shards of it.
-
-    Raises:
-        OSError: the folder cannot be made.
-        ValueError: the folder holds rollouts with other settings; the setting is named, with what was found and wanted.
+    its `.safetensors` does. Hold `writing_lock` meanwhile. `manifest` is compared with that of an existing folder with shards, but for the names
+    in `ignored`; what is in MEASURED is taken from the first shard. The first process sets the folder up, others join it.
     """
 
     def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
@@ -71,7 +60,7 @@ class RolloutWriter:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; rollouts are written into a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        # As it will read back: tuples become lists.
+        # As JSON reads it back: tuples become lists.
         self.manifest: dict[str, Any] = json.loads(
             json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dict.fromkeys(MEASURED), **manifest, "storage": storage})
         )
@@ -85,7 +74,7 @@ class RolloutWriter:
         elif has_shards or not first:
             raise ValueError(f"{self.path} holds shards but no {MANIFEST_NAME}; use another folder")
         else:
-            # Also over that of a run that failed before its first shard: nothing goes with it.
+            # Also replaces the manifest of a run that failed before its first shard: nothing goes with it.
             write_json(self.path / MANIFEST_NAME, self.manifest)
 
     def has(self, number: int) -> bool:
@@ -93,42 +82,22 @@ class RolloutWriter:
         return shard_path(self.path, number).exists()
 
     def write(self, number: int, states: Tensor, token_ids: Tensor, lengths: Sequence[int], records: Sequence[dict[str, Any]]) -> None:
-        """Write one shard, whole or not at all. Responses are packed one after the other, without padding.
-
-        Args:
-            number: which shard.
-            states: (tokens, hidden_size), floating point; row t is the state whose logits sampled token t.
-            token_ids: (tokens,), int64; entry t is the token sampled from row t.
-            lengths: tokens of each response, at least 1 each, adding up to `tokens`.
-            records: one dict a response: index (of the prompt), prompt, response, reward (list of floats), finish.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written; the message names the file.
-            ValueError: lengths that do not add up, a width, dtype or number of rewards other than the shards before, or states
-                that the storage cannot hold.
+        """Write one shard, whole or not at all: packed (tokens, hidden_size) states, the token sampled from each, the tokens of each response, and
+        one record a response: index (of the prompt), prompt, response, reward (list of floats), finish.
         """
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         if len(lengths) != len(records) or min(lengths, default=1) < 1 or not len(states) == len(token_ids) == offsets[-1]:
             raise ValueError(
                 f"{len(records)} records, {len(states)} states and {len(token_ids)} token ids do not go with {len(lengths)} lengths adding up to {offsets[-1]}"
             )
-        encoded = encode(states.detach().cpu(), self.manifest.get("storage") or _name(states.dtype))
+        encoded = encode(states.detach().cpu(), self.manifest.get("storage") or dtype_name(states.dtype))
         self._measure(encoded, records)
         tensors = {**encoded, "token_ids": token_ids.cpu().long(), "offsets": offsets}
         # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
         self.put(number, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": FORMAT}), records)
 
     def put(self, number: int, content: bytes, records: Sequence[dict[str, Any]]) -> None:
-        """Write one shard whose tensors are bytes already, those of a shard of other rollouts of the same kind.
-
-        Args:
-            number: which shard.
-            content: of its `.safetensors`.
-            records: one dict a response.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written; the message names the file.
-        """
+        """Write one shard whose tensors are bytes already, those of a shard of other rollouts of the same kind."""
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
         path = shard_path(self.path, number)
         with write_aside(path.with_suffix(".jsonl")) as aside:
@@ -138,12 +107,7 @@ class RolloutWriter:
             aside.write_bytes(content)
 
     def finish(self) -> None:
-        """Once all shards are there, by one process: join their checksums into one list, and note in the manifest what it is.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written; the message names the file.
-            ValueError: the folder is not complete.
-        """
+        """Once all shards are there, by one process: join their checksums into one list, and note its checksum in the manifest."""
         shards = [shard_path(self.path, number) for number in range(self.manifest["num_shards"])]
         missing = [shard.name for shard in shards if not shard.exists()]
         if missing:
@@ -152,8 +116,7 @@ class RolloutWriter:
         found = read_manifest(self.path)
         self.manifest = {**found, **{name: self.manifest[name] for name in MEASURED if found[name] is None}}
         known = shard_checksums(self.path, self.manifest)
-        names = [path.name for shard in shards for path in (shard, shard.with_suffix(".jsonl"))]
-        checksums = {name: known.get(name) or file_checksum(self.path / name) for name in names}
+        checksums = {name: known.get(name) or file_checksum(self.path / name) for name in with_lines(shards)}
         listed = checksum(listing(checksums))
         if self.manifest.get("checksums_sha256") not in (None, listed):
             # A kill between the two files must not leave a manifest that refuses the list.
@@ -170,14 +133,16 @@ class RolloutWriter:
         counts = {len(record["reward"]) for record in records}
         if len(counts) > 1:
             raise ValueError(f"every response must have the same number of rewards, found {sorted(counts)}")
-        states = encoded["states"]
-        # What states are read back as.
-        dtype = "float32" if "scales" in encoded else _name(states.dtype)
-        measured = dict(zip(MEASURED, (states.shape[-1], dtype, counts.pop() if counts else self.manifest.get("num_heads")), strict=True))
         if any(self.manifest[name] is None for name in MEASURED):
             # Another process may have been faster.
             self.manifest.update({name: entry for name, entry in read_manifest(self.path).items() if name in MEASURED})
-            measured["num_heads"] = self.manifest["num_heads"] if measured["num_heads"] is None else measured["num_heads"]
+        states = encoded["states"]
+        measured = {
+            "hidden_size": states.shape[-1],
+            # What states are read back as.
+            "dtype": "float32" if "scales" in encoded else dtype_name(states.dtype),
+            "num_heads": counts.pop() if counts else self.manifest["num_heads"],
+        }
         before = {name: self.manifest[name] for name in MEASURED}
         for name, value in measured.items():
             if before[name] not in (None, value):
@@ -190,8 +155,7 @@ class RolloutWriter:
 def shard_checksums(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     """The checksums known of a folder's shards, by file name: those in its list and those beside single shards.
 
-    Raises:
-        ValueError: a list is damaged, or is not the one that the manifest was written with.
+    ValueError if a list is damaged, or is not the one that the manifest was written with.
     """
     known: dict[str, str] = {}
     if manifest.get("checksums_sha256"):
@@ -207,11 +171,7 @@ def shard_checksums(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a rollout folder's manifest.
-
-    Raises:
-        ValueError: there is none, or it is damaged, foreign, or of a later format version.
-    """
+    """Read a rollout folder's manifest; ValueError if there is none, or it is damaged, foreign, or of a later format version."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(f"{folder} is no rollout folder: {MANIFEST_NAME} is missing")
@@ -219,8 +179,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found != FORMAT:
         raise ValueError(f"{path} is not the manifest of rollouts: found format {found!r}, wanted {FORMAT!r}")
-    if manifest.get("version", 0) > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {manifest['version']}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
+    if manifest.get("version", 0) > RELABELLED_VERSION:
+        raise ValueError(f"{path} has format version {manifest['version']}, this release reads up to {RELABELLED_VERSION}; upgrade recontrol")
     missing = [name for name in (*MEASURED, "num_shards") if name not in manifest]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -228,11 +188,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_offsets(shard: Path, manifest: dict[str, Any]) -> Tensor:
-    """Check a shard's length, names, shapes and dtypes from its header, and return where each response starts, and the end.
-
-    Raises:
-        ValueError: the shard is cut in the middle, or is no shard of the rollouts that `manifest` describes.
-    """
+    """Where each response of a shard starts, and the end; ValueError if its header is not that of a shard of these rollouts."""
     size = shard.stat().st_size
     try:
         with shard.open("rb") as file:
@@ -245,11 +201,11 @@ def read_offsets(shard: Path, manifest: dict[str, Any]) -> Tensor:
     except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{shard} is not a shard of rollouts: its header cannot be read ({error})") from error
     if size != wanted_size:
-        raise ValueError(f"{shard} is damaged: found {size} bytes, wanted {wanted_size}; delete it and collect again to make it anew")
+        raise ValueError(f"{shard} is damaged: found {size} bytes, wanted {wanted_size}; delete it and collect again to replace it")
     tokens = layout["states"][1][0] if layout.get("states", ("", []))[1] else None
     responses = layout["offsets"][1][0] if layout.get("offsets", ("", []))[1] else None
     storage = manifest.get("storage") or manifest["dtype"]
-    wanted = {"states": (DTYPES.get(storage), [tokens, manifest["hidden_size"]]), "token_ids": ("I64", [tokens]), "offsets": ("I64", [responses])}
+    wanted = {"states": (HEADER_NAMES.get(storage), [tokens, manifest["hidden_size"]]), "token_ids": ("I64", [tokens]), "offsets": ("I64", [responses])}
     if storage == "int8":
         wanted["scales"] = ("F32", [tokens])
     if layout != wanted:
@@ -263,29 +219,17 @@ def read_offsets(shard: Path, manifest: dict[str, Any]) -> Tensor:
     return offsets
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines beside a shard.
-
-    Raises:
-        ValueError: the file is missing, or a line is not JSON (for example cut in the middle).
-    """
+def read_lines(shard: Path) -> Iterator[dict[str, Any]]:
+    """The lines beside a shard; ValueError if the file is missing, or a line is not JSON (for example cut in the middle)."""
+    path = shard.with_suffix(".jsonl")
     yield from _parsed(path, _content(path))
 
 
-def read_scores(shard: Path, responses: int, num_heads: int, wanted: str | None = None) -> tuple[Tensor, Tensor]:
-    """The prompt's index and the rewards of each line beside a shard.
+def read_scores(shard: Path, responses: int, num_heads: int | None, wanted: str | None = None) -> tuple[Tensor, Tensor]:
+    """From the lines beside a shard the prompt's index, (responses,), int64, and the rewards, (responses, num_heads), float32.
 
-    Args:
-        shard: the tensors.
-        responses: how many lines there should be.
-        num_heads: how many rewards a line should have.
-        wanted: the checksum of the lines, or None where it is not known.
-
-    Returns:
-        (responses,), int64, and (responses, num_heads), float32.
-
-    Raises:
-        ValueError: the lines are missing or damaged, their number is not `responses`, or they have another checksum.
+    `num_heads` is None where the rewards of the lines were replaced, and `wanted` the checksum of the lines, where it is known.
+    ValueError if the lines are missing, damaged or changed, or are not as many.
     """
     path = shard.with_suffix(".jsonl")
     content = _content(path)
@@ -296,13 +240,14 @@ def read_scores(shard: Path, responses: int, num_heads: int, wanted: str | None 
     if len(scores) != responses:
         raise ValueError(f"{path} and its shard disagree: found {len(scores)} lines, wanted {responses}, one a response")
     for line, (_, reward) in enumerate(scores, start=1):
-        if len(reward) != num_heads or not all(map(math.isfinite, reward)):
+        if num_heads is not None and (len(reward) != num_heads or not all(map(math.isfinite, reward))):
             raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards, found {reward}")
     # Last, since the errors above say more.
     if wanted is not None and (found := checksum(content)) != wanted:
         raise ValueError(f"{path} has changed since it was written: found SHA-256 {found[:12]}..., wanted {wanted[:12]}...")
     indices = torch.tensor([index for index, _ in scores], dtype=torch.int64)
-    return indices, torch.tensor([reward for _, reward in scores], dtype=torch.float32).reshape(-1, num_heads)
+    heads = num_heads or 0
+    return indices, torch.tensor([reward[:heads] for _, reward in scores], dtype=torch.float32).reshape(len(scores), heads)
 
 
 def _content(path: Path) -> bytes:
@@ -320,7 +265,3 @@ def _parsed(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

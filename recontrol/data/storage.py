@@ -3,37 +3,23 @@
 import torch
 from torch import Tensor
 
-# The dtype of the numbers on disk.
+# The dtype of the numbers on disk, and what a header of safetensors calls it.
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
+HEADER_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8"}
 LARGEST = 127
 
 
 def check_storage(storage: str | None) -> None:
-    """Refuse an unknown storage; None is the dtype of the states themselves.
-
-    Raises:
-        ValueError: with the choices.
-    """
+    """Refuse an unknown storage with a ValueError; None is the dtype of the states themselves."""
     if storage is not None and storage not in STORED:
         raise ValueError(f"unknown storage {storage!r}; choose one of {', '.join(map(repr, STORED))}, or None for the model's own dtype")
 
 
 def encode(states: Tensor, storage: str) -> dict[str, Tensor]:
-    """The tensors to write for some states.
+    """The tensors to write for (tokens, hidden_size) states: `states`, and for "int8" also `scales`, (tokens,), float32.
 
-    For "int8", with s_t = max_i |h_ti| / 127 for each token t:
-
-        q_ti = round(h_ti / s_t),    read back as    q_ti s_t,    so that    |q_ti s_t - h_ti| <= s_t / 2
-
-    Args:
-        states: (tokens, hidden_size), floating point.
-        storage: one of `STORED`.
-
-    Returns:
-        `states`, (tokens, hidden_size), and for "int8" also `scales`, (tokens,), float32.
-
-    Raises:
-        ValueError: "int8" is asked for and states are NaN or infinite, or they are too large for "float16".
+    With s_t = max_i |h_ti| / 127 for each token t, "int8" keeps q_ti = round(h_ti / s_t), and |q_ti s_t - h_ti| <= s_t / 2.
+    ValueError for what the storage cannot hold.
     """
     if storage != "int8":
         encoded = states.to(STORED[storage])
@@ -50,13 +36,5 @@ def encode(states: Tensor, storage: str) -> dict[str, Tensor]:
 
 
 def decode(states: Tensor, scales: Tensor | None) -> Tensor:
-    """The states again: those of "int8" as float32, others as they were written.
-
-    Args:
-        states: (tokens, hidden_size), as `encode` made them.
-        scales: (tokens,), float32, or None where there are none.
-
-    Returns:
-        (tokens, hidden_size), floating point.
-    """
+    """What `encode` made as states again: those of "int8" as float32, others as they were written."""
     return states if scales is None else states.float() * scales[:, None]

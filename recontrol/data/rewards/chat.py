@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recontrol.checks import required
+
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
@@ -24,7 +26,7 @@ class Usage:
     """What questions have cost.
 
     Attributes:
-        requests: that were answered; those that failed and were sent again are not billed, and those answered by the cache not sent.
+        requests: those that were answered; answers from the cache and requests that failed cost nothing.
         input_tokens: of the questions, as the server counts them; None where it does not say.
         output_tokens: of the answers, likewise.
     """
@@ -38,11 +40,7 @@ class Usage:
         return Usage(self.requests + other.requests, _sum(self.input_tokens, other.input_tokens), _sum(self.output_tokens, other.output_tokens))
 
     def cost(self, price_per_million: tuple[float, float]) -> float | None:
-        """(input_tokens * input price + output_tokens * output price) / 1e6; None where the tokens are unknown.
-
-        Args:
-            price_per_million: of tokens of the questions, and of the answers.
-        """
+        """(input_tokens * input price + output_tokens * output price) / 1e6; None where the tokens are unknown."""
         if self.input_tokens is None or self.output_tokens is None:
             return None
         return (self.input_tokens * price_per_million[0] + self.output_tokens * price_per_million[1]) / 1e6
@@ -51,15 +49,15 @@ class Usage:
 class ChatModel:
     """A chat model that is asked many questions.
 
-    Requests run side by side, at most `concurrency` at a time; one that fails for a while (rate limit, server error, no connection)
+    Requests run side by side, at most `concurrency` at a time; one that fails (rate limit, server error, no connection)
     is sent again with growing delays by the `openai` client. Answers are kept on disk under the hash of the request, so a run that
     was stopped pays for none of them again.
 
     Args:
-        model: the name that the server knows it by.
+        model: the model's name on the server.
         base_url: of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI.
         api_key: by default OPENAI_API_KEY; a server of your own may need none.
-        cache: file for the answers, an SQLite data base, made if absent; None keeps them while the object lives.
+        cache: an SQLite file for the answers, made if absent; None keeps them while the object lives.
         concurrency: requests at a time.
         max_retries: how often a request that failed is sent again.
         timeout: seconds to wait for an answer.
@@ -67,7 +65,7 @@ class ChatModel:
 
     Raises:
         ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: a `concurrency` below 1, no key for OpenAI's server, or a cache that is no such file.
+        ValueError: a `concurrency` below 1, no key for OpenAI's server, or a cache that is not an SQLite file.
     """
 
     def __init__(
@@ -92,21 +90,11 @@ class ChatModel:
     def ask(
         self, questions: Sequence[str], read: Callable[[str | None], Answer], *, context: Sequence[Any] = (), unreadable: int = 0
     ) -> tuple[list[Answer | None], Usage]:
-        """Ask each question, in a conversation of its own.
+        """Ask each question, in a conversation of its own: one answer a question, None where it was given up, and what this call has cost.
 
-        Args:
-            questions: equal ones are asked once.
-            read: makes of the text of an answer what is returned; raises ValueError where it cannot, and then the question is asked
-                again, up to `TRIES` times in all. Answers that cannot be read are not kept.
-            context: what else the meaning of an answer depends on, ready for JSON; an answer kept under another context is not used.
-            unreadable: how many different questions may be given up.
-
-        Returns:
-            One answer a question, None where it was given up, and what the requests of this call have cost.
-
-        Raises:
-            ConnectionError: the server cannot be reached, refuses the request, or fails after all retries.
-            ValueError: one question more than `unreadable` was given up; the answer is quoted.
+        `read` turns the text of an answer into what is returned, or raises ValueError: the question is then asked again, up to `TRIES` times in
+        all, and a ValueError quotes the answer if more than `unreadable` questions were given up. An answer is kept for its `context` alone.
+        ConnectionError if the server cannot be reached, refuses the request, or fails after all retries.
         """
         keys = [self._key(question, context) for question in questions]
         known = self._cache.read(keys)
@@ -130,12 +118,7 @@ class ChatModel:
         return [answers[key] for key in keys], usage
 
     def missing(self, questions: Iterable[str], *, context: Sequence[Any] = ()) -> list[str]:
-        """The questions that `ask` would send, each once.
-
-        Args:
-            questions: to ask.
-            context: as for `ask`.
-        """
+        """The questions that `ask` would send, each once."""
         keys = {self._key(question, context): question for question in questions}
         known = self._cache.read(list(keys))
         return [question for key, question in keys.items() if key not in known]
@@ -149,8 +132,7 @@ class ChatModel:
 
     def _ask(self, key: str, question: str, read: Callable[[str | None], Answer]) -> tuple[Answer | None, Usage, ValueError | None]:
         """The answer, once it can be read, kept before it is returned; or why it could not be read."""
-        import openai
-
+        openai = required("openai", "judge")
         usage = Usage()
         for _ in range(TRIES):
             try:
@@ -170,22 +152,12 @@ class ChatModel:
 
 
 def marked(name: str, instructions: str, default: str) -> str:
-    """The name of a judge, with the start of the hash of its instructions where they are not the default ones.
-
-    Args:
-        name: without it.
-        instructions: of the judge.
-        default: those that need no mark.
-    """
+    """The name of a judge, with the start of the hash of its instructions where they are not the default ones."""
     return name if instructions == default else f"{name}, instructions {hashlib.sha256(instructions.encode()).hexdigest()[:8]}"
 
 
 def quoted(answer: str | None) -> str:
-    """An answer as it stands in an error: between quotes, its first 200 characters.
-
-    Args:
-        answer: its text; None where the server sent none.
-    """
+    """An answer in an error message: between quotes, its first 200 characters."""
     return repr(answer if answer is None or len(answer) <= 200 else answer[:200] + "...")
 
 
@@ -202,7 +174,7 @@ class _Cache:
             with self._base:
                 self._base.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT NOT NULL)")
         except sqlite3.Error as error:
-            raise ValueError(f"{path} is no file for the answers of a judge: {error}") from error
+            raise ValueError(f"{path} is not a file of answers of a judge: {error}") from error
 
     def read(self, keys: Sequence[str]) -> dict[str, str]:
         with self._lock:
@@ -218,14 +190,11 @@ class _Cache:
 
 
 def _client(base_url: str | None, api_key: str | None, max_retries: int, timeout: float) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError('a judge needs the package openai: pip install "recontrol[judge]"') from error
+    openai = required("openai", "judge")
     key = api_key or os.environ.get("OPENAI_API_KEY")
     if not key:
         if not (base_url or os.environ.get("OPENAI_BASE_URL")):
-            raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that wants none")
+            raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that needs none")
         # The client insists on one.
         key = "none"
     return openai.OpenAI(api_key=key, base_url=base_url, max_retries=max_retries, timeout=timeout)

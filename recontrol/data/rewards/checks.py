@@ -10,24 +10,13 @@ Reward = Callable[[list[str], list[str]], Any]
 
 
 def reward_name(reward: Reward) -> str | list[str]:
-    """A name for the manifest: where the model is from, or what the function is called.
-
-    Args:
-        reward: a callable; its attributes `name` and `head_names`, where it has them, say more than its own name.
-
-    Returns:
-        One name; for a reward that names several heads, a list with one name a head.
-    """
+    """A name for the manifest: one, or for a reward that names several heads a list with one a head."""
     heads = head_names(reward)
     return heads if len(heads) > 1 else heads[0]
 
 
 def head_names(reward: Reward) -> list[str]:
-    """One name for each score that a reward is known to return, at least one.
-
-    Args:
-        reward: a callable, with an attribute `head_names` if it returns several scores and says what they are.
-    """
+    """One name for each score of a reward: its `head_names`, else its `name`, else what the function or class is called."""
     several = getattr(reward, "head_names", None)
     if several:
         return [str(name) for name in several]
@@ -48,19 +37,10 @@ def names_of_heads(recorded: Any, num_heads: int) -> list[str]:
 
 
 def checked_rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """Call a reward and check what it returns.
+    """Call a reward and check what it returns: (responses, scores), float32, finite.
 
-    Args:
-        reward: (prompts, responses) -> one score, or one list of scores, a response.
-        prompts: one a response.
-        responses: the texts to score.
-
-    Returns:
-        (responses, scores), float32, finite.
-
-    Raises:
-        ValueError: the wrong count, lists of different lengths or of another length than the heads that the reward names, what is
-            no number, NaN or infinity; the responses are named.
+    ValueError for the wrong count, lists of different lengths or of another length than the heads that the reward names, what is
+    no number, NaN or infinity; the responses are named.
     """
     scores = reward(list(prompts), list(responses))
     if isinstance(scores, Tensor):

@@ -15,16 +15,8 @@ from recontrol.data.rewards.model import RewardModel
 class CombinedReward:
     """Several rewards of the same responses, side by side: the scores of the first, then those of the second, and so on.
 
-    Args:
-        rewards: callables (prompts, responses) -> scores. One that returns several scores a response must name them in an
-            attribute `head_names`, as a `RewardModel` with several labels does.
-        names: one a reward, put before its own name; none by default.
-
-    Attributes:
-        head_names: one name a score; equal ones are numbered.
-
-    Raises:
-        ValueError: no reward.
+    A reward that returns several scores a response must name them in an attribute `head_names`. The names of the result, one a score, are
+    `head_names`: with `names`, each after the name of its reward; equal ones are numbered.
     """
 
     def __init__(self, rewards: Sequence[Reward], names: Sequence[str] | None = None):
@@ -35,15 +27,7 @@ class CombinedReward:
         self.head_names = _numbered([f"{prefix}{name}" for prefix, reward in zip(prefixes, self.rewards, strict=True) for name in head_names(reward)])
 
     def __call__(self, prompts: list[str], responses: list[str]) -> list[list[float]]:
-        """Score each response with every reward.
-
-        Args:
-            prompts: one a response.
-            responses: the texts that follow the prompts.
-
-        Raises:
-            ValueError: what a reward returned is not one finite score, or not as many as it names, for each response; the reward is named.
-        """
+        """Score each response with every reward; a reward that breaks is named."""
         columns = []
         for reward in self.rewards:
             names = head_names(reward)
@@ -62,13 +46,8 @@ class CombinedReward:
 def as_reward(reward: Any) -> Reward:
     """Make a callable `(prompts, responses) -> scores` of what a user gives as the reward.
 
-    Args:
-        reward: such a callable (a `RewardModel` and a `Judge` are), a pair (sequence classifier, tokenizer), the name or path
-            of a sequence classifier, or a list of these, or a dictionary of these by name, whose scores become several heads.
-
-    Raises:
-        TypeError: it is none of these; a model alone is not enough, its tokenizer is needed too.
-        ValueError: an empty list or dictionary.
+    That is such a callable, a pair (sequence classifier, tokenizer), the name or path of a sequence classifier, or a list of these, or a
+    dictionary of these by name, whose scores become several heads. TypeError for anything else.
     """
     if isinstance(reward, str | os.PathLike):
         return RewardModel.from_pretrained(reward)

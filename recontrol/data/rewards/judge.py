@@ -1,6 +1,5 @@
 """Rewards from a language model that is asked for a score, behind any server that speaks OpenAI's protocol."""
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -25,60 +24,34 @@ NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
 
 
 class Judge:
-    """Asks a chat model for a score of each response; see `ChatModel` for how it is asked.
+    """Asks a chat model for a score of each response; see `ChatModel` for how requests are sent and answers kept.
 
     Args:
-        model: the name that the server knows the judge by.
-        base_url: of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI.
-        api_key: by default OPENAI_API_KEY; a server of your own may need none.
-        instructions: what is asked, with {prompt} and {response} in it, and {minimum} and {maximum} where you want them.
+        model: the judge's name on the server.
+        instructions: the question, with {prompt} and {response} in it, and {minimum} and {maximum} where you want them.
         minimum: the lowest score.
         maximum: the highest score; the answer must be a number between the two, alone.
-        cache: file for the answers, an SQLite data base, made if absent; None keeps them while the object lives.
-        concurrency: requests at a time.
-        max_retries: how often a request that failed is sent again.
-        timeout: seconds to wait for an answer.
-        request: further fields of each request, those that only some servers know inside "extra_body"; by default {"temperature": 0}.
+        server: arguments of `ChatModel`: base_url (of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI), api_key (by
+            default OPENAI_API_KEY), cache (an SQLite file for the answers), concurrency (requests at a time), max_retries, timeout (seconds),
+            request (further fields of each request; by default {"temperature": 0}).
 
     Attributes:
         name: the model and the range, and the start of the hash of the instructions when they are your own.
 
     Raises:
         ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: an empty range, a `concurrency` below 1, instructions that lack a field, no key for OpenAI's server, or a cache that is no such file.
+        ValueError: an empty range, instructions that lack a field, or what `ChatModel` refuses: a `concurrency` below 1, no key for OpenAI's
+            server, or a cache that is not an SQLite file.
 
     Source: Kong et al. 2024, section 5 (win rates judged by GPT-4), here as a score.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        instructions: str = INSTRUCTIONS,
-        minimum: float = 1,
-        maximum: float = 10,
-        cache: str | os.PathLike | None = None,
-        concurrency: int = 8,
-        max_retries: int = 5,
-        timeout: float = 120.0,
-        request: dict[str, Any] | None = None,
-    ):
+    def __init__(self, model: str, *, instructions: str = INSTRUCTIONS, minimum: float = 1, maximum: float = 10, **server: Any):
         if not minimum < maximum:
             raise ValueError(f"the range of scores is empty: found minimum {minimum} and maximum {maximum}")
         check_fields("instructions of the judge", instructions, {"prompt", "response"}, {"minimum", "maximum"})
         self.model, self.minimum, self.maximum, self.instructions = model, minimum, maximum, instructions
-        self._chat = ChatModel(
-            model,
-            base_url=base_url,
-            api_key=api_key,
-            cache=cache,
-            concurrency=concurrency,
-            max_retries=max_retries,
-            timeout=timeout,
-            request=request,
-        )
+        self._chat = ChatModel(model, **server)
         self.name = marked(f"judge {model}, {minimum:g} to {maximum:g}", instructions, INSTRUCTIONS)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

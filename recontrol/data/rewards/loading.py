@@ -23,18 +23,8 @@ def load_reward(
 ) -> Reward:
     """Make one reward of names; several become its heads.
 
-    Args:
-        names: "judge:NAME" is a chat model that is asked for a score, "python:MODULE:FUNCTION" a function (prompts, responses) -> scores, found as by
-            `python -m`, anything else a sequence classifier: a folder, or a name on the hub.
-        batch_size: texts that a classifier scores at once.
-        template: how a classifier's texts are written, see `RewardModel`.
-        device: where classifiers are put; "auto" spreads them over all GPUs.
-        judge_range: lowest and highest score of a judge.
-        judge: further arguments of `Judge`.
-
-    Raises:
-        ImportError: there is no such module, or a judge's package is not installed.
-        ValueError: no names, a function that is not there, or what `RewardModel` and `Judge` refuse.
+    "judge:NAME" is a chat model that is asked for a score in `judge_range`, `judge` being further arguments of `Judge`.
+    "python:MODULE:FUNCTION" is a function (prompts, responses) -> scores. Anything else is a sequence classifier: a folder, or a name on the hub.
     """
 
     def load(name: str) -> Reward:

@@ -14,11 +14,11 @@ from recontrol.data.rewards.templates import text_writer
 class RewardModel:
     """Scores prompt and response, read together as one text, with a sequence classifier. One label is one reward.
 
-    Texts are padded on the right. A text longer than `max_length` loses its beginning, that is, the oldest part of the
-    prompt: the response is what is scored. The tokenizer is copied, so that its settings stay as they are.
+    Texts are padded on the right. A text longer than `max_length` loses its beginning, the oldest part of the prompt. The tokenizer is copied, so
+    that its settings stay as they are.
 
     Args:
-        model: a model with a sequence-classification head: `logits` of (batch, labels).
+        model: a model with a sequence-classification head, which returns `logits` of (batch, labels).
         tokenizer: its tokenizer.
         batch_size: texts in one forward call.
         max_length: tokens of a text at most, special tokens included; by default what the model and its tokenizer allow.

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 # How its training data were written.
 TEMPLATE = "Human: {prompt}\nAssistant: {response}"
-# By this weight a checkpoint is told from a sequence classifier, whatever its config calls the class.
+# This weight marks such a checkpoint, whatever its config calls the class.
 HEAD = "regression_head.weight"
 
 
@@ -31,16 +31,7 @@ class LlamaRegressionModel(LlamaPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> SequenceClassifierOutputWithPast:
-        """Score texts.
-
-        Args:
-            input_ids: (batch, tokens), int64.
-            attention_mask: (batch, tokens), 1 for a token and 0 for padding, on whichever side; by default there is no padding.
-            kwargs: passed on to `LlamaModel`.
-
-        Returns:
-            `logits` of (batch, 1), one reward a text.
-        """
+        """`logits` of (batch, 1), one reward a text, from (batch, tokens) ids and a mask, 1 for a token and 0 for padding on whichever side."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         # The count of tokens grows until the last one, and argmax takes the first of equal counts.
