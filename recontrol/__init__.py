@@ -10,7 +10,7 @@ from recontrol.ascent.backends import backend_info
 from recontrol.checks import renamed
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
-from recontrol.value import ValueFunction
+from recontrol.value import ValueFunction, WeightedSum
 from recontrol.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from recontrol.training.config import TrainConfig
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.train import train, train_online
-    from recontrol.value.weighted_sum import WeightedSum
 
 moved.install()
 
@@ -52,7 +51,6 @@ _ON_DEMAND = {
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
     "TrainConfig": "recontrol.training.config",
-    "WeightedSum": "recontrol.value.weighted_sum",
     "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
     "choose_at_kl": "recontrol.evaluation.frontier",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recontrol.ascent.arguments import AscentArguments, normalise
-from recontrol.ascent.trust_region import fraction_to_radius
+from recontrol.checks import wide_dtype
 from recontrol.value import ValueFunction
 
 
@@ -49,8 +49,7 @@ def ascend(
     """
     arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
     arguments.check()
-    dtype = dtype or (torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    edited, trace = ascend_loop(arguments, *value.parameters_by_kind, dtype)
+    edited, trace = ascend_loop(arguments, *value.parameters_by_kind, dtype or wide_dtype(hidden.dtype))
     return (edited, trace) if return_trace else edited
 
 
@@ -102,3 +101,17 @@ def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: S
         edit = torch.where(live[:, None], edit + move, edit)
     edited = (start + edit).to(arguments.hidden.dtype)
     return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace
+
+
+def fraction_to_radius(move_square: Tensor, edit_dot_move: Tensor, room: Tensor) -> Tensor:
+    """Where a step m leaves the trust region: the t in [0, 1] with |u + t m| = radius, the positive root of t^2 m.m + 2 t u.m - room = 0.
+
+    Args:
+        move_square: (rows,), m.m.
+        edit_dot_move: (rows,), u.m.
+        room: (rows,), radius^2 - u.u, not negative up to rounding.
+    """
+    root = torch.sqrt(torch.clamp(edit_dot_move * edit_dot_move + move_square * room, min=0))
+    # Two forms of the same root: each is used where it does not subtract nearly equal numbers.
+    fraction = torch.where(edit_dot_move > 0, room / (edit_dot_move + root), (root - edit_dot_move) / move_square)
+    return torch.nan_to_num(fraction, nan=0.0).clamp(0, 1)

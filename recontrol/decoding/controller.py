@@ -68,7 +68,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        backends.check_name(self.backend)
+        object.__setattr__(self, "backend", backends.check_name(self.backend))
         if self.stop_token_ids is not None:
             tokens = tuple(integer("stop_token_ids", token) for token in several("stop_token_ids", self.stop_token_ids))
             object.__setattr__(self, "stop_token_ids", tokens)
@@ -163,8 +163,7 @@ class Handle(Editing):
         hidden = torch.zeros(rows, self.controller.value.hidden_size, dtype=self.dtype(), device=self.controller.value.device)
         chosen = self.controller
         arguments = normalise(hidden, chosen.value, chosen.step_size, chosen.steps, None, chosen.radius, chosen.target, self._head_weights)
-        backend = backends.choose(chosen.backend, arguments, chosen.value.prepared())
-        return next(name for name, module in backends.BACKENDS.items() if module is backend)
+        return backends.choose(chosen.backend, arguments, chosen.value.prepared()).name
 
     def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # No arithmetic here: the compiler makes a graph of its own of a hook on the model that it compiles.

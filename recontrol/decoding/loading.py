@@ -33,7 +33,7 @@ def load_value_function(name: str, model: Any) -> ValueFunction:
         model: the language model.
 
     Raises:
-        OSError, ValueError: as `ValueFunction.from_pretrained` and `ValueFunction.from_reference`.
+        OSError, ValueError: as `ValueFunction.from_pretrained` and `ValueFunction.from_released`.
     """
-    loaded = ValueFunction.from_reference(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
+    loaded = ValueFunction.from_released(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
     return loaded.to(model.get_output_embeddings().weight.device)

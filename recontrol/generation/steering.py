@@ -89,9 +89,8 @@ class Steering(Editing):
 
     def __init__(self, model: Any, controls: Sequence[Control | None], *, backend: str = "auto", allow_other_model: bool = False, trace: bool = False):
         super().__init__(model)
-        backends.check_name(backend)
         self.controls = list(controls)
-        self.backend = backend
+        self.backend = backends.check_name(backend)
         self.source: Callable[[dict[str, Any]], Rows | None] = lambda given: None
         self.traces: dict[int, Trace] = {index: Trace() for index, control in enumerate(controls) if control is not None} if trace else {}
         self._groups = _grouped(self.controls, trace)
