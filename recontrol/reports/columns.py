@@ -1,4 +1,4 @@
-"""The columns of a report: what each says, how it is written, and in which unit; one list for the tables, the CSV file and the glossary."""
+"""The columns of a report, with their units and meanings: one list for the tables, the CSV file and the glossary."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,37 +18,25 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Column:
-    """A column with a number in each row.
-
-    Attributes:
-        key: its name in the CSV file.
-        title: its heading.
-        unit: of the numbers, as it is read under the heading; empty where they have none.
-        meaning: what it is, for the glossary.
-        number: of a row; None where it was not measured.
-        interval: (low, high), 95 %; None where there is none.
-        responses: the numbers, one a response, whose mean it is, where a larger one is better and the best row is marked; else None.
-        form: how a number is written where no interval says how many digits are worth it.
-        alike: whether the numbers of all rows are of one size, so that their intervals say how many digits are written.
-    """
+    """A column with a number in each row: `key` in the CSV file, `title` and `unit` in its heading, `meaning` in the glossary."""
 
     key: str
     title: str
     unit: str
     meaning: str
+    # Of a row; None where it was not measured.
     number: Callable[[Row], float | None]
+    # (low, high), 95 %.
     interval: Callable[[Row], Interval | None] = lambda row: None
+    # The numbers, one a response, whose mean it is, where a larger one is better and the best row is marked.
     responses: Callable[[Row], Sequence[float] | None] = lambda row: None
+    # How a number is written where no interval says how many digits are worth it.
     form: str = ".3f"
+    # Whether the numbers of all rows are of one size, so that their intervals say how many digits are written.
     alike: bool = True
 
     def write(self, number: float | None, digits: int | None = None) -> str:
-        """A number as it is shown.
-
-        Args:
-            number: None is a dash.
-            digits: after the point; None for as many as `form` says.
-        """
+        """A number with so many digits after the point, or as `form` says; None is a dash."""
         if number is None:
             return DASH
         if digits is None and self.form.endswith("g"):
@@ -57,25 +45,13 @@ class Column:
         return format(number, self.form if digits is None else f".{digits}f").replace("-", MINUS)
 
     def write_interval(self, interval: Interval | None, digits: int | None = None) -> str:
-        """An interval as it is shown; empty for None.
-
-        Args:
-            interval: (low, high).
-            digits: as for `write`.
-        """
+        """[low, high]; empty for None."""
         return "" if interval is None else f"[{self.write(interval[0], digits)}, {self.write(interval[1], digits)}]"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A number in a table.
-
-    Attributes:
-        number: as it is; None where it was not measured.
-        text: as it is shown.
-        interval: likewise; empty without one.
-        best: whether the row is better than all others beyond chance.
-    """
+class TableCell:
+    """A number in a table and as it is shown; `best` where the row is better than all others beyond chance."""
 
     number: float | None
     text: str
@@ -83,13 +59,8 @@ class Cell:
     best: bool
 
 
-def cells(column: Column, rows: Sequence[Row]) -> list[Cell]:
-    """A column of a table, one cell a row.
-
-    Args:
-        column: what to show.
-        rows: of the report.
-    """
+def cells(column: Column, rows: Sequence[Row]) -> list[TableCell]:
+    """A column of a table, one cell a row."""
     intervals = [column.interval(row) for row in rows]
     digits = interval_digits([interval for interval in intervals if interval]) if column.alike else None
     compared = not_told_apart([column.responses(row) for row in rows], rows[0].result.seeds)
@@ -97,7 +68,7 @@ def cells(column: Column, rows: Sequence[Row]) -> list[Cell]:
     made = []
     for place, (row, interval) in enumerate(zip(rows, intervals, strict=True)):
         number = column.number(row)
-        made.append(Cell(number, column.write(number, digits), column.write_interval(interval, digits), place == best))
+        made.append(TableCell(number, column.write(number, digits), column.write_interval(interval, digits), place == best))
     return made
 
 
