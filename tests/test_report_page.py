@@ -113,7 +113,9 @@ def findings():
     validation += [other("ARGS", "w", size, noisy(size, 15, 2)) for size in (0.5, 1.0)]
     wins = [None, *(win_rate(prompts * 2, each.responses, base.responses, lambda prompts, one, two: [1, 0.5] * 15) for each in (control, args))]
     groups = {"RE-Control": [1, 2, 3, 4], "ARGS": [5, 6]}
-    return Findings([base, control, args], ["uncontrolled", "RE-Control", "ARGS"], prompts, validation, groups, [control.method, args.method], wins, "uncontrolled")
+    return Findings(
+        [base, control, args], ["uncontrolled", "RE-Control", "ARGS"], prompts, validation, groups, [control.method, args.method], wins, "uncontrolled"
+    )
 
 
 @pytest.fixture(scope="module")

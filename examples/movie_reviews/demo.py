@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from recontrol.reports.report import save_report, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recontrol.data.collect import collect
@@ -24,7 +25,6 @@ from recontrol.data.rewards import RewardModel
 from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import choose
-from recontrol.reports.report import save_report, table
 from recontrol.training.train import train
 
 HERE = Path(__file__).resolve().parent

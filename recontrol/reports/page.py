@@ -81,7 +81,7 @@ def render(findings: Findings, rows: Sequence[Row], equal: EqualKL | None, diagn
         seeds=findings.results[0].seeds,
         against=findings.against,
         glossary=[*measured(QUALITY, rows), *measured(COST, rows)],
-        settings=_yaml(study),
+        settings=as_yaml(study),
         command=command,
     )
 
@@ -202,7 +202,7 @@ def _tried(findings: Findings) -> tuple[Table, list[bool]] | None:
     return make_table(TRIED, rows), [row.result.method in findings.chosen for row in rows]
 
 
-def _yaml(study: Mapping[str, Any]) -> str:
+def as_yaml(study: Mapping[str, Any]) -> str:
     """As a study's file has it, without what is not set."""
 
     def given(content: Any) -> Any:

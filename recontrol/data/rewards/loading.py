@@ -18,6 +18,7 @@ def load_reward(
     batch_size: int = 16,
     template: str | None = None,
     device: str = "cpu",
+    dtype: str = "auto",
     judge_range: tuple[float, float] = (1.0, 10.0),
     judge: Mapping[str, Any] | None = None,
 ) -> Reward:
@@ -29,6 +30,7 @@ def load_reward(
         batch_size: texts that a classifier scores at once.
         template: how a classifier's texts are written, see `RewardModel`.
         device: where classifiers are put; "auto" spreads them over all GPUs.
+        dtype: of classifiers' weights; "auto" is the one they were saved in.
         judge_range: lowest and highest score of a judge.
         judge: further arguments of `Judge`.
 
@@ -45,7 +47,7 @@ def load_reward(
         if kind == "python" and rest:
             return _function(rest)
         where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}
-        return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, **where)
+        return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, dtype=dtype, **where)
 
     return load(names[0]) if len(names) == 1 else as_reward([load(name) for name in names])
 
