@@ -19,6 +19,7 @@ from recontrol.methods.control import ReControl
 from recontrol.reports.columns import COST, QUALITY, Column, TableCell, cells, interval_digits, measured
 from recontrol.reports.comparison import EqualKL, Findings, Row, sweep, the_control
 from recontrol.reports.figures import calibration, frontier, resources, sweeps
+from recontrol.reports.table import rule_in_words
 from recontrol.training.diagnosis import Diagnosis
 from recontrol.version import __version__
 
@@ -30,7 +31,6 @@ SHADES, INSIDE = 8, 0.98
 DRAWN = 4
 # A longer prompt is folded up but for its end.
 LONG_PROMPT = 600
-RULES = {"paper": "the largest coherence + diversity + reward", "reward": "the largest reward"}
 # What settings are chosen by, the paper's sum at the end; the best of many tries is not marked, since it may be the luckiest.
 TRIED = (
     *(
@@ -106,8 +106,7 @@ def _facts(findings: Findings, study: Mapping[str, Any]) -> dict[str, str]:
     seeds, threads = findings.results[0].seeds, torch.get_num_threads()
     count = f"{len(findings.prompts)} prompts, {seeds} seed{'s' if seeds > 1 else ''}"
     length = f"at most {decoding['max_new_tokens']} tokens" if decoding else ""
-    rule = study.get("choose")
-    rule = f"the largest reward within {rule['kl']:g} nats a response" if isinstance(rule, Mapping) else RULES.get(str(rule), "")
+    rule = rule_in_words(study["choose"]) if study.get("choose") else ""
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU thread{'s' if threads > 1 else ''}"
     found = {
         "Language model": _listed(model.get("name"), model.get("revision"), f"weights in {model['dtype']}" if model else ""),

@@ -1,7 +1,7 @@
 """Results as a table in plain text."""
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from recontrol.evaluation.results import Result
 
@@ -14,7 +14,7 @@ WIDTH = 120
 
 
 def table(results: Sequence[Result], chosen: Collection[str] = (), rule: str = "the largest coherence + diversity + reward") -> str:
-    """The results as aligned plain text, with a line on what the columns mean; methods whose labels are in `chosen` have a star."""
+    """The results as aligned plain text, with a line on what the columns mean; methods whose labels are in `chosen`, by this rule, have a star."""
     rows = [HEADER]
     for result in results:
         low, high = result.reward_interval
@@ -43,3 +43,10 @@ def table(results: Sequence[Result], chosen: Collection[str] = (), rule: str = "
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def rule_in_words(rule: str | Mapping[str, float]) -> str:
+    """What settings are chosen by."""
+    if isinstance(rule, Mapping):
+        return f"the largest reward within {rule['kl']:g} nats a response"
+    return {"paper": "the largest coherence + diversity + reward", "reward": "the largest reward"}[rule]

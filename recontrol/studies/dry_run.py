@@ -13,35 +13,9 @@ from recontrol.data.rewards.regression import LlamaRegressionModel
 from recontrol.files import write_aside
 from recontrol.studies.study import ModelSection, RewardSection, SourceSection, Study
 
-WORDS = [
-    "the",
-    "a",
-    "my",
-    "one",
-    "people",
-    "film",
-    "story",
-    "question",
-    "answer",
-    "help",
-    "think",
-    "say",
-    "make",
-    "want",
-    "know",
-    "good",
-    "bad",
-    "fair",
-    "kind",
-    "honest",
-    "why",
-    "how",
-    "when",
-    "who",
-    "not",
-    "never",
-    "very",
-]
+# What prompts are made of.
+TEXT = "the a my one people film story question answer help think say make want know good bad fair kind honest why how when who not never very"
+WORDS = TEXT.split()
 # Prompts of each part, tokens of a response, and units of a hidden layer.
 COUNTS = {"train": 24, "validation": 6, "test": 8}
 NEW_TOKENS = 8
