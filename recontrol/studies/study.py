@@ -1,4 +1,4 @@
-"""What a study is made of: the sections of its YAML file, checked before any work is done."""
+"""What a study is made of: the sections of its YAML file, checked before any work is done. docs/study.md says what each key is."""
 
 import dataclasses
 import importlib.resources
@@ -27,14 +27,7 @@ GENERATION: dict[str, Any] = {"batch_size": 16, "options": {"do_sample": False}}
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The language model.
-
-    Args:
-        name: on the hub, or a folder.
-        dtype: of its weights, "auto" for the one they were saved in.
-        device: "cuda", "cpu", or "auto" to spread it over all GPUs; None is a GPU if there is one.
-        revision: branch, tag or commit on the hub.
-    """
+    """The language model: on the hub or a folder; `device` None is a GPU if there is one, "auto" all of them."""
 
     name: str
     dtype: str = "auto"
@@ -48,13 +41,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class SourceSection:
-    """Where prompts come from.
-
-    Args:
-        source: data set of the hub, or a file.
-        split: of a data set of the hub.
-        limit: the first so many.
-    """
+    """Where prompts come from: a data set of the hub, or a file; `limit` keeps the first so many."""
 
     source: str
     split: str = "train"
@@ -63,16 +50,7 @@ class SourceSection:
 
 @dataclass(frozen=True)
 class PromptsSection:
-    """The prompts of each part of the study, and how they are written.
-
-    Args:
-        train: for rollouts, and whatever else is trained.
-        test: that is reported on.
-        validation: that settings are chosen on; None chooses nothing, and all settings are reported.
-        human: what marks the user's turns.
-        chat_template: write dialogues with the tokenizer's chat template.
-        max_tokens: longer prompts are left out.
-    """
+    """The prompts of each part of the study, and how they are written; without `validation` nothing is chosen, and all settings are reported."""
 
     train: SourceSection | None
     test: SourceSection
@@ -84,15 +62,7 @@ class PromptsSection:
 
 @dataclass(frozen=True)
 class JudgeSection:
-    """How a chat model is asked for scores.
-
-    Args:
-        url: of its server; None is OPENAI_BASE_URL, else OpenAI's.
-        range: lowest and highest score.
-        cache: file that keeps its answers.
-        concurrency: requests at a time.
-        request: further fields of each request.
-    """
+    """How a chat model is asked for scores: its server, its lowest and highest score, the file that keeps its answers."""
 
     url: str | None = None
     range: tuple[float, float] = (1.0, 10.0)
@@ -112,17 +82,7 @@ class JudgeSection:
 
 @dataclass(frozen=True)
 class RewardSection:
-    """What responses are scored by.
-
-    Args:
-        names: as `--reward-model` of the command line takes them: classifiers, "judge:NAME", "python:MODULE:FUNCTION".
-        head_weights: one number for each where there are several: their weighted sum is the reward that is reported.
-        batch_size: texts scored at once.
-        template: how a classifier's texts are written.
-        device: of classifiers; None is a GPU if there is one.
-        dtype: of their weights, "auto" for the one they were saved in.
-        judge: of "judge:NAME", how it is asked.
-    """
+    """What responses are scored by: names as `--reward-model` takes them; of several rewards the weighted sum is reported."""
 
     names: list[str]
     head_weights: list[float] | None = None
@@ -151,14 +111,7 @@ class RewardSection:
 
 @dataclass(frozen=True)
 class WinSection:
-    """Who is asked which of two responses is better.
-
-    Args:
-        judge: a name as in `RewardSection`: "judge:NAME" is asked for both orders of each pair, others score one response at a time.
-        against: "uncontrolled", or "preferred" for the responses that the data set prefers.
-        cache: file that keeps the judge's answers.
-        url: of the judge's server.
-    """
+    """Who is asked which of two responses is better: "judge:NAME" for both orders of each pair, a reward for one response at a time."""
 
     judge: str
     against: str = "uncontrolled"
