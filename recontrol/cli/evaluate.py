@@ -1,9 +1,11 @@
 """`recontrol evaluate`."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recontrol.checks import required
 from recontrol.cli import options as shared
 
 if TYPE_CHECKING:
@@ -65,7 +67,9 @@ def run(options: argparse.Namespace) -> None:
     from recontrol.studies.run import StudyRun
 
     study, out = _study(options), Path(options.out)
-    # A folder that cannot be written is better found before the work than after it.
+    # A missing package or a folder that cannot be written is better found before the work than after it.
+    for package in ("jinja2", "matplotlib"):
+        required(package, "report")
     out.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         study = small(study, out / "made-up")
@@ -98,8 +102,6 @@ def _study(options: argparse.Namespace) -> "Study":
 
 
 def _described(options: argparse.Namespace) -> "Study":
-    import dataclasses
-
     from recontrol.studies.catalogue import CONTROL
     from recontrol.studies.study import ModelSection, PromptsSection, SourceSection, Study
 

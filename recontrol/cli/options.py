@@ -20,36 +20,23 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
-    return number
+def _number(name: str, kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of a flag whose number must fit."""
+
+    def read(text: str) -> Any:
+        number = kind(text)
+        if not fits(number):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, found {text}")
+        return number
+
+    read.__name__ = name
+    return read
 
 
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    number = float(text)
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text}")
-    return number
-
-
-def finite_float(text: str) -> float:
-    """A finite number."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be finite, found {text}")
-    return number
-
-
-def fraction(text: str) -> float:
-    """A number inside (0, 1)."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, found {text}")
-    return number
+positive_int = _number("positive int", int, "at least 1", lambda number: number >= 1)
+positive_float = _number("positive float", float, "a number above 0", lambda number: math.isfinite(number) and number > 0)
+finite_float = _number("finite float", float, "finite", math.isfinite)
+fraction = _number("fraction", float, "between 0 and 1", lambda number: 0 < number < 1)
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -58,7 +45,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def parse(text: str) -> tuple[Any, ...]:
         return tuple(kind(entry) for entry in text.split(","))
 
-    parse.__name__ = f"list of {kind.__name__.replace('_', ' ')}"
+    parse.__name__ = f"list of {kind.__name__}"
     return parse
 
 

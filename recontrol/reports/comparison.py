@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -127,23 +128,18 @@ def sweep(findings: Findings) -> tuple[Result, dict[str, list[Result]]]:
 def equal_kl(findings: Findings) -> EqualKL | None:
     """The rows at equal divergence; None where no row's was measured."""
     base, groups = sweep(findings)
-    # Estimates of a divergence that is 0 may be below it by rounding or sampling.
-    points = {name: [_Point(max(0.0, point.kl), point) for point in several if point.kl is not None] for name, several in groups.items()}
-    known = {name: several for name, several in points.items() if several}
-    levels = kl_levels([max(point.kl for point in several) for several in known.values()])
+    known: dict[str, list[Any]] = {}
+    for name, several in groups.items():
+        # Estimates of a divergence that is 0 may be below it by rounding or sampling.
+        points = [replace(point, kl=max(0.0, point.kl)) for point in several if point.kl is not None]
+        known |= {name: points} if points else {}
+    levels = kl_levels([max(point.kl for point in points) for points in known.values()])
     if not levels:
         return None
-    best = {name: max(several, key=lambda point: point.reward) for name, several in known.items()}
+    best = {name: max(points, key=lambda point: point.reward) for name, points in known.items()}
     largest = {name: (point.kl, point.reward) for name, point in best.items()}
-    unknown = [name for name, several in points.items() if not several]
-    return EqualKL(levels, at_equal_kl(known, levels, _Point(0.0, base)), largest, unknown, bool(findings.validation))
-
-
-class _Point:
-    """A result whose divergence is a number."""
-
-    def __init__(self, kl: float, result: Result):
-        self.kl, self.reward, self.rewards, self.kls, self.seeds = kl, result.reward, result.rewards, result.kls, result.seeds
+    uncontrolled: Any = replace(base, kl=0.0)
+    return EqualKL(levels, at_equal_kl(known, levels, uncontrolled), largest, [name for name in groups if name not in known], bool(findings.validation))
 
 
 def kl_levels(largest: Sequence[float]) -> list[float]:
