@@ -74,12 +74,7 @@ def _stated(default: str | None) -> str:
 def add_model_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """--model, --dtype, --device. Here and below, what has no default in words must be given."""
     group = parser.add_argument_group("language model")
-    group.add_argument(
-        "--model",
-        required=default is None,
-        metavar="NAME",
-        help="causal language model: a name on the hub, or a folder" + _stated(default),
-    )
+    group.add_argument("--model", required=default is None, metavar="NAME", help="causal language model: a name on the hub, or a folder" + _stated(default))
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the dtype they were saved in)")
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto to spread the model over all GPUs (default: cuda if there is one, else cpu)"
@@ -175,13 +170,7 @@ def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split
     from recontrol.data.prompts import load_prompts
 
     return load_prompts(
-        source,
-        split,
-        limit=limit,
-        tokenizer=tokenizer,
-        chat_template=options.chat_template,
-        human=options.human,
-        max_prompt_tokens=options.max_prompt_tokens,
+        source, split, limit=limit, tokenizer=tokenizer, chat_template=options.chat_template, human=options.human, max_prompt_tokens=options.max_prompt_tokens
     )
 
 

@@ -54,7 +54,9 @@ def make_table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     """A table of the columns that were measured."""
     shown = measured(columns, rows)
     by_column = [cells(column, rows) for column in shown]
-    return Table(shown, [(row.name, row.setting, [column[place] for column in by_column]) for place, row in enumerate(rows)])
+    # A row that is called by its settings says them once.
+    settings = ["" if row.setting and row.setting in row.name else row.setting for row in rows]
+    return Table(shown, [(row.name, settings[place], [column[place] for column in by_column]) for place, row in enumerate(rows)])
 
 
 def render(findings: Findings, rows: Sequence[Row], equal: EqualKL | None, diagnosis: Diagnosis | None, study: Mapping[str, Any], command: str) -> str:
