@@ -36,6 +36,10 @@ def run(options: argparse.Namespace) -> None:
         print(model_card(value, options.repo))
         return
     address = value.push_to_hub(
-        options.repo, private=options.private or None, revision=options.revision, create_pr=options.pull_request, commit_message=options.message
+        options.repo,
+        private=options.private or None,
+        revision=options.revision,
+        create_pr=options.pull_request,
+        commit_message=options.message,
     )
     print(address)
