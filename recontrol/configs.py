@@ -33,10 +33,10 @@ def field_docs(config: type) -> dict[str, str]:
     return found
 
 
-def add_flags(parser: Any, config: type, *, leave_out: Collection[str] = ()) -> None:
+def add_flags(parser: Any, config: type, *, leave_out: Collection[str] = (), types: Mapping[str, Callable[[str], Any]] | None = None) -> None:
     """A flag for each field of a config, with its default and its documentation: `hidden_dims` is --hidden-dims, a list is comma-separated.
 
-    A boolean that is False by default is a switch; one that is True by default has a --no- form.
+    A boolean that is False by default is a switch; one that is True by default has a --no- form. `types` read the text of some flags more strictly.
     """
     hints, docs = typing.get_type_hints(config), field_docs(config)
     for each in dataclasses.fields(config):
@@ -54,7 +54,7 @@ def add_flags(parser: Any, config: type, *, leave_out: Collection[str] = ()) -> 
         elif typing.get_origin(kinds[0]) is Literal:
             keywords["choices"] = [choice for choice in typing.get_args(kinds[0]) if choice is not None]
         else:
-            keywords |= {"type": _reader(kinds[0]), "metavar": each.name.split("_")[-1].upper()}
+            keywords |= {"type": (types or {}).get(each.name) or _reader(kinds[0]), "metavar": each.name.split("_")[-1].upper()}
         if not required and "action" not in keywords:
             shown += f" (default: {','.join(map(str, default)) if isinstance(default, tuple | list) else 'none' if default is None else default})"
         parser.add_argument(f"--{each.name.replace('_', '-')}", help=shown, **keywords)

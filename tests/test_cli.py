@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import recontrol
 from recontrol.cli import main, options, parser
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import model_fingerprint
+from recontrol.reports.page import as_yaml
 from recontrol.training.config import TrainConfig
 from recontrol.training.data import LARGEST_BATCH, MINIBATCHES
 from recontrol.value import ValueFunction
@@ -71,6 +73,8 @@ def test_help_says_defaults_and_shows_an_example(subcommand, capsys):
     sub = parser()._subparsers._group_actions[0].choices[subcommand]
     for action in sub._actions:
         assert action.help, action.option_strings
+        if action.help == argparse.SUPPRESS:
+            continue
         # Whoever may leave an option out is told what happens then; flags are off.
         if not action.required and action.nargs != 0 and action.dest != "prompt":
             assert "default" in action.help, action.option_strings
@@ -139,8 +143,15 @@ def test_the_whole_method(tmp_path, prompt_file, capsys):
     assert "validation prompts (2):" in out and "\nprompts (3):" in out and "* chosen" in out and out.count("alpha 0.25, n 4") == 2
     content = json.loads((report / "report.json").read_text())
     assert [(row["step_size"], row["steps"]) for row in content["results"]] == [(0, 0), (0.25, 3), (0.25, 4), (0.5, 3), (0.5, 4)]
-    assert content["about"]["model"] == str(EXAMPLE / "lm") and content["about"]["step_sizes"] == [0.25, 0.5]
-    assert (report / "report.png").stat().st_size > 10_000
+    assert content["study"]["model"]["name"] == str(EXAMPLE / "lm") and content["study"]["methods"][0]["alpha"] == [0.25, 0.5]
+    assert len(content["validation"]) == 5 and content["chosen"][0] in [row["name"] for row in content["results"]]
+    assert "RE-Control (alpha 0.25, n 4)" in (report / "report.html").read_text(encoding="utf-8")
+    # The page's study says the same as the options: with it, everything is read.
+    (tmp_path / "same.yaml").write_text(as_yaml(content["study"]), encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in (report / "test").rglob("*.json")}
+    assert run("evaluate", "--config", tmp_path / "same.yaml", "--out", report) == 0
+    assert {path: path.stat().st_mtime_ns for path in (report / "test").rglob("*.json")} == before
+    assert json.loads((report / "report.json").read_text())["results"] == content["results"]
     out_file = tmp_path / "new" / "responses.jsonl"
     assert run("generate", *MODEL, "--value", value, "--dataset", prompt_file, "--limit", 3, "--out", out_file, *size) == 0
     lines = [json.loads(line) for line in out_file.read_text().splitlines()]
@@ -225,7 +236,7 @@ def test_evaluate_is_greedy_and_chooses_nothing_by_default(tmp_path, prompt_file
     assert run("evaluate", *arguments, "--out", tmp_path / "report") == 0
     assert "chosen" not in capsys.readouterr().out
     content = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert content["chosen"] is None and content["validation"] is None
+    assert content["chosen"] == [] and content["validation"] is None
     # Greedy, and the step is too small to matter.
     assert content["results"][0]["reward"] == pytest.approx(content["results"][1]["reward"])
 
@@ -293,7 +304,10 @@ def one_line(capsys):
         (["train", "--rollouts", "ROLLOUTS", "--out", "VALUE"], "config.json, model.safetensors but no history.json"),
         (["train", "--rollouts", "ROLLOUTS", "--out", "OUT", "--seed", "-1"], "seed must be an integer of at least 0, found -1"),
         (["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "PROMPTS"], "File exists"),
-        (["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "OUT", "--validation-prompts", "PROMPTS"], "choose on others"),
+        (
+            ["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "OUT", "--validation-prompts", "PROMPTS"],
+            "are the prompts that are reported on",
+        ),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, value_folder, rollout_folder, capsys, monkeypatch):

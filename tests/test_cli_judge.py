@@ -38,13 +38,13 @@ def folder(tmp_path, monkeypatch):
 
 
 RESPONSES = ["--responses", "responses.jsonl", "--method", "steered"]
-REFERENCES = ["--references", "hh.jsonl"]
+PREFERRED = ["--preferred", "hh.jsonl"]
 
 
 def test_against_the_preferred_responses(folder, serve, capsys):  # noqa: F811
     server = serve(longer)
     server.usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
-    command = ["judge", *RESPONSES, *REFERENCES, "--judge", "tiny", "--judge-url", server.url, "--judge-cache", "cache", "--prices", "10,50"]
+    command = ["judge", *RESPONSES, *PREFERRED, "--judge", "tiny", "--judge-url", server.url, "--judge-cache", "cache", "--prices", "10,50"]
     assert run(*command, "--out", "out/win.json") == 0
     text = capsys.readouterr().out
     assert "2 pairs: win rate 0.500" in text and "wins 1, ties 0, losses 1, by judge tiny, pairwise; the order decided 0.0% of the pairs" in text
@@ -60,9 +60,16 @@ def test_against_the_preferred_responses(folder, serve, capsys):  # noqa: F811
     assert "0 requests" in capsys.readouterr().out and len(server.requests) == 4
 
 
+def test_the_old_name_of_the_option_is_taken_and_not_shown(capsys):
+    assert run("judge", *RESPONSES, "--references", "hh.jsonl", "--reward-model", "python:my_rewards:length") == 0
+    assert "2 pairs: win rate 0.500" in capsys.readouterr().out
+    assert run("judge", "--help") == 0
+    assert "--references" not in capsys.readouterr().out
+
+
 def test_an_estimate_sends_nothing_and_needs_no_file(folder, serve, capsys):  # noqa: F811
     server = serve(longer)
-    command = ["judge", *RESPONSES, *REFERENCES, "--judge", "tiny", "--judge-url", server.url, "--prices", "10,50", "--estimate", "--answer-tokens", 100]
+    command = ["judge", *RESPONSES, *PREFERRED, "--judge", "tiny", "--judge-url", server.url, "--prices", "10,50", "--estimate", "--answer-tokens", 100]
     assert run(*command, "--out", "out/win.json") == 0
     text = capsys.readouterr().out
     assert "2 pairs: 4 requests that the cache does not answer, about " in text and "(characters / 4) and 400 of answers (100 each), about 0.0" in text
@@ -90,7 +97,7 @@ def test_against_another_file_by_a_sequence_classifier(folder):
 def test_own_instructions_and_fields_of_the_request(folder, serve):  # noqa: F811
     server = serve(lambda text: "C")
     (folder / "ask.txt").write_text("{prompt}|{first}|{second}")
-    command = ["judge", *RESPONSES, *REFERENCES, "--judge", "m", "--judge-url", server.url, "--judge-instructions", "ask.txt", "--limit", 1]
+    command = ["judge", *RESPONSES, *PREFERRED, "--judge", "m", "--judge-url", server.url, "--judge-instructions", "ask.txt", "--limit", 1]
     assert run(*command, "--judge-request", '{"max_tokens": 3}') == 0
     assert {request["messages"][0]["content"].split("|", 1)[1] for request in server.requests} == {"a b c d|a b", "a b|a b c d"}
     assert {request["max_tokens"] for request in server.requests} == {3} and "temperature" not in server.requests[0]
@@ -101,7 +108,7 @@ def test_own_instructions_and_fields_of_the_request(folder, serve):  # noqa: F81
 def test_prompts_that_were_written_otherwise(folder, capsys):
     lines = [{"prompt": prompt.replace("Human:", "User:"), "response": "a"} for prompt in PROMPTS]
     write(folder / "responses.jsonl", lines)
-    command = ["judge", "--responses", "responses.jsonl", *REFERENCES, "--reward-model", "python:my_rewards:length"]
+    command = ["judge", "--responses", "responses.jsonl", *PREFERRED, "--reward-model", "python:my_rewards:length"]
     assert run(*command) == 2
     assert "2 of 2 responses have no other one to the same prompt: 0, 1; found the prompt '\\n\\nUser: Why?" in one_line(capsys)
     assert run(*command, "--human", "User") == 0
@@ -110,16 +117,16 @@ def test_prompts_that_were_written_otherwise(folder, capsys):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([*RESPONSES, *REFERENCES], "give either --judge NAME, a chat model, or --reward-model NAME"),
-        ([*RESPONSES, *REFERENCES, "--judge", "m", "--reward-model", "r"], "give either --judge NAME"),
+        ([*RESPONSES, *PREFERRED], "give either --judge NAME, a chat model, or --reward-model NAME"),
+        ([*RESPONSES, *PREFERRED, "--judge", "m", "--reward-model", "r"], "give either --judge NAME"),
         ([*RESPONSES, "--judge", "m"], "give what to compare with"),
-        ([*RESPONSES, *REFERENCES, "--against", "uncontrolled", "--judge", "m"], "give what to compare with"),
+        ([*RESPONSES, *PREFERRED, "--against", "uncontrolled", "--judge", "m"], "give what to compare with"),
         ([*RESPONSES, "--against", "steered", "--judge", "m"], "--method and --against are both 'steered'"),
-        ([*RESPONSES, *REFERENCES, "--reward-model", "r", "--estimate"], "--estimate is for --judge"),
-        ([*RESPONSES[:2], *REFERENCES, "--judge", "m"], "its methods are 'steered', 'uncontrolled'"),
+        ([*RESPONSES, *PREFERRED, "--reward-model", "r", "--estimate"], "--estimate is for --judge"),
+        ([*RESPONSES[:2], *PREFERRED, "--judge", "m"], "its methods are 'steered', 'uncontrolled'"),
         ([*RESPONSES, "--against", "other", "--judge", "m"], "no responses of the method 'other': its methods are 'steered', 'uncontrolled'"),
-        (["--responses", "none.jsonl", *REFERENCES, "--judge", "m"], "none.jsonl"),
-        ([*RESPONSES, *REFERENCES, "--judge", "m", "--judge-url", "http://127.0.0.1:9/v1", "--prices", "1"], "must be two numbers"),
+        (["--responses", "none.jsonl", *PREFERRED, "--judge", "m"], "none.jsonl"),
+        ([*RESPONSES, *PREFERRED, "--judge", "m", "--judge-url", "http://127.0.0.1:9/v1", "--prices", "1"], "must be two numbers"),
     ],
 )
 def test_what_is_refused(arguments, message, capsys):
@@ -130,7 +137,7 @@ def test_what_is_refused(arguments, message, capsys):
 
 @pytest.mark.parametrize("text", ["[1]", "{", "x"])
 def test_fields_of_a_request_are_a_json_object(text, capsys):
-    assert run("judge", *RESPONSES, *REFERENCES, "--judge", "m", "--judge-request", text) == 2
+    assert run("judge", *RESPONSES, *PREFERRED, "--judge", "m", "--judge-request", text) == 2
     assert "must be a JSON object, found" in capsys.readouterr().err
 
 
@@ -138,5 +145,5 @@ def test_help(capsys):
     assert run("judge", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "recontrol judge --responses" in text and "(default: test)" in text
-    options = parser().parse_args(["judge", *RESPONSES, *REFERENCES])
+    options = parser().parse_args(["judge", *RESPONSES, *PREFERRED])
     assert (options.answer_tokens, options.split, options.human, options.estimate, options.judge_request) == (4, "test", "Human", False, None)

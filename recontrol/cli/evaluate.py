@@ -1,22 +1,26 @@
 """`recontrol evaluate`."""
 
 import argparse
-import itertools
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from recontrol.checks import required
 from recontrol.cli import options as shared
+
+if TYPE_CHECKING:
+    from recontrol.studies.study import Study
 
 HELP = "compare step sizes, numbers of steps and other methods with the uncontrolled model"
 DESCRIPTION = """\
 Decode prompts without control and under each setting, and measure reward, diversity, coherence, likelihood, speed and the
 cost of control. With --validation-prompts or --validation-split, the setting with the largest coherence + diversity +
-average reward there is marked, as in the paper. Prints a table, and writes report.json, report.png and responses.jsonl. The same
-command goes on with what was stopped.
+average reward there is marked, as in the paper. Prints a table, and writes report.html, report.json, report.csv and
+responses.jsonl. The same command goes on with what was stopped.
 
-With --config, a whole study: rollouts and a value function are made where the file asks for them, settings are chosen on
+With --config, a whole study: rollouts and a value function are made where the file asks for them, and settings are chosen on
 validation prompts for each of its methods (RE-Control, prompting, static editing, ARGS, prefix scorer, best-of-n, LoRA DPO,
-RLOO and GRPO), and report.html, report.json, report.csv and responses.jsonl are written. These are in the package:
-hh-rlhf-vicuna-7b, hh-rlhf-falcon-7b, shp-vicuna-7b, shp-llama3-8b."""
+RLOO and GRPO). These are in the package: hh-rlhf-vicuna-7b, hh-rlhf-falcon-7b, shp-vicuna-7b, shp-llama3-8b."""
 EPILOG = """\
 examples:
   recontrol evaluate --config hh-rlhf-vicuna-7b --dry-run --out out/dry-run
@@ -45,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="sentence encoder for the coherence, loaded by sentence-transformers, of the extra `coherence` (default: none, no coherence)",
     )
     shared.add_model_options(parser, default="that of --config")
-    shared.add_value_options(parser, default="that of --config")
+    shared.add_control_options(parser, default="that of --config", leave_out=("step_size", "steps"))
     shared.add_prompt_options(parser, default="that of --config", split="test")
     group = parser.add_argument_group("choice")
     group.add_argument("--validation-prompts", metavar="NAME", help="data set to choose the setting on (default: --dataset, if a split is given)")
@@ -56,71 +60,71 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, and write the report."""
-    needed = {"--model": options.model, "--value": options.value, "--dataset": options.dataset, "--reward-model": options.reward_model}
-    if options.config is not None:
-        given = [name for name, option in needed.items() if option is not None]
-        if given:
-            raise ValueError(f"--config says what to do; found {', '.join(given)} beside it")
-        _run_config(options)
-        return
-    missing = [name for name, option in needed.items() if option is None]
-    if missing or options.dry_run:
-        raise ValueError("--dry-run goes with --config" if options.dry_run else f"{', '.join(missing)} must be given, or --config")
-    from recontrol.evaluation.evaluate import evaluate
-    from recontrol.evaluation.metrics import load_encoder
-    from recontrol.evaluation.results import choose
-    from recontrol.reports.report import save_report, table
-
-    stops = shared.stop_strings(options)
-    # A folder that cannot be written is better found before the work than after it.
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = shared.load_model(options)
-    prompts = shared.load_prompts(options, tokenizer, options.dataset, options.split, options.limit)
-    validation_prompts = None
-    if options.validation_prompts or options.validation_split:
-        source, split = options.validation_prompts or options.dataset, options.validation_split or "validation"
-        validation_prompts = shared.load_prompts(options, tokenizer, source, split, options.validation_limit)
-        if validation_prompts == prompts:
-            raise ValueError(f"the validation prompts are the prompts that are reported on ({source}): choose on others")
-    keywords = {
-        "value": shared.load_value(options, model),
-        "settings": list(itertools.product(options.step_sizes, options.steps)),
-        "reward": shared.load_reward(options),
-        "encoder": None if options.encoder is None else load_encoder(options.encoder),
-        "max_new_tokens": options.max_new_tokens,
-        "batch_size": options.batch_size,
-        "seed": options.seed,
-        "stop_strings": stops,
-        "head_weights": options.head_weights,
-        "controller_options": shared.controller_options(options),
-        **shared.generation_options(options),
-    }
-    validation, chosen = None, None
-    if validation_prompts is not None:
-        validation = evaluate(model, tokenizer, validation_prompts, out=out / "validation", **keywords)
-        chosen = choose(validation).setting
-        print(f"validation prompts ({len(validation_prompts)}):\n{table(validation, chosen)}\n")
-    results = evaluate(model, tokenizer, prompts, out=out / "test", seeds=options.seeds, **keywords)
-    print(f"prompts ({len(prompts)}):\n{table(results, chosen)}")
-    about = {name: value for name, value in vars(options).items() if name not in ("run", "after_interrupt", "debug", "verbose", "subcommand")}
-    save_report(options.out, results, prompts, chosen=chosen, validation=validation, about=about)
-    print(f"\nreport.json, report.png and responses.jsonl are in {options.out}")
-
-
-def _run_config(options: argparse.Namespace) -> None:
-    """Run a study, and write its report."""
+    """Run a study, print its tables, and write its report."""
     from recontrol.reports.report_files import save_findings
+    from recontrol.reports.table import rule_in_words, table
     from recontrol.studies.dry_run import small
-    from recontrol.studies.run import run_study
-    from recontrol.studies.study import load_study
+    from recontrol.studies.run import StudyRun
 
-    study = load_study(options.config)
-    out = Path(options.out)
+    study, out = _study(options), Path(options.out)
+    # A missing package or a folder that cannot be written is better found before the work than after it.
+    for package in ("jinja2", "matplotlib"):
+        required(package, "report")
     out.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         study = small(study, out / "made-up")
-    findings = run_study(study, out)
-    save_findings(out, findings, study, command=f"recontrol evaluate --config {options.config} --out {options.out}")
-    print(f"report.html, report.json, report.csv and responses.jsonl are in {out}")
+    study_run, rule = StudyRun(study, out), rule_in_words(study.choose)
+    validation, _, chosen = study_run.choice
+    if validation:
+        print(f"validation prompts ({len(study_run.validation_prompts)}):\n{table(validation, chosen, rule)}\n")
+    findings = study_run.findings()
+    # Where only chosen settings are reported, a mark says nothing.
+    print(f"prompts ({len(findings.prompts)}):\n{table(findings.results, chosen if study.report == 'all' else (), rule)}")
+    save_findings(out, findings, study, command=f"recontrol evaluate --config {options.config} --out {options.out}" if options.config else None)
+    print(f"\nreport.html, report.json, report.csv and responses.jsonl are in {out}")
+
+
+def _study(options: argparse.Namespace) -> "Study":
+    """The study of --config, or the one that the other options describe."""
+    from recontrol.studies.study import load_study
+
+    needed = {"--model": options.model, "--value": options.value, "--dataset": options.dataset, "--reward-model": options.reward_model}
+    given = [name for name, option in needed.items() if option is not None]
+    if options.config is not None:
+        if given:
+            raise ValueError(f"--config says what to do; found {', '.join(given)} beside it")
+        return load_study(options.config)
+    if options.dry_run:
+        raise ValueError("--dry-run goes with --config")
+    if len(given) < len(needed):
+        raise ValueError(f"{', '.join(name for name in needed if name not in given)} must be given, or --config")
+    return _described(options)
+
+
+def _described(options: argparse.Namespace) -> "Study":
+    from recontrol.studies.catalogue import CONTROL
+    from recontrol.studies.study import ModelSection, PromptsSection, SourceSection, Study
+
+    validation = None
+    if options.validation_prompts or options.validation_split:
+        source, split = options.validation_prompts or options.dataset, options.validation_split or "validation"
+        validation = SourceSection(source, split, options.validation_limit)
+    test = SourceSection(options.dataset, options.split, options.limit)
+    weights = None if options.head_weights is None else list(options.head_weights)
+    beside = {name: getattr(options, field) for name, field in CONTROL.items() if getattr(options, field, None) is not None}
+    control = {**beside, "alpha": list(options.step_sizes), "n": list(options.steps), "backend": options.backend}
+    if options.allow_other_model:
+        control["allow_other_model"] = True
+    return Study(
+        model=ModelSection(options.model, options.dtype, options.device),
+        prompts=PromptsSection(None, test, validation, options.human, options.chat_template, options.max_prompt_tokens),
+        reward=shared.reward_section(options, weights),
+        methods=[{"method": "re-control", "name": "RE-Control", **control}],
+        generation=dataclasses.replace(shared.decoding(options), seed=0),
+        value=options.value,
+        encoder=options.encoder,
+        report="all",
+        seeds=options.seeds,
+        seed=options.seed,
+        seeds_apart=0,
+    )

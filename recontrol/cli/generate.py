@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recontrol.cli import options as shared
+from recontrol.configs import from_flags
+from recontrol.decoding.control import Control
 
 if TYPE_CHECKING:
     from recontrol.generation.plan import Plan
@@ -39,9 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cache-budget", metavar="SIZE", help="memory for the key/value cache, for example 40GiB (default: half of what is free)")
     shared.add_model_options(parser)
-    shared.add_value_options(parser, default="none, no control")
-    parser.add_argument("--step-size", type=shared.positive_float, default=0.5, metavar="ALPHA", help="of a gradient step (default: 0.5)")
-    parser.add_argument("--steps", type=shared.positive_int, default=30, metavar="N", help="gradient steps a token (default: 30)")
+    shared.add_control_options(parser, default="none, no control")
     shared.add_prompt_options(parser, default="none, give --prompt")
     shared.add_generation_options(parser)
 
@@ -55,27 +55,24 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         print(_plan(options))
         return
-    from recontrol.decoding.control import Control
+    from recontrol.decoding.loading import load_value_function
     from recontrol.generation.generate import generate
 
-    stops = shared.stop_strings(options)
+    decoding = shared.decoding(options)
     model, tokenizer = shared.load_model(options)
     prompts = _prompts(options, tokenizer)
+    control = from_flags(Control, options, value=load_value_function(options.value, model)) if options.value else None
     keywords = {
-        "max_new_tokens": options.max_new_tokens,
-        "stop_strings": stops,
-        "seed": options.seed,
+        "max_new_tokens": decoding.max_new_tokens,
+        "stop_strings": decoding.stop_strings,
+        "seed": decoding.seed,
+        "batch_size": decoding.batch_size,
         "batching": options.batching,
         "cache_budget": options.cache_budget,
-        "batch_size": options.batch_size,
         "backend": options.backend,
         "allow_other_model": options.allow_other_model,
-        **shared.generation_options(options),
+        **decoding.options,
     }
-    control = None
-    if options.value:
-        value = shared.load_value(options, model)
-        control = Control(value, options.step_size, options.steps, options.radius, options.target, head_weights=options.head_weights)
     if options.out:
         _write(options.out, prompts, generate(model, tokenizer, prompts, control, trace=options.trace, progress=True, **keywords))
     else:
@@ -93,12 +90,13 @@ def _plan(options: argparse.Namespace) -> "Plan":
 
     from recontrol.generation.plan import make_plan
     from recontrol.generation.requests import token_ids
+    from recontrol.studies.study import device_of
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = AutoConfig.from_pretrained(options.model)
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.get_text_config().dtype or torch.float32
     lengths = [len(ids) + options.max_new_tokens for ids in token_ids(tokenizer, _prompts(options, tokenizer))]
-    return make_plan(config, dtype, lengths, device=shared.device(options), cache_budget=options.cache_budget, batch_size=options.batch_size)
+    return make_plan(config, dtype, lengths, device=device_of(options.device), cache_budget=options.cache_budget, batch_size=options.batch_size)
 
 
 def _print(prompts: list[str], tokens: "Iterator[StreamedToken]") -> None:

@@ -14,7 +14,7 @@ reward model (--reward-model) decides, which must be another than the one of tra
 its interval. --estimate says what asking would cost, and asks nothing."""
 EPILOG = """\
 examples:
-  recontrol judge --responses report/hh/responses.jsonl --method re-control --references Anthropic/hh-rlhf --judge gpt-4o \\
+  recontrol judge --responses report/hh/responses.jsonl --method re-control --preferred Anthropic/hh-rlhf --judge gpt-4o \\
       --judge-cache judge.sqlite --prices 2.5,10 --estimate
   recontrol judge --responses report/hh/responses.jsonl --method re-control --against uncontrolled --reward-model other/reward --out win-rate.json
   recontrol judge --responses mine.jsonl --others theirs.jsonl --judge qwen3 --judge-url http://localhost:8000/v1"""
@@ -32,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", metavar="LABEL", help="judge the lines with this `method` (default: all lines, if they are of one)")
     group.add_argument("--others", metavar="FILE", help="what they are compared with, such lines too (default: --responses, if --against is given)")
     group.add_argument("--against", metavar="LABEL", help="compare with the lines with this `method` (default: all lines of --others, if they are of one)")
-    group.add_argument("--references", metavar="NAME", help="compare with the preferred responses of this data set or .jsonl file (default: none)")
+    group.add_argument("--preferred", metavar="NAME", help="compare with the preferred responses of this data set or .jsonl file (default: none)")
+    # Its name before.
+    group.add_argument("--references", dest="preferred", help=argparse.SUPPRESS)
     group.add_argument("--split", default="test", metavar="SPLIT", help="of a data set of the hub; a file has none (default: test)")
     group.add_argument("--human", default="Human", metavar="WORD", help="what marks the user's turns in the prompts (default: Human)")
     group.add_argument("--tokenizer", metavar="NAME", help="if the prompts were written with a chat template: the model it is of (default: none)")
@@ -100,19 +102,19 @@ def _pairs(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]
     from recontrol.data.prompts import load_prompts_with_references
     from recontrol.evaluation.response_files import Line, pair_up, read_responses
 
-    if (options.references is None) == (options.others is None and options.against is None):
-        raise ValueError("give what to compare with: either --references NAME, or --others FILE, --against LABEL or both")
+    if (options.preferred is None) == (options.others is None and options.against is None):
+        raise ValueError("give what to compare with: either --preferred NAME, or --others FILE, --against LABEL or both")
     if options.others is None and options.against is not None and options.against == options.method:
         raise ValueError(f"--method and --against are both {options.method!r}: responses are compared with themselves")
     lines = read_responses(options.responses, options.method)
-    if options.references is None:
+    if options.preferred is None:
         return pair_up(lines, read_responses(options.others or options.responses, options.against))
     template: dict[str, Any] = {}
     if options.tokenizer is not None:
         from transformers import AutoTokenizer
 
         template = {"tokenizer": AutoTokenizer.from_pretrained(options.tokenizer), "chat_template": True}
-    preferred = load_prompts_with_references(options.references, options.split, human=options.human, **template)
+    preferred = load_prompts_with_references(options.preferred, options.split, human=options.human, **template)
     return pair_up(lines, [Line(prompt, reference) for prompt, reference in zip(*preferred, strict=True)])
 
 
@@ -122,4 +124,4 @@ def _judge(options: argparse.Namespace) -> Any:
     if options.judge is None:
         return RewardJudge(shared.load_reward(options))
     instructions = INSTRUCTIONS if options.judge_instructions is None else Path(options.judge_instructions).read_text(encoding="utf-8")
-    return PairwiseJudge(options.judge, instructions=instructions, price_per_million=options.prices, **shared.judge_options(options))
+    return PairwiseJudge(options.judge, instructions=instructions, price_per_million=options.prices, **shared.judge_section(options).server)

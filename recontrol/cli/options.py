@@ -6,43 +6,37 @@ Heavy imports are inside the functions that need them, so that `--help` answers 
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from recontrol.ascent.backends import BACKENDS
+from recontrol.configs import add_flags
+from recontrol.decoding.config import Decoding
+from recontrol.decoding.control import Control
+
+if TYPE_CHECKING:
+    from recontrol.studies.study import JudgeSection, RewardSection
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
-    return number
+def _number(name: str, kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of a flag whose number must fit."""
+
+    def read(text: str) -> Any:
+        number = kind(text)
+        if not fits(number):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, found {text}")
+        return number
+
+    read.__name__ = name
+    return read
 
 
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    number = float(text)
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text}")
-    return number
-
-
-def finite_float(text: str) -> float:
-    """A finite number."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be finite, found {text}")
-    return number
-
-
-def fraction(text: str) -> float:
-    """A number inside (0, 1)."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, found {text}")
-    return number
+positive_int = _number("positive int", int, "at least 1", lambda number: number >= 1)
+positive_float = _number("positive float", float, "a number above 0", lambda number: math.isfinite(number) and number > 0)
+finite_float = _number("finite float", float, "finite", math.isfinite)
+fraction = _number("fraction", float, "between 0 and 1", lambda number: 0 < number < 1)
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -51,7 +45,7 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def parse(text: str) -> tuple[Any, ...]:
         return tuple(kind(entry) for entry in text.split(","))
 
-    parse.__name__ = f"list of {kind.__name__.replace('_', ' ')}"
+    parse.__name__ = f"list of {kind.__name__}"
     return parse
 
 
@@ -80,20 +74,15 @@ def _stated(default: str | None) -> str:
 def add_model_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """--model, --dtype, --device. Here and below, what has no default in words must be given."""
     group = parser.add_argument_group("language model")
-    group.add_argument(
-        "--model",
-        required=default is None,
-        metavar="NAME",
-        help="causal language model: a name on the hub, or a folder" + _stated(default),
-    )
+    group.add_argument("--model", required=default is None, metavar="NAME", help="causal language model: a name on the hub, or a folder" + _stated(default))
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the dtype they were saved in)")
     group.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto to spread the model over all GPUs (default: cuda if there is one, else cpu)"
     )
 
 
-def add_value_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--value and what steers the ascent beside step size and steps."""
+def add_control_options(parser: argparse.ArgumentParser, default: str | None = None, leave_out: tuple[str, ...] = ()) -> None:
+    """--value, what steers the ascent, and where it runs."""
     group = parser.add_argument_group("control")
     group.add_argument(
         "--value",
@@ -101,15 +90,9 @@ def add_value_options(parser: argparse.ArgumentParser, default: str | None = Non
         metavar="PATH",
         help="value function: a folder written by `recontrol train`, a name on the hub, or a .pth file of the released code" + _stated(default),
     )
-    group.add_argument("--radius", type=positive_float, metavar="R", help="bound on the norm of an edit, in units of the hidden state (default: none)")
-    group.add_argument("--target", type=finite_float, metavar="V", help="steer V towards this number, in the unit of V, instead of upward (default: none)")
-    group.add_argument(
-        "--head-weights",
-        type=listed(finite_float),
-        metavar="W,...",
-        help="one weight for each reward that the value function predicts (default: 1 for a single one)",
-    )
-    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu, torch, triton or reference; see `recontrol info` (default: auto)")
+    types = {"step_size": positive_float, "steps": positive_int, "radius": positive_float, "target": finite_float, "head_weights": listed(finite_float)}
+    add_flags(group, Control, leave_out=("value", *leave_out), types=types)
+    group.add_argument("--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(BACKENDS)}; see `recontrol info` (default: auto)")
     group.add_argument("--allow-other-model", action="store_true", help="accept a value function that was trained on the states of another model")
 
 
@@ -132,13 +115,13 @@ def add_prompt_options(parser: argparse.ArgumentParser, default: str | None = No
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Length, batches, sampling and stop strings."""
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="length of a response at most, in tokens (default: 128)")
+    types = {"max_new_tokens": positive_int}
+    add_flags(group, Decoding, leave_out=("batch_size", "stop_strings", "options"), types=types)
     group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="prompts decoded at once at most (default: 16)")
     group.add_argument("--sample", action="store_true", help="sample; implied by the next three (default: greedy)")
     group.add_argument("--temperature", type=positive_float, metavar="T", help="of sampling (default: 1)")
     group.add_argument("--top-p", type=positive_float, metavar="P", help="sample from the likeliest tokens of this total probability (default: 1, all)")
     group.add_argument("--top-k", type=positive_int, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; collect and evaluate decode batch b with seed N + b (default: 0)")
     group.add_argument(
         "--stop",
         action="append",
@@ -150,8 +133,13 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-stop", action="store_true", help="cut responses nowhere")
 
 
+def decoding(options: argparse.Namespace) -> Decoding:
+    """How responses are decoded."""
+    return Decoding(options.max_new_tokens, options.batch_size, options.seed, stop_strings(options), generation_options(options))
+
+
 def generation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments for `generate`, without the ones that the pipelines name themselves."""
+    """The arguments for `model.generate`."""
     if not (options.sample or options.temperature or options.top_p or options.top_k):
         return {"do_sample": False}
     return {"do_sample": True, "temperature": options.temperature or 1.0, "top_p": options.top_p or 1.0, "top_k": options.top_k or 0}
@@ -170,19 +158,11 @@ def stop_strings(options: argparse.Namespace) -> list[str]:
     return turn_marks(options.dataset, options.human, options.chat_template)
 
 
-def device(options: argparse.Namespace) -> str:
-    """The device asked for, else a GPU, this process's own among several processes, else the CPU."""
-    import torch
-
-    own = os.environ.get("LOCAL_RANK")
-    return options.device or (("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu")
-
-
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """(language model, tokenizer)."""
-    from recontrol.decoding.loading import load_language_model
+    from recontrol.studies.study import ModelSection
 
-    return load_language_model(options.model, dtype=options.dtype, device=device(options))
+    return ModelSection(options.model, options.dtype, options.device).load()
 
 
 def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split: str, limit: int | None) -> list[str]:
@@ -190,26 +170,8 @@ def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split
     from recontrol.data.prompts import load_prompts
 
     return load_prompts(
-        source,
-        split,
-        limit=limit,
-        tokenizer=tokenizer,
-        chat_template=options.chat_template,
-        human=options.human,
-        max_prompt_tokens=options.max_prompt_tokens,
+        source, split, limit=limit, tokenizer=tokenizer, chat_template=options.chat_template, human=options.human, max_prompt_tokens=options.max_prompt_tokens
     )
-
-
-def load_value(options: argparse.Namespace, model: Any) -> Any:
-    """The value function, on the device where the model makes its logits."""
-    from recontrol.decoding.loading import load_value_function
-
-    return load_value_function(options.value, model)
-
-
-def controller_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Controller` beside value function, step size, steps and head weights."""
-    return {"radius": options.radius, "target": options.target, "backend": options.backend, "allow_other_model": options.allow_other_model}
 
 
 def add_reward_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -238,22 +200,21 @@ def add_reward_options(parser: argparse.ArgumentParser, default: str | None = No
     group.add_argument("--judge-request", type=json_object, metavar="JSON", help='further fields of each request to the judge (default: {"temperature": 0})')
 
 
-def judge_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that every judge takes for its server."""
-    return {"base_url": options.judge_url, "cache": options.judge_cache, "concurrency": options.judge_concurrency, "request": options.judge_request}
+def judge_section(options: argparse.Namespace) -> "JudgeSection":
+    """How a chat model is asked."""
+    from recontrol.studies.study import JudgeSection
+
+    return JudgeSection(options.judge_url, options.judge_range, options.judge_cache, options.judge_concurrency, options.judge_request)
+
+
+def reward_section(options: argparse.Namespace, head_weights: list[float] | None = None) -> "RewardSection":
+    """What responses are scored by."""
+    from recontrol.studies.study import RewardSection
+
+    names, batch_size, template = options.reward_model, options.reward_batch_size, options.reward_template
+    return RewardSection(names, head_weights, batch_size, template, options.device, judge=judge_section(options))
 
 
 def load_reward(options: argparse.Namespace) -> Any:
     """The reward."""
-    from recontrol.data.rewards.loading import load_reward
-
-    if len(options.judge_range) != 2:
-        raise ValueError(f"--judge-range must be two numbers, found {len(options.judge_range)}")
-    return load_reward(
-        options.reward_model,
-        batch_size=options.reward_batch_size,
-        template=options.reward_template,
-        device=device(options),
-        judge_range=options.judge_range,
-        judge=judge_options(options),
-    )
+    return reward_section(options).load()

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recontrol.checks import integer
-from recontrol.decoding.responses import listed_stop_strings
+
+
+def listed_stop_strings(stop_strings: str | Sequence[str] | None) -> list[str]:
+    """The stop strings as a list; one text is one of them.
+
+    Raises:
+        ValueError: something that is no text, or is empty.
+    """
+    stops = [stop_strings] if isinstance(stop_strings, str) else list([] if stop_strings is None else stop_strings)
+    if any(not isinstance(stop, str) or not stop for stop in stops):
+        raise ValueError(f"stop_strings must be texts that are not empty, found {stops!r}")
+    return stops
 
 
 @dataclass(frozen=True)

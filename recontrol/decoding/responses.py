@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from recontrol.decoding.config import listed_stop_strings as listed_stop_strings
+
 # Enough of the prompt for a tokenizer that drops the space before the first word of a text.
 CONTEXT_TOKENS = 4
 
@@ -25,18 +27,6 @@ class Response:
     token_ids: list[int]
     text: str
     finish: str
-
-
-def listed_stop_strings(stop_strings: str | Sequence[str] | None) -> list[str]:
-    """The stop strings as a list; one text is one of them.
-
-    Raises:
-        ValueError: something that is no text, or is empty.
-    """
-    stops = [stop_strings] if isinstance(stop_strings, str) else list([] if stop_strings is None else stop_strings)
-    if any(not isinstance(stop, str) or not stop for stop in stops):
-        raise ValueError(f"stop_strings must be texts that are not empty, found {stops!r}")
-    return stops
 
 
 def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int], eos_ids: Collection[int], stop_strings: Sequence[str] = ()) -> Response:

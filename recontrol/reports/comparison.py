@@ -1,8 +1,9 @@
-"""What a report compares: rows with their gains, which of them is really the best, settings along a sweep, and rewards at equal divergence."""
+"""What a report compares: rows with their gains, which row is really the best, settings along a sweep, and rewards at equal divergence."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,6 @@ from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.results import Result, by_prompt
 from recontrol.evaluation.win_rate import WinRate
 from recontrol.methods.control import ReControl
-from recontrol.reports.findings import Findings
 
 # Of the intervals that say which row is the best.
 CHANCE = 0.05
@@ -20,67 +20,67 @@ MOST_LEVELS = 6
 RANGE = 1000
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the report.
+@dataclass
+class Findings:
+    """What a study found.
 
     Attributes:
-        name: what it is called.
-        result: on the test prompts.
-        gain: reward minus that of the uncontrolled model on the same prompts; None for the uncontrolled model itself.
-        gain_interval: (low, high), 95 % paired bootstrap interval over prompts; None with `gain`.
-        win: how often its responses are better; None where that was not judged.
+        results: on the test prompts: the uncontrolled model, then one for each row.
+        names: of the rows, one a result.
+        prompts: the test prompts.
+        validation: on the validation prompts: the uncontrolled model, then all settings of all rows; empty where nothing was chosen.
+        groups: by the name of a row, which results of `validation` are its settings.
+        chosen: labels of the methods that were chosen on validation prompts.
+        wins: one a result; None for the uncontrolled model itself, empty without a judge.
+        against: what the win rate compares with; None without it.
     """
+
+    results: list[Result]
+    names: list[str]
+    prompts: list[str]
+    validation: list[Result] = field(default_factory=list)
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    chosen: list[str] = field(default_factory=list)
+    wins: list[WinRate | None] = field(default_factory=list)
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the report; `gain` over the uncontrolled model, paired by prompt, is None for that model itself, `win` where nobody judged."""
 
     name: str
     result: Result
-    gain: float | None
-    gain_interval: tuple[float, float] | None
-    win: WinRate | None
+    gain: float | None = None
+    gain_interval: tuple[float, float] | None = None
+    win: WinRate | None = None
 
     @property
     def setting(self) -> str:
         """The settings in words; empty where there are none."""
-        return setting_text(self.result)
+        settings = self.result.settings.items()
+        return ", ".join(f"{name} {setting:g}" if isinstance(setting, float) else f"{name} {setting}" for name, setting in settings)
 
 
 @dataclass(frozen=True)
 class EqualKL:
-    """Rows at the same divergences.
-
-    Attributes:
-        levels: nats a response, from the smallest.
-        rewards: by the name of a row, one entry a level.
-        largest: by the name of a row, (KL, reward) of its setting with the largest reward.
-        unknown: names of the rows whose divergence was not measured.
-        on_validation: whether these are the settings tried on validation prompts; else those of the test.
-    """
+    """Rows at the same divergences `levels`, in nats a response: by name `rewards`, one entry a level, and the `largest` (KL, reward) of any setting."""
 
     levels: list[float]
     rewards: dict[str, list[AtKL]]
     largest: dict[str, tuple[float, float]]
+    # Names of the rows whose divergence was not measured.
     unknown: list[str]
     on_validation: bool
 
     def better_before(self, place: int) -> list[str]:
-        """Rows that do not reach a level, and yet have a larger reward than every row that does.
-
-        Args:
-            place: of the level.
-        """
+        """Rows that do not reach this level, and yet have a larger reward than every row that does."""
         reached = [entries[place].reward or 0.0 for entries in self.rewards.values() if entries[place].reward is not None]
         return [name for name, entries in self.rewards.items() if entries[place].reward is None and reached and self.largest[name][1] > max(reached)]
 
 
 def make_rows(findings: Findings) -> list[Row]:
-    """The rows, in order; the first is the uncontrolled model.
-
-    Args:
-        findings: what was found.
-
-    Raises:
-        ValueError: no results, another number of names or win rates than results, or of responses than prompts and seeds.
-    """
+    """The rows, in order, the uncontrolled model first; ValueError where results, names, prompts and win rates do not fit."""
     results, wins = findings.results, findings.wins or [None] * len(findings.results)
     if not results or not len(results) == len(findings.names) == len(wins):
         raise ValueError(f"a report needs results with a name each, found {len(results)} results, {len(findings.names)} names and {len(wins)} win rates")
@@ -89,10 +89,9 @@ def make_rows(findings: Findings) -> list[Row]:
             found = f"{len(result.responses)} responses to {len(findings.prompts)} prompts with {result.seeds} seeds"
             raise ValueError(f"{result.method} has {found}, wanted {len(findings.prompts) * result.seeds}")
     base = results[0]
-    rows = []
-    for name, result, win in zip(findings.names, results, wins, strict=True):
-        gain = None if result is base else result.reward - base.reward
-        rows.append(Row(name, result, gain, None if gain is None else gain_interval(result, base), win))
+    rows = [Row(findings.names[0], base, win=wins[0])]
+    for name, result, win in zip(findings.names[1:], results[1:], wins[1:], strict=True):
+        rows.append(Row(name, result, result.reward - base.reward, gain_interval(result, base), win))
     return rows
 
 
@@ -101,23 +100,10 @@ def gain_interval(result: Result, base: Result) -> tuple[float, float]:
     return bootstrap_difference(by_prompt(np.array(result.rewards), result.seeds), by_prompt(np.array(base.rewards), base.seeds))
 
 
-def setting_text(result: Result) -> str:
-    """The settings of a result in words; empty where there are none."""
-    listed = [f"{name} {setting:g}" if isinstance(setting, float) else f"{name} {setting}" for name, setting in result.settings.items()]
-    return ", ".join(listed)
-
-
 def not_told_apart(numbers: Sequence[Sequence[float] | None], seeds: int) -> tuple[int, list[int]] | None:
-    """The row with the largest mean, and the others whose paired difference from it may be chance.
+    """(the row with the largest mean, the others whose paired difference from it may be chance); None where fewer than two rows have numbers.
 
     With k others, each difference has a bootstrap interval over prompts of level 1 - 0.05 / k, so that all of them hold together in 95 % of the cases.
-
-    Args:
-        numbers: of each row one a response, seed after seed; None for a row that has none and is not compared.
-        seeds: how many.
-
-    Returns:
-        (the row, the others); None where fewer than two rows have numbers.
     """
     means = {place: by_prompt(np.asarray(each, dtype=np.float64), seeds) for place, each in enumerate(numbers) if each}
     if len(means) < 2:
@@ -140,39 +126,26 @@ def sweep(findings: Findings) -> tuple[Result, dict[str, list[Result]]]:
 
 
 def equal_kl(findings: Findings) -> EqualKL | None:
-    """The rows at equal divergence; None where no row's was measured.
-
-    Args:
-        findings: what was found.
-    """
+    """The rows at equal divergence; None where no row's was measured."""
     base, groups = sweep(findings)
-    known = {name: [point for point in points if point.kl is not None] for name, points in groups.items()}
-    unknown = [name for name, points in known.items() if not points]
-    known = {name: points for name, points in known.items() if points}
-    levels = kl_levels([max(point.kl for point in points if point.kl is not None) for points in known.values()])
+    known: dict[str, list[Any]] = {}
+    for name, several in groups.items():
+        # Estimates of a divergence that is 0 may be below it by rounding or sampling.
+        points = [replace(point, kl=max(0.0, point.kl)) for point in several if point.kl is not None]
+        known |= {name: points} if points else {}
+    levels = kl_levels([max(point.kl for point in points) for points in known.values()])
     if not levels:
         return None
-    # Estimates of a divergence that is 0 may be below it by rounding or sampling.
-    points = {name: [_Point(max(0.0, point.kl or 0.0), point) for point in several] for name, several in known.items()}
-    best = {name: max(several, key=lambda point: point.reward) for name, several in points.items()}
+    best = {name: max(points, key=lambda point: point.reward) for name, points in known.items()}
     largest = {name: (point.kl, point.reward) for name, point in best.items()}
-    return EqualKL(levels, at_equal_kl(points, levels, _Point(0.0, base)), largest, unknown, bool(findings.validation))
-
-
-class _Point:
-    """A result whose divergence is a number."""
-
-    def __init__(self, kl: float, result: Result):
-        self.kl, self.reward, self.rewards, self.kls, self.seeds = kl, result.reward, result.rewards, result.kls, result.seeds
+    uncontrolled: Any = replace(base, kl=0.0)
+    return EqualKL(levels, at_equal_kl(known, levels, uncontrolled), largest, [name for name in groups if name not in known], bool(findings.validation))
 
 
 def kl_levels(largest: Sequence[float]) -> list[float]:
-    """Divergences to compare at: some of 1, 2 and 5 times the powers of ten, up to the largest that two rows reach, or the one row that there is.
+    """Divergences to compare at, from the largest one of each row: some of 1, 2 and 5 times the powers of ten, up to the largest that two rows reach.
 
     They begin where the row that goes least far can still be compared, and at a tenth of the last at most.
-
-    Args:
-        largest: by row, its largest divergence.
     """
     reached = sorted((kl for kl in largest if kl > 0), reverse=True)
     if not reached:

@@ -1,31 +1,75 @@
-"""The figures of a study's report, each as SVG: reward against divergence, settings along a sweep, the calibration of V, reward against time."""
+"""The figures of a report as SVG inside its page: their text takes the page's colour and font, and nothing in them points elsewhere."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from recontrol.checks import required
 from recontrol.evaluation.results import Result
 from recontrol.reports.comparison import Row
-from recontrol.reports.svg import COLOURS, INK, RED, drawing, to_svg
 from recontrol.training.diagnosis import Diagnosis
 
+# Okabe and Ito's palette, for readers who cannot tell red from green.
+RED = "#D55E00"
+HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", RED)
 MARKERS = "osD^vP"
-HUES = (*COLOURS, RED)
+# Stands for the page's own colour of text, which is another one in the dark.
+INK = "#123456"
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.frameon": False,
+    "grid.alpha": 0.18,
+    "axes.grid": True,
+    "lines.markersize": 4.5,
+    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")},
+    # Names may have a dollar in them.
+    "text.parse_math": False,
+    # Letters stay text: they can be searched and copied, and need no room.
+    "svg.fonttype": "none",
+}
 # A wider span of settings is drawn on a logarithmic axis.
 LOGARITHMIC = 8
 # How far below the uncontrolled model a figure goes, in units of how far it goes above.
 DEPTH = 0.5
 
 
-def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Result]]) -> str | None:
-    """Reward against KL: a line through each row's settings, and where the row came out on the test prompts; None where no row's KL is known.
+@contextlib.contextmanager
+def drawing(width: float, height: float) -> Iterator[Any]:
+    """A figure of this size in inches, in the style of the page; `to_svg` must be called inside as well."""
+    figures = required("matplotlib.figure", "report")
+    with required("matplotlib", "report").rc_context(STYLE):
+        yield figures.Figure(figsize=(width, height), layout="constrained")
 
-    Args:
-        rows: of the report.
-        base: the uncontrolled model on the prompts of the sweep.
-        groups: by the name of a row, its settings in the sweep.
-    """
+
+def to_svg(figure: Any, name: str, description: str) -> str:
+    """The figure as an element of a page; `name` is unique on it, and `description` is for readers who do not see the figure."""
+    written = io.StringIO()
+    with required("matplotlib", "report").rc_context({"svg.hashsalt": name}):
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    text = written.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = text.replace(INK, "currentColor").replace("xlink:href=", "href=")
+    used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r"(href=\"|url\()#", rf"\1#{name}-", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    # Only the shape is kept of the size, so that the page says how large it is.
+    box = text.split('viewBox="')[1].split('"')[0]
+    opening = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(description)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1).strip()
+
+
+def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Result]]) -> str | None:
+    """Reward against KL: a line through each row's settings, and where the row came out on the test prompts; None where no row's KL is known."""
     styles = _styles(rows)
     shown = [row for row in rows if row.result.kl is not None and row.gain is not None]
     if not shown:
@@ -41,13 +85,8 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
                 axis.plot(kls, rewards, line, color=colour, marker=marker, markersize=3, linewidth=1.1, alpha=0.75)
                 largest = max(largest, kls[-1])
         for row in shown:
-            result = row.result
-            colour, marker, _ = styles[row.name]
-            kl = max(0.0, result.kl or 0.0)
-            low, high = result.reward_interval
-            sides = None if result.kl_interval is None else [[max(0.0, kl - result.kl_interval[0])], [max(0.0, result.kl_interval[1] - kl)]]
-            bars = {"yerr": [[max(0.0, result.reward - low)], [max(0.0, high - result.reward)]], "xerr": sides}
-            axis.errorbar(kl, result.reward, **bars, fmt=marker, color=colour, markersize=8, elinewidth=1, markeredgecolor=INK, label=row.name)
+            kl = max(0.0, row.result.kl or 0.0)
+            _mark(axis, kl, row, styles[row.name], xerr=None if row.result.kl_interval is None else _bars(kl, row.result.kl_interval))
             largest = max(largest, kl)
         axis.axhline(base.reward, color=INK, linestyle=":", linewidth=1)
         axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
@@ -62,12 +101,7 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
 
 
 def sweeps(base: Result, groups: Mapping[str, Sequence[Result]]) -> dict[str, str]:
-    """By the name of each row with several settings: reward and V at the end, diversity and NLL against the setting.
-
-    Args:
-        base: the uncontrolled model.
-        groups: by the name of a row, its settings.
-    """
+    """By the name of each row with several settings: reward and V at the end, diversity and NLL against the setting."""
     made: dict[str, str] = {}
     for name, points in groups.items():
         setting = _main_setting(points)
@@ -126,27 +160,21 @@ def _main_setting(points: Sequence[Result]) -> str | None:
 
 
 def calibration(found: Diagnosis, along: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[Row]) -> dict[str, str]:
-    """By their titles: mean reward against V, the correlation of both along responses, and V along the responses of some rows.
-
-    Args:
-        found: of the uncontrolled model's responses.
-        along: by the name of a row, V for each token of its responses.
-        rows: of the report, for their colours.
-    """
+    """By their titles: mean reward against V, the correlation of both along responses, and V along the responses of some rows."""
     made: dict[str, str] = {}
+    places = (np.arange(len(found.tokens)) + 0.5) / len(found.tokens)
     with drawing(3.6, 3.2) as figure:
         axis = figure.subplots()
         predicted, observed, _ = zip(*found.calibration, strict=True)
         # Where predicted and observed reward are the same.
         axis.axline((predicted[0], predicted[0]), slope=1, color=INK, linewidth=1, linestyle=":")
-        axis.plot(predicted, observed, "-o", color=COLOURS[0])
+        axis.plot(predicted, observed, "-o", color=HUES[0])
         axis.set(xlabel="V, mean of a bin of tokens", ylabel="mean reward of their responses")
         listed = "; ".join(f"V {v:.3g}: reward {r:.3g}" for v, r, _ in found.calibration)
         made["Reliability"] = to_svg(figure, "reliability", f"Mean reward by bins of V, with the line where both are equal. {listed}.")
     with drawing(3.6, 3.2) as figure:
         axis = figure.subplots()
-        places = _places(len(found.tokens))
-        axis.plot(places, np.array(found.correlation, dtype=float), "-o", color=COLOURS[0])
+        axis.plot(places, np.array(found.correlation, dtype=float), "-o", color=HUES[0])
         axis.axhline(0, color=INK, linewidth=1, linestyle=":")
         axis.set(
             xlabel="position in the response",
@@ -168,10 +196,6 @@ def calibration(found: Diagnosis, along: Mapping[str, Sequence[Sequence[float]]]
     return made
 
 
-def _places(bins: int) -> Any:
-    return (np.arange(bins) + 0.5) / bins
-
-
 def _by_position(values: Sequence[Sequence[float]], bins: int) -> Any:
     """(bins,) means over the tokens at each relative position; NaN, which is not drawn, where there are none."""
     v = np.array([number for along in values for number in along], dtype=float)
@@ -180,20 +204,12 @@ def _by_position(values: Sequence[Sequence[float]], bins: int) -> Any:
 
 
 def resources(rows: Sequence[Row]) -> str:
-    """Reward against the time that a method adds to each token.
-
-    Args:
-        rows: of the report.
-    """
+    """Reward against the time that a method adds to each token."""
     styles = _styles(rows)
     with drawing(7.2, 4.6) as figure:
         axis = figure.subplots()
         for row in rows:
-            result = row.result
-            colour, marker, _ = styles[row.name]
-            low, high = result.reward_interval
-            bars = [[max(0.0, result.reward - low)], [max(0.0, high - result.reward)]]
-            axis.errorbar(result.added_seconds * 1000, result.reward, yerr=bars, fmt=marker, color=colour, markersize=8, markeredgecolor=INK, label=row.name)
+            _mark(axis, row.result.added_seconds * 1000, row, styles[row.name])
         # Noise may make a method that adds nothing look faster than the model.
         axis.set_xscale("function", functions=(lambda time: np.sign(time) * np.sqrt(np.abs(time)), lambda root: np.sign(root) * np.square(root)))
         times = [row.result.added_seconds * 1000 for row in rows]
@@ -204,6 +220,17 @@ def resources(rows: Sequence[Row]) -> str:
         figure.legend(loc="outside lower center", ncols=_legend_columns(rows))
         listed = "; ".join(f"{row.name}: {row.result.added_seconds * 1000:.3g} ms, reward {row.result.reward:.3g}" for row in rows)
         return to_svg(figure, "resources", f"Reward against the time added to each token. {listed}.")
+
+
+def _mark(axis: Any, x: float, row: Row, style: tuple[str, str, str], **bars: Any) -> None:
+    """The reward of a row with its interval."""
+    colour, marker, _ = style
+    bars["yerr"] = _bars(row.result.reward, row.result.reward_interval)
+    axis.errorbar(x, row.result.reward, **bars, fmt=marker, color=colour, markersize=8, elinewidth=1, markeredgecolor=INK, label=row.name)
+
+
+def _bars(middle: float, interval: tuple[float, float]) -> list[list[float]]:
+    return [[max(0.0, middle - interval[0])], [max(0.0, interval[1] - middle)]]
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:

@@ -13,9 +13,8 @@ from typing import Any
 from recontrol.evaluation.results import UNCONTROLLED, Result
 from recontrol.files import write_aside, write_json
 from recontrol.reports.columns import COST, QUALITY
-from recontrol.reports.comparison import Row, equal_kl, gain_interval, make_rows
-from recontrol.reports.findings import Findings
-from recontrol.reports.headline import versions
+from recontrol.reports.comparison import Findings, Row, equal_kl, gain_interval, make_rows
+from recontrol.reports.page import render, versions
 from recontrol.training.diagnosis import Diagnosis, diagnose_values
 from recontrol.version import __version__
 
@@ -40,81 +39,47 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
         ValueError: results that do not fit the names, the prompts or the win rates.
         OSError: the folder cannot be written.
     """
-    # It loads the templates, which nobody else needs.
-    from recontrol.reports.page import render
-
     rows = make_rows(findings)
-    sections = _sections(study)
+    sections: dict[str, Any] = dataclasses.asdict(study) if dataclasses.is_dataclass(study) and not isinstance(study, type) else dict(study or {})
     equal, diagnosis = equal_kl(findings), _diagnosis(findings.results[0])
-    settings = _yaml(sections)
     if command is None:
         command = "recontrol evaluate --config study.yaml --out FOLDER" if sections else ""
-    page = render(findings, rows, equal, diagnosis, study=sections, settings=settings, command=command)
+    page = render(findings, rows, equal, diagnosis, sections, command)
     content = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "made_with": {"recontrol": __version__},
         "study": sections or None,
         "command": command or None,
         "versions": versions(),
-        "results": [{"name": row.name, **summary(row.result, rows[0].result), "win_rate": None if row.win is None else row.win.to_dict()} for row in rows],
+        "results": [{"name": row.name, **_summary(row.result, rows[0].result), "win_rate": None if row.win is None else row.win.to_dict()} for row in rows],
         "against": findings.against,
-        "validation": [summary(result, findings.validation[0]) for result in findings.validation] or None,
+        "validation": [_summary(result, findings.validation[0]) for result in findings.validation] or None,
         "groups": findings.groups,
+        "chosen": findings.chosen,
         "equal_kl": None if equal is None else dataclasses.asdict(equal),
         "calibration": None if diagnosis is None else dataclasses.asdict(diagnosis),
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    save_responses(folder / "responses.jsonl", findings.results, findings.prompts, findings.names)
+    _write(folder / "responses.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _responses(rows, findings.prompts)))
     _write(folder / "report.csv", _csv(rows, len(findings.prompts)))
-    save_content(folder / "report.json", content)
+    write_json(folder / "report.json", _finite(content))
     _write(folder / "report.html", page)
 
 
-def save_responses(path: Path, results: Sequence[Result], prompts: Sequence[str], names: Sequence[str] | None = None) -> None:
-    """Write a line for each response: method, seed (0 for the first), index of the prompt, prompt, response, reward.
-
-    Args:
-        path: the file.
-        results: of an evaluation.
-        prompts: that were evaluated.
-        names: one a result; None for the methods' labels.
-
-    Raises:
-        ValueError: another number of responses than prompts and seeds.
-        OSError: the file cannot be written.
-    """
+def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Each response with its method, seed (0 for the first) and prompt."""
     lines = []
-    for number, result in enumerate(results):
-        asked = [(seed, index, prompt) for seed in range(result.seeds) for index, prompt in enumerate(prompts)]
-        if not len(asked) == len(result.responses) == len(result.rewards):
-            found = f"{len(result.responses)} responses and {len(result.rewards)} rewards"
-            raise ValueError(f"{result.method} has {found} for {len(prompts)} prompts and {result.seeds} seeds, wanted {len(asked)}")
-        method = result.method if names is None else names[number]
-        for (seed, index, prompt), response, reward in zip(asked, result.responses, result.rewards, strict=True):
-            lines.append({"method": method, "seed": seed, "index": index, "prompt": prompt, "response": response, "reward": reward})
-    _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for row in rows:
+        asked = [(seed, index, prompt) for seed in range(row.result.seeds) for index, prompt in enumerate(prompts)]
+        for (seed, index, prompt), response, reward in zip(asked, row.result.responses, row.result.rewards, strict=True):
+            lines.append({"method": row.name, "seed": seed, "index": index, "prompt": prompt, "response": response, "reward": reward})
+    return lines
 
 
-def save_content(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a report as JSON, with its format in front; numbers that JSON does not have are null.
-
-    Args:
-        path: the file.
-        content: the rest, by name.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    head = {"format": FORMAT, "version": FORMAT_VERSION, "made_with": {"recontrol": __version__}}
-    write_json(path, _finite({**head, **content}))
-
-
-def summary(result: Result, base: Result) -> dict[str, Any]:
-    """A result without its texts, which `responses.jsonl` has, with V along a few responses and its gain over the uncontrolled model.
-
-    Args:
-        result: of an evaluation.
-        base: of the uncontrolled model on the same prompts; another method gives no gain.
-    """
+def _summary(result: Result, base: Result) -> dict[str, Any]:
+    """A result without its texts, which `responses.jsonl` has, with V along a few responses and its gain over the uncontrolled model."""
     content = {**result.summary(), "values": result.values[:TRACES]}
     if result is not base and base.kind == UNCONTROLLED:
         content["reward_gain"] = result.reward - base.reward
@@ -124,7 +89,6 @@ def summary(result: Result, base: Result) -> dict[str, Any]:
 
 def _csv(rows: Sequence[Row], prompts: int) -> str:
     """One line a row of the report, with every digit."""
-    written = io.StringIO()
     lines = []
     for row in rows:
         result = row.result
@@ -137,8 +101,8 @@ def _csv(rows: Sequence[Row], prompts: int) -> str:
             line |= {"wins": row.win.wins, "ties": row.win.ties, "losses": row.win.losses}
         line |= {f"head_reward_{number}": reward for number, reward in enumerate(result.head_rewards)}
         lines.append(line)
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    writer = csv.DictWriter(written, names, lineterminator="\n")
+    written = io.StringIO()
+    writer = csv.DictWriter(written, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return written.getvalue()
@@ -149,28 +113,8 @@ def _diagnosis(base: Result) -> Diagnosis | None:
     return diagnose_values([values for values, _ in known], [reward for _, reward in known]) if len(known) >= FEWEST else None
 
 
-def _sections(study: Any) -> dict[str, Any]:
-    if study is None:
-        return {}
-    return dataclasses.asdict(study) if dataclasses.is_dataclass(study) and not isinstance(study, type) else dict(study)
-
-
-def _yaml(sections: Mapping[str, Any]) -> str:
-    if not sections:
-        return ""
-    import yaml
-
-    return yaml.safe_dump(_given(sections), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-
-
-def _given(content: Any) -> Any:
-    """Without what is not set, which a study takes for the same as leaving it out."""
-    if isinstance(content, Mapping):
-        return {name: _given(entry) for name, entry in content.items() if entry is not None}
-    return [_given(entry) for entry in content] if isinstance(content, list | tuple) else content
-
-
 def _finite(content: Any) -> Any:
+    """What JSON can hold: numbers that it does not have are null."""
     if isinstance(content, Mapping):
         return {str(name): _finite(entry) for name, entry in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""A study on models, prompts and rewards that are small, random and made here: proof that all of it runs, before hours are spent on it."""
+"""A study on small random models and data that are made here: proof that all of it runs, before hours are spent on it."""
 
 import dataclasses
 import json
@@ -9,40 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from recontrol.data.prompts import turn_marks
 from recontrol.data.rewards.regression import LlamaRegressionModel
 from recontrol.files import write_aside
-from recontrol.studies.study import GenerationSection, ModelSection, RewardSection, SourceSection, Study
+from recontrol.studies.study import ModelSection, RewardSection, SourceSection, Study
 
-WORDS = [
-    "the",
-    "a",
-    "my",
-    "one",
-    "people",
-    "film",
-    "story",
-    "question",
-    "answer",
-    "help",
-    "think",
-    "say",
-    "make",
-    "want",
-    "know",
-    "good",
-    "bad",
-    "fair",
-    "kind",
-    "honest",
-    "why",
-    "how",
-    "when",
-    "who",
-    "not",
-    "never",
-    "very",
-]
+# What prompts are made of.
+TEXT = "the a my one people film story question answer help think say make want know good bad fair kind honest why how when who not never very"
+WORDS = TEXT.split()
 # Prompts of each part, tokens of a response, and units of a hidden layer.
 COUNTS = {"train": 24, "validation": 6, "test": 8}
 NEW_TOKENS = 8
@@ -52,36 +25,26 @@ FINE_TUNING = {"batch_size": 4, "epochs": 1, "rank": 2, "micro_batch_size": None
 
 
 def small(study: Study, out: Path) -> Study:
-    """The same study, with everything that is large or far away replaced.
+    """The same study, with everything that is large or far away replaced by what is made in a folder.
 
     The architecture of the language model and of the reward models, the columns of the data, the methods and their settings stay as they are; weights are
     random, so the numbers mean nothing. The coherence and a judge's win rate are left out, since both would ask for a model that is not here.
-
-    Args:
-        study: what is to be tried.
-        out: folder for the small models and data.
-
-    Returns:
-        A study that needs nothing but the package.
     """
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
-    sources = {name: getattr(study.prompts, name) for name in COUNTS}
+    # A study with a value function of its own has no prompts for training.
+    sources = {"train": study.prompts.train or study.prompts.test, "validation": study.prompts.validation, "test": study.prompts.test}
     files: dict[str, Any] = {name: None if source is None else _source(source, out, name) for name, source in sources.items()}
     tokenizer = _tokenizer()
-    model = _save_model(study.model.name, tokenizer, out / "lm")
     rewards = [_save_reward(name, tokenizer, out / f"reward-{number}") for number, name in enumerate(study.reward.names)]
-    stop = study.generation.stop
-    if stop is None:
-        stop = turn_marks(study.prompts.test.source, study.prompts.human, study.prompts.chat_template)
     train = {**study.train, "hidden_dims": [WIDTH] * len(study.train.get("hidden_dims", (0,))), "epochs": 2}
     return dataclasses.replace(
         study,
-        model=ModelSection(str(model), "float32", "cpu"),
+        model=ModelSection(str(_save_model(study.model.name, tokenizer, out / "lm")), "float32", "cpu"),
         prompts=dataclasses.replace(study.prompts, **files, chat_template=False),
         reward=RewardSection([str(reward) for reward in rewards], study.reward.head_weights, 4, study.reward.template),
         methods=[_small_method(entry) for entry in study.methods],
-        generation=GenerationSection(NEW_TOKENS, 4, stop, study.generation.options),
+        generation=dataclasses.replace(study.generation, max_new_tokens=NEW_TOKENS, batch_size=4),
         train=train,
         value=None,
         encoder=None,
@@ -127,9 +90,7 @@ def _tokenizer() -> Any:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     # Without a bar, which it would print.
-    made.train_from_iterator(
-        [" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    )
+    made.train_from_iterator([TEXT] * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 

@@ -18,6 +18,7 @@ def load_reward(
     batch_size: int = 16,
     template: str | None = None,
     device: str = "cpu",
+    dtype: str = "auto",
     judge_range: tuple[float, float] = (1.0, 10.0),
     judge: Mapping[str, Any] | None = None,
 ) -> Reward:
@@ -35,7 +36,7 @@ def load_reward(
         if kind == "python" and rest:
             return _function(rest)
         where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}
-        return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, **where)
+        return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, dtype=dtype, **where)
 
     return load(names[0]) if len(names) == 1 else as_reward([load(name) for name in names])
 
