@@ -1,23 +1,43 @@
-"""The settings of an ascent, checked when they are made."""
+"""The settings of an ascent: declared, checked and read from a mapping here and nowhere else."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from recontrol.checks import integer, number, several
+from recontrol.checks import dtype_name, integer, number, several
 from recontrol.value import ValueFunction
 
-# Far more than anybody means, and few enough for the integers of every kernel.
+# Upper bound of `steps`: must fit int32.
 MOST_STEPS = 2**31 - 1
+# Characters of a foreign value that an error shows.
+SHOWN = 100
+
+
+def _number_of_steps(name: str, given: Any) -> int:
+    steps = integer(name, given)
+    if steps > MOST_STEPS:
+        raise ValueError(f"{name} must be at most {MOST_STEPS}, found {given}")
+    return steps
+
+
+# The settings that are one number a row in an ascent, and how each is checked.
+ROW_SETTINGS: dict[str, Callable[[str, Any], float]] = {
+    "step_size": partial(number, minimum=0),
+    "steps": _number_of_steps,
+    "radius": partial(number, minimum=0),
+    "target": number,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
     """What is done to the states of one response: u <- u + alpha * grad V(o_t + u), n times, starting at u = 0.
 
-    `recontrol.generate` takes one for each prompt. `Controller` has the same settings for all rows of any model that it is attached to.
+    `recontrol.generate` takes one for each prompt; `Controller` is one for all rows of a model that it is attached to.
 
     Args:
         value: the value function to climb, on the model's device; `0.7 * helpful + 0.3 * harmless` is one too.
@@ -42,44 +62,56 @@ class Control:
     head_weights: Sequence[float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        if not isinstance(self.value, ValueFunction):
+            raise TypeError(f"value must be a recontrol.ValueFunction, found {type(self.value).__name__}")
+        for name, check in ROW_SETTINGS.items():
+            given, default = getattr(self, name), getattr(Control, name)
+            if given is not None or default is not None:
+                object.__setattr__(self, name, check(name, given))
+        object.__setattr__(self, "head_weights", _head_weights(self.head_weights, self.value.num_heads))
+
+    def check_range(self, dtype: torch.dtype, where: str = "") -> None:
+        """Refuse, before the first token, settings that are infinite in the dtype of the ascent.
+
+        Raises:
+            ValueError: the setting is named; `where` says whose it is.
+        """
+        for name in (*ROW_SETTINGS, "head_weights"):
+            given = getattr(self, name)
+            numbers = given if isinstance(given, tuple) else () if given is None else (given,)
+            if any(abs(each) > torch.finfo(dtype).max for each in numbers):
+                raise ValueError(f"{name} must be within the range of {dtype_name(dtype)}, found {given}{where}")
 
 
-def check_settings(settings: Any) -> None:
-    """Check the settings that `Control` and `Controller` have in common, and bring them to plain numbers.
+FIELDS = tuple(each.name for each in dataclasses.fields(Control))
+
+
+def control_from_mapping(given: Any, value_of: Callable[[Any], ValueFunction]) -> Control:
+    """The control that a mapping of its fields describes, as the command line, studies and requests to a server have it.
 
     Args:
-        settings: has the attributes of `Control`, which are set anew, although it may be frozen.
+        given: the fields of `Control` by name.
+        value_of: makes the value function of the entry `value` (None where it is missing).
 
     Raises:
-        TypeError, ValueError: as `Control`.
+        ValueError: no mapping, an unknown field, or what `Control` refuses.
     """
-    if not isinstance(settings.value, ValueFunction):
-        raise TypeError(f"value must be a recontrol.ValueFunction, found {type(settings.value).__name__}")
-    checked: dict[str, Any] = {"step_size": number("step_size", settings.step_size, 0), "steps": integer("steps", settings.steps)}
-    if checked["steps"] > MOST_STEPS:
-        raise ValueError(f"steps must be at most {MOST_STEPS}, found {settings.steps}")
-    if settings.radius is not None:
-        checked["radius"] = number("radius", settings.radius, 0)
-    if settings.target is not None:
-        checked["target"] = number("target", settings.target)
-    checked["head_weights"] = _head_weights(settings.head_weights, settings.value.num_heads)
-    for name, argument in checked.items():
-        object.__setattr__(settings, name, argument)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a control must be a mapping with {', '.join(FIELDS)}, found {shown(given)}")
+    unknown = [name for name in given if name not in FIELDS]
+    if unknown:
+        raise ValueError(f"a control has no field {shown(unknown[0])}; it has {', '.join(FIELDS)}")
+    settings = {**given, "value": value_of(given.get("value"))}
+    try:
+        return Control(**settings)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
-def beyond_range(settings: Any, dtype: torch.dtype) -> str | None:
-    """The first of the settings that would be infinite in a dtype, which an ascent refuses; None where all of them can be held.
-
-    Args:
-        settings: has the attributes of `Control`.
-        dtype: of the numbers of the ascent.
-    """
-    for name in ("step_size", "radius", "target", "head_weights"):
-        held = getattr(settings, name)
-        if held is not None and not torch.tensor(held, dtype=dtype).isfinite().all():
-            return name
-    return None
+def shown(given: Any) -> str:
+    """The beginning of what somebody sent, for an error."""
+    text = repr(given)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
 from recontrol.decoding.batches import check_options, effective
-from recontrol.decoding.controller import CACHE_NAMES, Handle
-from recontrol.decoding.hooks import attachments, embedding_owner, output_embedding
+from recontrol.decoding.controller import Handle
+from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, output_embedding
 
 # Backends that wait for nothing on the host, so that a graph can hold them.
 CAPTURABLE = ("cuda", "cuda-dense", "triton")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recontrol.ascent.ascend import ascend
 from recontrol.checks import integer
@@ -118,8 +118,7 @@ class _Reading(Editing):
         super().__init__(model)
         self._states: Tensor | None = None
         check_fit(self, value, allow_other_model)
-        with self._attaching():
-            self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
+        self.attach()
 
     def logits(self, states: Tensor) -> Tensor:
         """What the model makes of states: (states, hidden_size) -> (states, vocabulary)."""
@@ -132,7 +131,6 @@ class _Reading(Editing):
         return output.logits[:, -1]
 
     @torch.compiler.disable
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._sign is not None:
-            return (args[0] * self._sign, *args[1:])
-        return None if self._states is None else (self._states[:, None], *args[1:])
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The given states in the place of the model's."""
+        return None if self._states is None else self._states[:, None]

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from recontrol.checks import first_few, integer, required
 from recontrol.decoding.packing import byte_count, cache_bytes_per_token, pack_by_length
 
 # Tokens of a block: what attention kernels on a GPU want, and elsewhere little, so that little is wasted.
@@ -78,7 +79,7 @@ class Plan:
         """
         alone = [index for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
         if alone:
-            named = ", ".join(f"{index} ({self.lengths[index]} tokens)" for index in alone[:8]) + (", ..." if len(alone) > 8 else "")
+            named = first_few([f"{index} ({self.lengths[index]} tokens)" for index in alone])
             raise ValueError(
                 f"{len(alone)} prompts do not fit into {self.blocks} blocks of {self.block_tokens} tokens even alone: {named}; give a larger cache_budget"
             )
@@ -118,17 +119,10 @@ def make_plan(
 
         blocks = min(budget // (block_tokens * bytes_per_token), sum of what the prompts need)
 
-    Args:
-        config: of the language model.
-        dtype: of its states.
-        lengths: tokens of each prompt when its response is finished: those of the prompt and those that may be generated.
-        device: where the cache will be.
-        cache_budget: bytes for the cache, or a text such as "8GiB"; by default half of the memory that is free.
-        batch_size: prompts decoded at once at most; by default 32 on the CPU, and on a GPU no limit but the cache.
-        block_tokens: tokens of a block of paged cache; by default 256 on a GPU, else 16.
+    `lengths` are the tokens of each prompt when its response is finished; the other settings are those of `recontrol.generate`.
 
     Raises:
-        ValueError: a number that is not above 0, no prompts, a budget smaller than a block, or a config that does not tell the sizes of its cache.
+        ValueError: a number that is not above 0, no prompts, a budget smaller than a block, or a config without the sizes of its cache.
     """
     on_gpu = torch.device(device).type == "cuda"
     if not lengths:
@@ -136,7 +130,7 @@ def make_plan(
     # Attention kernels on a GPU take blocks of this size; others have a smallest size of 4.
     block_tokens = (GPU_BLOCK_TOKENS if on_gpu else BLOCK_TOKENS) if block_tokens is None else block_tokens
     for name, given, least in (("batch_size", batch_size, 1), ("block_tokens", block_tokens, 4)):
-        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):
+        if given is not None and integer(name, given) < least:
             raise ValueError(f"{name} must be an integer of at least {least}, found {given!r}")
     per_token = cache_bytes_per_token(config, dtype)
     budget = int(FREE_SHARE * free_bytes(device)) if cache_budget is None else byte_count(cache_budget)
@@ -151,7 +145,7 @@ def make_plan(
 
 
 def tells_its_cache(config: Any) -> bool:
-    """Whether a model's config tells the sizes of its key/value cache; one of recurrent layers only does not."""
+    """Whether a model's config has the sizes of its key/value cache; one of recurrent layers only has none."""
     try:
         cache_bytes_per_token(config, torch.float32)
     except ValueError:
@@ -167,4 +161,11 @@ def batches_of(lengths: Sequence[int], batch_size: int | None) -> list[list[int]
 def free_bytes(device: str | torch.device) -> int:
     """Memory that is free on a device now."""
     place = torch.device(device)
-    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    try:
+        found = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        # Not on Linux.
+        return required("psutil", "train").virtual_memory().available
+    return 1024 * int(found["MemAvailable"].split()[0])

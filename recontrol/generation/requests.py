@@ -1,13 +1,16 @@
 """What goes into a batched generation and what comes out of it, prompt by prompt."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
 import torch
 
+from recontrol.checks import first_few
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
+from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
 
 
@@ -40,6 +43,12 @@ class Trace:
     value_after: list[float] = field(default_factory=list)
     edit_norm: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
+
+    def add_edit(self, value_before: float, value_after: float, edit_norm: float) -> None:
+        """Add what the edit of one more state did."""
+        self.value_before.append(value_before)
+        self.value_after.append(value_after)
+        self.edit_norm.append(edit_norm)
 
     def cut(self, tokens: int) -> "Trace":
         """The first entries, as many as there are tokens."""
@@ -78,28 +87,20 @@ class StreamedToken:
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
-    """How all responses are generated.
+class BatchDecoding(Decoding):
+    """A decoding, and what follows from the model and its tokenizer.
 
     Attributes:
-        max_new_tokens: length of a response at most.
-        generation: options of `model.generate`: sampling and the like.
         eos_ids: end-of-sequence tokens.
         pad_id: fills up the rows of a padded batch.
-        stop_strings: strings at which a response is cut.
         ends: whether the newest token completes a stop string; None where there are no stop strings.
         streaming: whether tokens are wanted as they come.
-        seed: of sampling.
     """
 
-    max_new_tokens: int
-    generation: Mapping[str, Any]
-    eos_ids: frozenset[int]
-    pad_id: int
-    stop_strings: tuple[str, ...]
-    ends: Callable[[list[int]], bool] | None
-    streaming: bool
-    seed: int
+    eos_ids: frozenset[int] = frozenset()
+    pad_id: int = 0
+    ends: Callable[[list[int]], bool] | None = None
+    streaming: bool = False
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
@@ -126,7 +127,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[li
         found.append([int(token) for token in listed])
     empty = [index for index, ids in enumerate(found) if not ids]
     if empty:
-        raise ValueError(f"{len(empty)} prompts have no tokens: {', '.join(map(str, empty[:8]))}{', ...' if len(empty) > 8 else ''}")
+        raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")
     return found
 
 
@@ -140,7 +141,8 @@ def listed_controls(control: Control | Sequence[Control | None] | None, count: i
     several = isinstance(control, Sequence) and not isinstance(control, str)
     controls: list[Any] = list(control) if isinstance(control, Sequence) and several else [control] * count
     for index, given in enumerate(controls):
-        if given is not None and not isinstance(given, Control):
+        # What else a controller is set to would have no effect here.
+        if given is not None and (not isinstance(given, Control) or isinstance(given, Controller)):
             place = f" at {index}" if several else ""
             raise TypeError(f"control must be a recontrol.Control, None, or a list of them, one a prompt; found {type(given).__name__}{place}")
     if len(controls) != count:

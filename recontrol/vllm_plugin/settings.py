@@ -1,4 +1,4 @@
-"""What the environment says: the bank of value functions, and the control of requests that carry none."""
+"""The settings from the environment: the bank of value functions, and the control of requests that carry none."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from recontrol.decoding.controller import Controller
+from recontrol.decoding.control import Control
 from recontrol.value import ValueFunction
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config
 from recontrol.vllm_plugin.controls import parse_control
@@ -64,15 +64,11 @@ class Settings:
         assert self.bank is not None
         return {name: ValueFunction.from_pretrained(self.bank / name, device=device) for name in self.known}
 
-    def control_of(self, request: Mapping[str, object] | None, bank: Mapping[str, ValueFunction] | None = None) -> Controller | None:
-        """The control of a request; None where it is not to be steered.
-
-        Args:
-            request: its `extra_args`.
-            bank: what the control's value function is taken from; by default the one without weights.
+    def control_of(self, request: Mapping[str, object] | None, bank: Mapping[str, ValueFunction] | None = None) -> Control | None:
+        """The control of a request with these `extra_args`, its value function from a bank (by default without weights); None: no control.
 
         Raises:
-            ValueError: the control cannot be meant.
+            ValueError: the control is invalid.
         """
         bank = self.known if bank is None else bank
         if request is None or KEY not in request:
