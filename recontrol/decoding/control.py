@@ -1,6 +1,5 @@
 """The settings of an ascent: declared, checked and read from a mapping here and nowhere else."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,12 +8,11 @@ from typing import Any
 import torch
 
 from recontrol.checks import dtype_name, integer, number, several
+from recontrol.configs import from_mapping
 from recontrol.value import ValueFunction
 
 # Upper bound of `steps`: must fit int32.
 MOST_STEPS = 2**31 - 1
-# Characters of a foreign value that an error shows.
-SHOWN = 100
 
 
 def _number_of_steps(name: str, given: Any) -> int:
@@ -83,35 +81,14 @@ class Control:
                 raise ValueError(f"{name} must be within the range of {dtype_name(dtype)}, found {given}{where}")
 
 
-FIELDS = tuple(each.name for each in dataclasses.fields(Control))
-
-
-def control_from_mapping(given: Any, value_of: Callable[[Any], ValueFunction]) -> Control:
-    """The control that a mapping of its fields describes, as the command line, studies and requests to a server have it.
-
-    Args:
-        given: the fields of `Control` by name.
-        value_of: makes the value function of the entry `value` (None where it is missing).
+def control_from_mapping(given: Any, value_of: Callable[[Any], ValueFunction], where: str = "control") -> Control:
+    """The control that a mapping of its fields describes; `value_of` makes the value function from the entry `value`, None where there is none.
 
     Raises:
-        ValueError: no mapping, an unknown field, or what `Control` refuses.
+        ValueError: no mapping, an unknown field, one of the wrong type, or what `Control` refuses.
     """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"a control must be a mapping with {', '.join(FIELDS)}, found {shown(given)}")
-    unknown = [name for name in given if name not in FIELDS]
-    if unknown:
-        raise ValueError(f"a control has no field {shown(unknown[0])}; it has {', '.join(FIELDS)}")
-    settings = {**given, "value": value_of(given.get("value"))}
-    try:
-        return Control(**settings)
-    except (TypeError, OverflowError) as error:
-        raise ValueError(str(error)) from None
-
-
-def shown(given: Any) -> str:
-    """The beginning of what somebody sent, for an error."""
-    text = repr(given)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    named = isinstance(given, Mapping)
+    return from_mapping(Control, {**given, "value": value_of(given.get("value"))} if named else given, where)
 
 
 def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:

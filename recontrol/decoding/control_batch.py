@@ -30,27 +30,20 @@ class EditTrace(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Rows that one ascent serves: they share the value function, the weights of its heads, and which settings are in use.
-
-    Attributes:
-        value: the value function.
-        rows: (rows,), int64, their places in the batch; None where they are the whole batch, in order.
-        settings: keywords of `ascend`: a number for all rows, or a tensor with one a row.
-    """
+    """Rows that one ascent serves: they share the value function, the weights of its heads, and which settings are in use."""
 
     value: ValueFunction
+    # (rows,), int64, their places in the batch; None where they are the whole batch, in order.
     rows: Tensor | None
+    # Keywords of `ascend`: a number for all rows, or a tensor with one a row.
     settings: dict[str, Any]
 
 
 class ControlBatch:
     """Edits states, h <- h + u, each row under its own control: one ascent for each group of rows.
 
-    As with `recontrol.ascend`, a row's result does not depend on the other rows. A row stays unedited if its state is not finite, or if its ascent would leave the range
-    of its dtype; a warning says so once, when the count is read. Nothing here waits for the device, so an edit can be captured in a CUDA graph.
-
-    Args:
-        backend: as for `recontrol.ascend`.
+    As with `recontrol.ascend`, a row's result does not depend on the other rows. A row stays unedited if its state is not finite, or if its ascent
+    would leave the range of its dtype; a warning says so once, when the count is read. No host synchronisation, so an edit can be captured in a CUDA graph.
     """
 
     def __init__(self, backend: str = "auto"):

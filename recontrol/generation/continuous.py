@@ -14,7 +14,7 @@ from transformers.generation import configuration_utils
 from recontrol.decoding.hooks import embedding_owner, output_embedding
 from recontrol.generation.plan import Plan
 from recontrol.generation.request_editing import RequestEditing, Rows
-from recontrol.generation.requests import BatchDecoding, Request
+from recontrol.generation.requests import BatchDecoding
 
 # What transformers' continuous batching does with a generation config beside end-of-sequence tokens; it would pass over the rest.
 UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id", "generation_config"}
@@ -60,26 +60,25 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
 
 
 def tokens(
-    model: Any, requests: Sequence[Request], plan: Plan, editing: RequestEditing, decoding: BatchDecoding
+    model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding
 ) -> Generator[tuple[int, int | None], None, None]:
     """Generate with transformers' continuous batching.
 
     Yields (prompt, token), as tokens come if `decoding.streaming`, else when its response is finished, and (prompt, None) when it is. A RuntimeError
     has transformers' own reason.
     """
-    steered = any(request.control is not None for request in requests)
-    config = _batching_config(model, plan, decoding, steered=steered)
+    config = _batching_config(model, plan, decoding, steered=editing.steers)
     attention = model.config._attn_implementation
     manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
     watched = decoding.streaming or decoding.ends is not None
-    counts = dict.fromkeys(range(len(requests)), 0)
-    if steered:
+    counts = dict.fromkeys(range(len(prompts)), 0)
+    if editing.steers:
         editing.source = _Source(manager)
     manager.start()
     try:
         eos = sorted(decoding.eos_ids) or -1
-        for index, request in enumerate(requests):
-            manager.add_request(request.ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
+        for index, ids in enumerate(prompts):
+            manager.add_request(ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
         while counts:
             result = manager.get_result(timeout=_PATIENCE)
             if result is None:

@@ -1,8 +1,9 @@
 """`recontrol.generate`: responses to many prompts, each under a control of its own."""
 
 import contextlib
+import functools
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, overload
 
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from recontrol.decoding.responses import StopStrings, make_response
 from recontrol.generation import continuous, static
 from recontrol.generation.plan import Plan, batches_of, make_plan, tells_its_cache
 from recontrol.generation.request_editing import RequestEditing
-from recontrol.generation.requests import BatchDecoding, Generation, Request, StreamedToken, listed_controls, token_ids
+from recontrol.generation.requests import BatchDecoding, Generation, StreamedToken, listed_controls, token_ids
 
 logger = logging.getLogger("recontrol")
 
@@ -128,11 +129,12 @@ def generate(
     """
     output_embedding(model)
     ids = token_ids(tokenizer, prompts)
-    requests = [Request(each, chosen) for each, chosen in zip(ids, listed_controls(control, len(ids)), strict=True)]
+    controls = listed_controls(control, len(ids))
     decoding = _for_batches(model, tokenizer, Decoding.of(decoding, **keywords), stream)
     check_token_counts(model, [len(each) for each in ids], decoding.max_new_tokens)
     plan = _planned(batching, model, ids, decoding, cache_budget, block_tokens)
-    running = _run(model, tokenizer, requests, plan, decoding, {"backend": backend, "allow_other_model": allow_other_model, "trace": trace})
+    attach = functools.partial(RequestEditing, model, controls, backend=backend, allow_other_model=allow_other_model, trace=trace)
+    running = _run(model, tokenizer, ids, plan, decoding, attach)
     if stream:
         return running
     responses: dict[int, Generation] = {}
@@ -197,24 +199,24 @@ def _chosen(batching: str, model: Any, decoding: BatchDecoding) -> str:
 
 
 def _run(
-    model: Any, tokenizer: Any, requests: Sequence[Request], plan: Plan | list[list[int]], decoding: BatchDecoding, keywords: dict[str, Any]
+    model: Any, tokenizer: Any, prompts: list[list[int]], plan: Plan | list[list[int]], decoding: BatchDecoding, attach: Callable[[], RequestEditing]
 ) -> Generator[StreamedToken, None, None]:
     """The hooks are in place from the first token on until the last, or until the iterator is closed."""
-    new: list[list[int]] = [[] for _ in requests]
+    new: list[list[int]] = [[] for _ in prompts]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(decoding.seed))
         stack.enter_context(evaluation_mode(model))
-        editing = stack.enter_context(RequestEditing(model, [request.control for request in requests], **keywords))
+        editing = stack.enter_context(attach())
         if isinstance(plan, Plan):
-            batching, engine = "continuous", continuous.tokens(model, requests, plan, editing, decoding)
+            batching, engine = "continuous", continuous.tokens(model, prompts, plan, editing, decoding)
         else:
-            batching, engine = "static", static.tokens(model, requests, plan, editing, decoding)
+            batching, engine = "static", static.tokens(model, prompts, plan, editing, decoding)
         for index, token in stack.enter_context(contextlib.closing(engine)):
             if token is not None:
                 new[index].append(token)
                 yield StreamedToken(index, token, None)
                 continue
-            response = make_response(tokenizer, requests[index].ids, new[index], decoding.eos_ids, decoding.stop_strings)
+            response = make_response(tokenizer, prompts[index], new[index], decoding.eos_ids, decoding.stop_strings)
             trace = editing.traces.get(index)
             cut = None if trace is None else trace.cut(len(response.token_ids))
             yield StreamedToken(index, None, Generation(response.token_ids, response.text, response.finish, batching, cut))

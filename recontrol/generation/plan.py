@@ -23,24 +23,20 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """How prompts are batched under a budget for the key/value cache.
+    """How prompts are batched under a budget for the key/value cache."""
 
-    Attributes:
-        bytes_per_token: of cache, over all layers.
-        budget: bytes that the cache may take.
-        lengths: tokens of each prompt when its response is finished.
-        block_tokens: tokens of a block of paged cache.
-        blocks: in the paged cache: what the budget allows, or fewer if all prompts need no more.
-        batch_tokens: tokens that go through the model at once at most, in continuous batches.
-        batch_size: prompts decoded at once at most.
-    """
-
+    # Of the cache, over all layers.
     bytes_per_token: int
+    # Bytes that the cache may take.
     budget: int
+    # Tokens of each prompt when its response is finished.
     lengths: tuple[int, ...]
+    # Tokens of a block of paged cache, and how many blocks: what the budget allows, or fewer if all prompts need no more.
     block_tokens: int
     blocks: int
+    # Tokens that go through the model at once at most, in continuous batches.
     batch_tokens: int
+    # Prompts decoded at once at most.
     batch_size: int
 
     @property
@@ -64,19 +60,11 @@ class Plan:
         return min(self.batch_size, len(self.lengths), int(self.blocks / (sum(self.blocks_needed) / len(self.lengths))))
 
     def static_batches(self) -> list[list[int]]:
-        """The prompts of each padded batch, the longest first.
-
-        Raises:
-            ValueError: prompts that do not fit even alone; they are named.
-        """
+        """The prompts of each padded batch, the longest first; prompts that do not fit even alone are refused by name."""
         return pack_by_length(self.lengths, self.budget, self.bytes_per_token, largest=self.batch_size)
 
     def checked(self) -> "Plan":
-        """This plan, unless there are prompts that do not fit into the paged cache even alone.
-
-        Raises:
-            ValueError: they are named.
-        """
+        """This plan; prompts that do not fit into the paged cache even alone are refused by name."""
         alone = [index for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
         if alone:
             named = first_few([f"{index} ({self.lengths[index]} tokens)" for index in alone])
@@ -90,6 +78,7 @@ class Plan:
         need = sum(self.blocks_needed)
         batches = self.static_batches()
         padded = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in batches)
+        padding = f"{1 - sum(self.lengths) / padded:.0%} of their cache is padding"
         lines = [
             ("cache of a token", f"{self.bytes_per_token} bytes over all layers"),
             ("budget", f"{self.budget} bytes, {self.budget // self.bytes_per_token} tokens"),
@@ -97,10 +86,7 @@ class Plan:
             ("blocks", f"{self.blocks} of {self.block_tokens} tokens ({self.block_bytes} bytes each); all prompts at once need {need}"),
             ("at once", f"{self.longest_at_once} as long as the longest, {self.average_at_once} of average length, {self.batch_size} at most"),
             ("tokens a step", f"{self.batch_tokens} at most"),
-            (
-                "static batches",
-                f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {1 - sum(self.lengths) / padded:.0%} of their cache is padding",
-            ),
+            ("static batches", f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {padding}"),
         ]
         return "\n".join(f"{name + ':':<18}{text}" for name, text in lines)
 
@@ -120,9 +106,6 @@ def make_plan(
         blocks = min(budget // (block_tokens * bytes_per_token), sum of what the prompts need)
 
     `lengths` are the tokens of each prompt when its response is finished; the other settings are those of `recontrol.generate`.
-
-    Raises:
-        ValueError: a number that is not above 0, no prompts, a budget smaller than a block, or a config without the sizes of its cache.
     """
     on_gpu = torch.device(device).type == "cuda"
     if not lengths:

@@ -16,30 +16,20 @@ from recontrol.generation.requests import Trace
 
 
 class Rows(NamedTuple):
-    """Which states of a forward call are read to sample the next token of which request.
-
-    Attributes:
-        requests: the requests, as places in the list of controls.
-        places: for each of them, the place of its state among those that the output embedding reads; or, with `last`, its sequence, whose
-            last state is read.
-        last: what `places` counts.
-    """
+    """Which states of a forward call are read to sample the next token of which request."""
 
     requests: list[int]
+    # For each request the place of its state among those that the output embedding reads; or, with `last`, its sequence, whose last state is read.
     places: list[int]
     last: bool
 
 
 class _Kept(NamedTuple):
-    """What is known of a traced call between the output embedding and the end of the model.
+    """What is known of a traced call between the output embedding and the end of the model."""
 
-    Attributes:
-        shape: of the states without the added ones, but for their size.
-        places: of the edited states, whose unedited ones were added behind all others.
-        requests: whose they are.
-    """
-
+    # Of the states without the added ones, but for their size.
     shape: torch.Size
+    # Of the edited states; the unedited ones were added behind all others.
     places: Tensor
     requests: list[int]
 
@@ -69,12 +59,17 @@ class RequestEditing(Editing):
         for value in {id(control.value): control.value for control in self._controls.values()}.values():
             check_fit(self, value, allow_other_model)
         self._batch.try_out(self._controls.values(), self.dtype())
-        self.attach(self_check=bool(self._controls))
+        self.attach(self_check=self.steers)
 
     def detach(self) -> None:
         """Remove the hooks; the model is as it was. May be called again."""
         super().detach()
         self._batch.warn()
+
+    @property
+    def steers(self) -> bool:
+        """Whether any request has a control that does something."""
+        return bool(self._controls)
 
     def rows(self, given: dict[str, Any]) -> Rows | None:
         """The rows of this call."""

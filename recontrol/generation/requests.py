@@ -14,19 +14,6 @@ from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One prompt on its way.
-
-    Attributes:
-        ids: its tokens.
-        control: what is done to its states, None for nothing.
-    """
-
-    ids: list[int]
-    control: Control | None
-
-
 @dataclass
 class Trace:
     """What control did to one response; entry t of each list belongs to its token t.
@@ -88,28 +75,18 @@ class StreamedToken:
 
 @dataclass(frozen=True, eq=False)
 class BatchDecoding(Decoding):
-    """A decoding, and what follows from the model and its tokenizer.
-
-    Attributes:
-        eos_ids: end-of-sequence tokens.
-        pad_id: fills up the rows of a padded batch.
-        ends: whether the newest token completes a stop string; None where there are no stop strings.
-        streaming: whether tokens are wanted as they come.
-    """
+    """A decoding, and what follows from the model and its tokenizer."""
 
     eos_ids: frozenset[int] = frozenset()
     pad_id: int = 0
+    # Whether the newest token completes a stop string; None without stop strings.
     ends: Callable[[list[int]], bool] | None = None
+    # Whether tokens are handed over as they come.
     streaming: bool = False
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt, texts tokenised.
-
-    Raises:
-        TypeError: something that is neither a list of texts nor one of lists of token ids; it is named.
-        ValueError: no prompts, or prompts without tokens; they are named.
-    """
+    """The tokens of each prompt, texts tokenised; what is no text and no list of token ids, or empty, is refused by place."""
     wanted = "prompts must be a list of texts, or of lists of token ids"
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise TypeError(f"{wanted}, found {type(prompts).__name__}: {prompts!r:.40}")
@@ -132,12 +109,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[li
 
 
 def listed_controls(control: Control | Sequence[Control | None] | None, count: int) -> list[Control | None]:
-    """One control a prompt, from one for all or a list.
-
-    Raises:
-        TypeError: something that is no control; it is named.
-        ValueError: a list of another length than that of the prompts.
-    """
+    """One control a prompt, from one for all or a list."""
     several = isinstance(control, Sequence) and not isinstance(control, str)
     controls: list[Any] = list(control) if isinstance(control, Sequence) and several else [control] * count
     for index, given in enumerate(controls):

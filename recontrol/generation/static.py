@@ -11,15 +11,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from recontrol.decoding.batches import left_padded
 from recontrol.generation.request_editing import RequestEditing, Rows
-from recontrol.generation.requests import BatchDecoding, Request
+from recontrol.generation.requests import BatchDecoding
 
 
 def tokens(
-    model: Any, requests: Sequence[Request], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding
+    model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding
 ) -> Generator[tuple[int, int | None], None, None]:
     """Generate batch by batch; yields (prompt, token) as tokens come, and (prompt, None) when its response is finished."""
     for batch in batches:
-        yield from _batch(model, batch, [requests[index].ids for index in batch], editing, decoding)
+        yield from _batch(model, batch, [prompts[index] for index in batch], editing, decoding)
 
 
 def _batch(
