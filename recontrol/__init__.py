@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from recontrol.data.rollouts import Rollouts
     from recontrol.data.texts import collect_pairs, collect_texts
     from recontrol.decoding.config import Decoding
+    from recontrol.decoding.fingerprint import model_fingerprint
     from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import evaluate
     from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from recontrol.evaluation.results import choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
+    from recontrol.generation.requests import Generation, Trace
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.online import train_online
     from recontrol.training.train import train
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
     "Decoding": "recontrol.decoding.config",
+    "Generation": "recontrol.generation.requests",
     "Judge": "recontrol.data.rewards",
     "OnlineRollouts": "recontrol.data.online",
     "PairwiseJudge": "recontrol.evaluation.judges",
@@ -46,6 +49,7 @@ _ON_DEMAND = {
     "RewardModel": "recontrol.data.rewards",
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
+    "Trace": "recontrol.generation.requests",
     "WeightedSum": "recontrol.value.weighted_sum",
     "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
@@ -61,6 +65,7 @@ _ON_DEMAND = {
     "load_pairs": "recontrol.data.pairs",
     "load_prompts": "recontrol.data.prompts",
     "load_prompts_with_references": "recontrol.data.prompts",
+    "model_fingerprint": "recontrol.decoding.fingerprint",
     "pareto": "recontrol.evaluation.frontier",
     "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
@@ -73,6 +78,7 @@ __all__ = [
     "Control",
     "Controller",
     "Decoding",
+    "Generation",
     "Judge",
     "OnlineRollouts",
     "PairwiseJudge",
@@ -80,6 +86,7 @@ __all__ = [
     "RewardModel",
     "Rollouts",
     "StaticDecoder",
+    "Trace",
     "ValueFunction",
     "WeightedSum",
     "__version__",
@@ -99,6 +106,7 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "load_prompts_with_references",
+    "model_fingerprint",
     "oracle",
     "pareto",
     "path_of_steps",

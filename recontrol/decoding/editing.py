@@ -47,7 +47,7 @@ class Editing(Attachment):
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
         self._call = _Call()
         self._traced_rows: tuple[Any] | None = None
-        if any(isinstance(other, Editing) for other in attachments(self.embedding)):
+        if any(isinstance(other, Editing) for other in attachments(self.owner)):
             kind = type(self.owner).__name__
             raise RuntimeError(f"a Controller, or what else edits states, is attached to this {kind} already; detach it first, or leave its with block")
 

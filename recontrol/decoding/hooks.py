@@ -123,9 +123,9 @@ class Attachment:
         self.detach()
 
 
-def attachments(embedding: nn.Module) -> list[Attachment]:
-    """What is attached to an output embedding now."""
-    owners = [getattr(hook, "__self__", None) for hook in embedding._forward_pre_hooks.values()]
+def attachments(module: nn.Module) -> list[Attachment]:
+    """What has a hook before a module now; whatever edits states has one before the model that owns the output embedding."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, Attachment)]
 
 
