@@ -18,7 +18,7 @@ from recontrol.decoding.responses import Response
 class Trace:
     """What control did to one response; entry t of each list belongs to its token t.
 
-    Attributes:
+    Args:
         value_before: V(o_t), with several heads their weighted sum.
         value_after: V(o_t + u_t).
         edit_norm: |u_t|, of the edit as the model read it, in the model's dtype.
@@ -46,7 +46,7 @@ class Trace:
 class Generation(Response):
     """One response of `recontrol.generate`.
 
-    Attributes:
+    Args:
         token_ids: the tokens kept; the end-of-sequence token, if there is one, is the last.
         text: what the tokens add to the prompt's text, without special tokens.
         finish: "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
