@@ -119,16 +119,16 @@ void ascend_cpu(const Tensor& hidden, const Tensor& first, const Tensor& first_b
 void ascend_cuda(const Tensor& hidden, const Tensor& first, const Tensor& first_bias, const Tensor& gram, const optional<Tensor>& second,
                  const optional<Tensor>& second_transposed, const optional<Tensor>& second_bias, const Tensor& out, const Tensor& offset,
                  const Tensor& step_size, const Tensor& steps, const optional<Tensor>& mask, const optional<Tensor>& radius, const optional<Tensor>& target,
-                 bool dense, Tensor& edited, const optional<Tensor>& trace) {
+                 Tensor& edited, const optional<Tensor>& trace) {
   const c10::cuda::CUDAGuard guard(hidden.device());
   const Ascent ascent =
       ascent_of(hidden, first, first_bias, gram, second, second_transposed, second_bias, out, step_size, steps, mask, radius, target, edited, trace);
   TORCH_CHECK_VALUE(offset.device() == hidden.device() && offset.scalar_type() == at::kFloat && offset.numel() == 1, "offset must be one float32 number on ",
                     hidden.device(), ", found ", offset.sizes(), " on ", offset.device());
-  const auto bytes = static_cast<int64_t>(recontrol::cuda_workspace_bytes(ascent.network, ascent.batch.rows, dense));
+  const auto bytes = static_cast<int64_t>(recontrol::cuda_workspace_bytes(ascent.network, ascent.batch.rows));
   // From the caching allocator: in a graph, from the graph's own pool.
   const Tensor workspace = at::empty({bytes}, hidden.options().dtype(at::kByte));
-  recontrol::ascend_cuda(ascent.network, offset.const_data_ptr<float>(), ascent.batch, dense, workspace.mutable_data_ptr(),
+  recontrol::ascend_cuda(ascent.network, offset.const_data_ptr<float>(), ascent.batch, workspace.mutable_data_ptr(),
                          c10::cuda::getCurrentCUDAStream(hidden.device().index()).stream());
 }
 #endif
@@ -177,7 +177,7 @@ TORCH_LIBRARY_IMPL(recontrol_cpu, CPU, library) {
 TORCH_LIBRARY(recontrol_cuda, library) {
   library.def(
       "ascend(Tensor hidden, Tensor first, Tensor first_bias, Tensor gram, Tensor? second, Tensor? second_transposed, Tensor? second_bias, Tensor out, "
-      "Tensor offset, Tensor step_size, Tensor steps, Tensor? mask, Tensor? radius, Tensor? target, bool dense, Tensor(a!) edited, Tensor(b!)? trace) -> ()");
+      "Tensor offset, Tensor step_size, Tensor steps, Tensor? mask, Tensor? radius, Tensor? target, Tensor(a!) edited, Tensor(b!)? trace) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(recontrol_cuda, CUDA, library) { library.impl("ascend", ascend_cuda); }
@@ -198,15 +198,15 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   module.def(
       "cuda_why_not",
-      [](int64_t device, int64_t units, int64_t second_units, bool dense) -> std::optional<std::string> {
+      [](int64_t device, int64_t units, int64_t second_units) -> std::optional<std::string> {
         const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
         recontrol::ValueNetwork network;
         network.first.rows = units;
         network.second.rows = second_units;
-        const char* reason = recontrol::cuda_why_not(network, dense);
+        const char* reason = recontrol::cuda_why_not(network);
         return reason == nullptr ? std::nullopt : std::optional<std::string>(reason);
       },
-      pybind11::arg("device"), pybind11::arg("units"), pybind11::arg("second_units"), pybind11::arg("dense"),
+      pybind11::arg("device"), pybind11::arg("units"), pybind11::arg("second_units"),
       "Why an ascent cannot run on this GPU, or None; second_units is 0 with two layers.");
 #else
   module.attr("cuda") = pybind11::none();

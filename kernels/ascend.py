@@ -68,12 +68,90 @@ def _products(
 
 @triton.jit
 def _fraction_to_radius(move_square, edit_dot_move, room):
-    """`recontrol.ascent.trust_region.fraction_to_radius`, with division and root rounded as everywhere else."""
+    """`recontrol.ascent.oracle.fraction_to_radius`, with division and root rounded as everywhere else."""
     root = tl.sqrt_rn(tl.maximum(edit_dot_move * edit_dot_move + move_square * room, 0.0))
     above = tl.where(edit_dot_move > 0, room, root - edit_dot_move)
     below = tl.where(edit_dot_move > 0, edit_dot_move + root, move_square)
     fraction = tl.where(below > 0, tl.div_rn(above, tl.where(below > 0, below, 1.0)), 0.0)
     return tl.minimum(tl.maximum(fraction, 0.0), 1.0)
+
+
+@triton.jit
+def _value(z, out, offset):
+    """V at pre-activations z."""
+    return tl.sum(tl.where(z <= 0, 0.0, z) * out) + offset
+
+
+@triton.jit
+def _measured_step(z, velocity, slope, total, value, step_size, left, edit_square, row, radius_pointer, target_pointer):
+    """The length of a step that depends on V or |u|; how many steps are left with this one, and u.u after it."""
+    scale = step_size
+    if target_pointer is not None:
+        scale = 2 * step_size * (tl.load(target_pointer + row) - value)
+    if radius_pointer is not None:
+        radius = tl.load(radius_pointer + row)
+        square = scale * scale * tl.sum(slope * velocity)
+        dot = scale * tl.sum(total * velocity)
+        room = tl.maximum(radius * radius - edit_square, 0.0)
+        if 2 * dot + square > room:
+            scale = scale * _fraction_to_radius(square, dot, room)
+            left = tl.full((), 1, tl.int64)
+        edit_square += 2 * dot + square
+    return scale, left, edit_square
+
+
+@triton.jit
+def _steps_without_a_flip(z, velocity, step_size, left):
+    """How many steps can be taken at once before the sign of any unit changes, at least one."""
+    # Towards zero: on and falling, or off and rising.
+    nearing = tl.where(z > 0, velocity < 0, velocity > 0)
+    length = tl.min(tl.where(nearing, -z / tl.where(nearing, velocity, 1.0), float("inf")))
+    # Stay clear of rounding; a sign that changed all the same is seen later. The bound keeps the number an integer.
+    quiet = tl.minimum(tl.floor(length / step_size * (1 - 1e-5)), 1073741824.0).to(tl.int64)
+    return tl.minimum(tl.maximum(quiet, 1), left)
+
+
+@triton.jit
+def _advance(z, velocity, slope, total, lost, scale):
+    """One step: z, S, what the last rounding of S lost (Kahan 1965: plain sums of nearly equal terms round the same way each time), and flips."""
+    after = z + scale * velocity
+    flips = tl.sum(((after > 0) != (z > 0)).to(tl.int32))
+    term = scale * slope - lost
+    grown = total + term
+    return after, grown, (grown - total) - term, flips
+
+
+@triton.jit
+def _listed_changes(listed, changes, unit, change, READ_BACK: tl.constexpr):
+    """Write down the units whose slope changes, and by what; returns their number."""
+    picked = change != 0
+    place = tl.cumsum(picked.to(tl.int32), 0) - 1
+    # The list is written and read by different threads of this program: nobody may still be reading the last one.
+    tl.debug_barrier()
+    tl.store(changes + place, change, mask=picked)
+    tl.store(listed + place, unit, mask=picked)
+    if READ_BACK:
+        # Not every barrier waits for stores to arrive, but a thread that has read its own entry back has waited.
+        arrived = tl.load(listed + place, mask=picked, other=-1, volatile=True) == unit
+        picked = picked & arrived & (tl.load(changes + place, mask=picked, other=0.0, volatile=True) == change)
+    count = tl.sum(picked.to(tl.int32))
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _turned(velocity, listed, changes, count, gram_pointer, unit, units, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The velocity d + sum of change_j G[j, :] over the listed units. Only what changed is read of G."""
+    # Several rows at once are on their way from memory, and their sum is short.
+    for begin in range(0, count, AT_ONCE):
+        moved = tl.full((BLOCK,), 0.0, tl.float32)
+        for i in tl.static_range(AT_ONCE):
+            present = begin + i < count
+            j = tl.load(listed + begin + i, mask=present, other=0).to(tl.int64)
+            by = tl.load(changes + begin + i, mask=present, other=0.0)
+            moved += by * tl.load(gram_pointer + j * units + unit, mask=unit < tl.where(present, units, 0), other=0.0)
+        velocity += moved
+    return velocity
 
 
 @triton.jit(
@@ -105,102 +183,44 @@ def _climb(
     READ_BACK: tl.constexpr,
 ):
     """All steps of one row, with its units in registers: S, and V along the path. MEASURED: a step needs V or |u|."""
-    row = tl.program_id(0).to(tl.int64)
-    unit = tl.arange(0, BLOCK)
+    row, unit = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = unit < units
     # Padding units rest at z = d = 0 and never flip.
     z = tl.load(z_pointer + row * units + unit, mask=inside, other=0.0)
     velocity = tl.load(velocity_pointer + row * units + unit, mask=inside, other=0.0)
     out = tl.load(out_pointer + unit, mask=inside, other=0.0)
-    offset = tl.load(offset_pointer)
+    offset, step_size = tl.load(offset_pointer), tl.load(step_size_pointer + row)
     listed, changes, trace = listed_pointer + row * units, change_pointer + row * units, trace_pointer + row * trace_columns
-    step_size = tl.load(step_size_pointer + row)
     left = tl.load(steps_pointer + row)
     if mask_pointer is not None:
         left = tl.where(tl.load(mask_pointer + row) != 0, left, 0)
     if not MEASURED:
         # Steps of no length, however many.
         left = tl.where(step_size > 0, left, 0)
-    slope = tl.where(z > 0, out, 0.0)
-    total = tl.full((BLOCK,), 0.0, tl.float32)
-    # Step after step adds nearly the same, so plain sums would round the same way each time (Kahan 1965).
-    lost = tl.full((BLOCK,), 0.0, tl.float32)
-    taken = tl.full((), 0, tl.int64)
-    edit_square = tl.full((), 0.0, tl.float32)
-    flips = tl.full((), 1, tl.int32)
+    slope, total, lost = tl.where(z > 0, out, 0.0), tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+    taken, flips, edit_square = tl.full((), 0, tl.int64), tl.full((), 1, tl.int32), tl.full((), 0.0, tl.float32)
     while left > 0:
-        ahead = tl.full((), 1, tl.int64)
-        scale = step_size
+        ahead, scale = tl.full((), 1, tl.int64), step_size
         if MEASURED:
-            if TRACED or target_pointer is not None:
-                value = tl.sum(tl.where(z <= 0, 0.0, z) * out) + offset
-                if TRACED:
-                    tl.store(trace + taken, value, mask=taken < trace_columns)
-                if target_pointer is not None:
-                    scale = 2 * step_size * (tl.load(target_pointer + row) - value)
-            if radius_pointer is not None:
-                radius = tl.load(radius_pointer + row)
-                square = scale * scale * tl.sum(slope * velocity)
-                dot = scale * tl.sum(total * velocity)
-                room = tl.maximum(radius * radius - edit_square, 0.0)
-                if 2 * dot + square > room:
-                    scale = scale * _fraction_to_radius(square, dot, room)
-                    left = tl.full((), 1, tl.int64)
-                edit_square += 2 * dot + square
-        else:
-            # After a step without a flip, as many are taken at once as can be before any unit's sign changes.
-            if flips == 0:
-                # Towards zero: on and falling, or off and rising.
-                nearing = tl.where(z > 0, velocity < 0, velocity > 0)
-                length = tl.min(tl.where(nearing, -z / tl.where(nearing, velocity, 1.0), float("inf")))
-                # Stay clear of rounding; a sign that changed all the same is seen below. The bound keeps the number an integer.
-                quiet = tl.minimum(tl.floor(length / step_size * (1 - 1e-5)), 1073741824.0).to(tl.int64)
-                ahead = tl.minimum(tl.maximum(quiet, 1), left)
+            value = _value(z, out, offset)
+            if TRACED:
+                tl.store(trace + taken, value, mask=taken < trace_columns)
+            scale, left, edit_square = _measured_step(z, velocity, slope, total, value, scale, left, edit_square, row, radius_pointer, target_pointer)
+        elif flips == 0:
+            ahead = _steps_without_a_flip(z, velocity, step_size, left)
             scale = step_size * ahead.to(tl.float32)
-        after = z + scale * velocity
-        flipped = (after > 0) != (z > 0)
-        z = after
-        term = scale * slope - lost
-        grown = total + term
-        lost = (grown - total) - term
-        total = grown
-        left -= ahead
-        taken += ahead
-        flips = tl.sum(flipped.to(tl.int32))
+        z, total, lost, flips = _advance(z, velocity, slope, total, lost, scale)
+        left, taken = left - ahead, taken + ahead
         if (flips > 0) & (left > 0):
-            before = slope
-            slope = tl.where(z > 0, out, 0.0)
-            # Where most units flip, adding up the active ones anew is the shorter sum, and it starts without old rounding.
-            anew = 2 * flips > units
-            change = tl.where(anew, slope, slope - before)
-            velocity = tl.where(anew, 0.0, velocity)
-            picked = change != 0
-            place = tl.cumsum(picked.to(tl.int32), 0) - 1
-            # The list is written and read by different threads of this program: nobody may still be reading the last one.
-            tl.debug_barrier()
-            tl.store(changes + place, change, mask=picked)
-            tl.store(listed + place, unit, mask=picked)
-            if READ_BACK:
-                # Not every barrier waits for stores to arrive, but a thread that has read its own entry back has waited.
-                arrived = tl.load(listed + place, mask=picked, other=-1, volatile=True) == unit
-                arrived = arrived & (tl.load(changes + place, mask=picked, other=0.0, volatile=True) == change)
-                count = tl.sum((picked & arrived).to(tl.int32))
-            else:
-                count = tl.sum(picked.to(tl.int32))
-            tl.debug_barrier()
-            # Only what flipped is read of G. Several of its rows at once are on their way from memory, and their sum is short.
-            for begin in range(0, count, AT_ONCE):
-                moved = tl.full((BLOCK,), 0.0, tl.float32)
-                for i in tl.static_range(AT_ONCE):
-                    present = begin + i < count
-                    j = tl.load(listed + begin + i, mask=present, other=0).to(tl.int64)
-                    by = tl.load(changes + begin + i, mask=present, other=0.0)
-                    moved += by * tl.load(gram_pointer + j * units + unit, mask=unit < tl.where(present, units, 0), other=0.0)
-                velocity += moved
+            before, slope = slope, tl.where(z > 0, out, 0.0)
+            # Where most units flip, adding up the active ones afresh is the shorter sum, and it starts without old rounding.
+            afresh = 2 * flips > units
+            count = _listed_changes(listed, changes, unit, tl.where(afresh, slope, slope - before), READ_BACK)
+            velocity = _turned(tl.where(afresh, 0.0, velocity), listed, changes, count, gram_pointer, unit, units, BLOCK, AT_ONCE)
     tl.store(total_pointer + row * units + unit, total, mask=inside)
     if TRACED:
-        # A row that ended early keeps its last value; a NaN in a dead row shows, as in any other evaluation of V.
-        value = tl.sum(tl.where(z <= 0, 0.0, z) * out) + offset
+        # A row that ended early keeps its last value; NaN in a dead row propagates, as in any other evaluation of V.
+        value = _value(z, out, offset)
         for begin in range(0, trace_columns, BLOCK_TRACE):
             column = begin + tl.arange(0, BLOCK_TRACE)
             tl.store(trace + column, tl.full((BLOCK_TRACE,), 0.0, tl.float32) + value, mask=(column >= taken) & (column < trace_columns))

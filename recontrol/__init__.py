@@ -9,7 +9,7 @@ from recontrol.ascent.backends import backend_info
 from recontrol.checks import renamed
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
-from recontrol.value import ValueFunction
+from recontrol.value import ValueFunction, WeightedSum
 from recontrol.version import __version__
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.online import train_online
     from recontrol.training.train import train
-    from recontrol.value.weighted_sum import WeightedSum
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
@@ -50,7 +49,6 @@ _ON_DEMAND = {
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
     "Trace": "recontrol.generation.requests",
-    "WeightedSum": "recontrol.value.weighted_sum",
     "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
     "choose_at_kl": "recontrol.evaluation.frontier",

@@ -3,6 +3,7 @@
 import importlib
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -87,5 +88,8 @@ def required(module: str, extra: str) -> ModuleType:
 
 
 def renamed(old: str, new: str) -> None:
-    """Say once, where the caller of the caller stands, that a name has changed."""
-    warnings.warn(f"{old} is now {new}; the old name will go", DeprecationWarning, stacklevel=3)
+    """Warn once, at the line outside this package that uses it, that a name has changed."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "recontrol":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{old} is now {new}; the old name will go", DeprecationWarning, stacklevel=level)

@@ -75,9 +75,9 @@ def library() -> ctypes.CDLL:
     """Load what `_compiled` has made."""
     loaded = ctypes.CDLL(str(_compiled()))
     loaded.workspace_bytes.restype = ctypes.c_size_t
-    loaded.workspace_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
-    loaded.why_not.argtypes = [ctypes.c_void_p, ctypes.c_bool]
-    loaded.ascend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p]
+    loaded.workspace_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.why_not.argtypes = [ctypes.c_void_p]
+    loaded.ascend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     loaded.ascend.restype = loaded.why_not.restype = ctypes.c_char_p
     return loaded
 
@@ -129,7 +129,6 @@ def ascend(
     mask: Tensor | None,
     radius: Tensor | None,
     target: Tensor | None,
-    dense: bool,
     edited: Tensor,
     trace: Tensor | None,
 ) -> None:
@@ -151,14 +150,14 @@ def ascend(
         _at(trace) if columns else None,
         columns,
     )
-    reason = library().why_not(ctypes.byref(network), dense)
+    reason = library().why_not(ctypes.byref(network))
     if reason is not None:
         raise RuntimeError(reason.decode())
-    size = library().workspace_bytes(ctypes.byref(network), hidden.shape[0], dense)
+    size = library().workspace_bytes(ctypes.byref(network), hidden.shape[0])
     # Poisoned, and with a margin whose bytes must stay.
     workspace = torch.full((size + 512,), 0xFF, dtype=torch.uint8)
     start = -workspace.data_ptr() % 256
-    error = library().ascend(ctypes.byref(network), offset.data_ptr(), ctypes.byref(batch), dense, workspace.data_ptr() + start)
+    error = library().ascend(ctypes.byref(network), offset.data_ptr(), ctypes.byref(batch), workspace.data_ptr() + start)
     if error is not None:
         raise RuntimeError(error.decode())
     assert (workspace[start + size :] == 0xFF).all(), "something was written beyond the workspace"

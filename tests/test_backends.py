@@ -15,9 +15,9 @@ import recontrol as rc
 from recontrol import _C
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import AscentArguments, normalise
-from recontrol.ascent.backends import BACKENDS, cpu, dispatch, extension
+from recontrol.ascent.backends import BACKENDS, capturable, dispatch, extension, names
 
-CHOICES = "choose one of 'auto', 'cpu', 'torch', 'cuda', 'cuda-dense', 'triton', 'reference'"
+CHOICES = "choose one of 'auto', 'cpu', 'torch', 'cuda', 'triton', 'oracle'"
 SIZE = 6
 LOAD_ERROR = "the C++ extension could not be loaded (no such thing); install recontrol with a C++ compiler at hand"
 
@@ -44,15 +44,15 @@ def unloaded(monkeypatch):
 @pytest.fixture
 def used(monkeypatch):
     """The names of the backends that run, in order."""
-    names: list[str] = []
-    for name, module in BACKENDS.items():
+    found: list[str] = []
+    for name, backend in BACKENDS.items():
 
-        def run(*arguments, name=name, original=module.run):
-            names.append(name)
+        def run(*arguments, name=name, original=backend.run):
+            found.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(module, "run", run)
-    return names
+        monkeypatch.setattr(backend, "run", run)
+    return found
 
 
 def exactly(message: str) -> str:
@@ -87,9 +87,9 @@ class TestByName:
             rc.ascend(hidden, value, backend="cpu")
         assert used == [] and logged(caplog) == []
         # The others run it.
-        for name in ("torch", "reference"):
+        for name in ("torch", "oracle"):
             rc.ascend(hidden, value, backend=name)
-        assert used == ["torch", "reference"]
+        assert used == ["torch", "oracle"]
 
     def test_without_the_extension_the_reason_is_that_of_its_loading(self, unloaded, used):
         with pytest.raises(RuntimeError, match=exactly(f"backend 'cpu' cannot run here: {LOAD_ERROR}; {CHOICES}")):
@@ -152,13 +152,13 @@ class TestAuto:
 
     def test_it_goes_down_the_list_to_the_end(self, used, monkeypatch, caplog):
         caplog.set_level(logging.INFO, "recontrol")
-        names = [name for name in BACKENDS if name != "reference"]
-        for name in names:
+        others = [name for name in BACKENDS if name != "oracle"]
+        for name in others:
             monkeypatch.setattr(BACKENDS[name], "why_not", lambda *_, name=name: f"{name} is asleep")
         rc.ascend(*make())
-        assert used == ["reference"]
-        assert logged(caplog) == [f"backend 'auto' passes over '{name}': {name} is asleep" for name in names]
-        monkeypatch.setattr(BACKENDS["reference"], "why_not", lambda *_: "so is the last")
+        assert used == ["oracle"]
+        assert logged(caplog) == [f"backend 'auto' passes over '{name}': {name} is asleep" for name in others]
+        monkeypatch.setattr(BACKENDS["oracle"], "why_not", lambda *_: "so is the last")
         with pytest.raises(RuntimeError, match="no backend can run this ascent"):
             rc.ascend(*make())
 
@@ -166,7 +166,7 @@ class TestAuto:
         def broken(*_):
             raise RuntimeError("the kernel broke")
 
-        monkeypatch.setattr(cpu, "run", broken)
+        monkeypatch.setattr(BACKENDS["cpu"], "run", broken)
         with pytest.raises(RuntimeError, match="the kernel broke"):
             rc.ascend(*make())
         assert used == []
@@ -197,7 +197,7 @@ class TestInfo:
             statuses = rc.backend_info()["backends"]
             assert list(statuses) == list(BACKENDS)
             available = [name for name, status in statuses.items() if status["available"]]
-            assert [name for name in available if name in ("cpu", "torch", "reference")] == ["cpu", "torch", "reference"][without:]
+            assert [name for name in available if name in ("cpu", "torch", "oracle")] == ["cpu", "torch", "oracle"][without:]
             for name, status in statuses.items():
                 if status["available"] and not runs_on_cpu(status):
                     continue  # on the GPU, not on the CPU
@@ -257,44 +257,50 @@ def test_an_extension_that_cannot_be_loaded_is_remembered_with_the_error(monkeyp
     assert without.module is None
     assert re.fullmatch(r"the C\+\+ extension could not be loaded \(.*recontrol\._C.*\); install recontrol with a C\+\+ compiler at hand", without.load_error)
     # The module in use is not touched by it.
-    assert extension.load_error is None and cpu.status()["available"] is True
+    assert extension.load_error is None and BACKENDS["cpu"].status()["available"] is True
 
 
 class TestDispatch:
     def test_it_takes_what_was_measured_and_then_what_can_run_everything(self):
-        hidden, value = make()
-        assert dispatch.order(arguments_of(hidden, value), value.prepared())[:2] == ["cpu", "torch"]
-        hidden, value = hidden.to("meta"), value.to("meta")
-        assert dispatch.order(arguments_of(hidden, value), value.prepared())[0] == "torch"
+        assert dispatch.order("cpu")[:2] == ("cpu", "torch")
+        assert dispatch.order("cuda")[0] == dispatch.order("meta")[0] == "torch"
 
-    def test_every_backend_is_tried(self):
-        for dims in ((), (8,), (8, 7), (8, 7, 6)):
-            hidden, value = make(dims)
-            assert sorted(dispatch.order(arguments_of(hidden, value), value.prepared())) == sorted(BACKENDS)
+    @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+    def test_every_backend_is_tried_once(self, device):
+        assert sorted(dispatch.order(device)) == sorted(BACKENDS)
 
-    def test_a_row_of_the_table_holds_for_its_device_dtype_depth_and_batch(self, monkeypatch):
+    def test_the_information_follows_the_order_and_not_the_list_of_backends(self, monkeypatch, used):
+        monkeypatch.setattr(dispatch, "MEASURED", {"cpu": ("oracle",)})
+        rc.ascend(*make())
+        assert used == [rc.backend_info()["auto"]] == ["oracle"]
+
+
+class TestNames:
+    def test_they_are_those_that_are_accepted(self):
+        assert names() == ("auto", *BACKENDS) and all(backends.check_name(name) == name for name in names())
+        assert all(backend.name == name for name, backend in BACKENDS.items())
+
+    def test_the_name_of_earlier_releases_is_accepted_with_a_warning_at_the_line_that_uses_it(self, used):
         hidden, value = make()
-        wide, half = (torch.float32,), (torch.bfloat16, torch.float16)
-        for row, first in (
-            (dispatch.Measured("cpu", wide, (2,), 3, "reference", ""), "reference"),
-            (dispatch.Measured("cpu", half, (2,), 3, "reference", ""), "cpu"),
-            (dispatch.Measured("cpu", wide, (2,), 2, "reference", ""), "cpu"),
-            (dispatch.Measured("cpu", wide, (3,), 3, "reference", ""), "cpu"),
-            (dispatch.Measured("cuda", wide, (2,), 3, "reference", ""), "cpu"),
-        ):
-            monkeypatch.setattr(dispatch, "MEASURED", (row,))
-            assert dispatch.order(arguments_of(hidden, value), value.prepared())[0] == first
-            assert backends.choose("auto", arguments_of(hidden, value), value.prepared()) is BACKENDS[first]
+        with pytest.warns(DeprecationWarning, match=exactly("backend='reference' is now backend='oracle'; the old name will go")) as caught:
+            rc.ascend(hidden, value, backend="reference")
+        assert used == ["oracle"] and [warning.filename for warning in caught] == [__file__]
+        with pytest.warns(DeprecationWarning, match="backend='reference' is now") as caught:
+            controller = rc.Controller(value, backend="reference")
+        assert controller.backend == "oracle" and [warning.filename for warning in caught] == [__file__]
+
+    def test_those_that_never_wait_for_the_device(self):
+        assert capturable() == ("cuda", "triton")
 
 
 def test_every_backend_offers_the_same(used):
     """The same result up to rounding, the shapes and dtypes that the operator promises, and an answer to why not."""
     hidden, value = make()
     arguments, prepared = arguments_of(hidden, value), value.prepared()
-    for module in map(BACKENDS.get, RUNNING):
-        assert module.why_not(arguments, prepared) is None
+    for backend in map(BACKENDS.get, RUNNING):
+        assert backend.why_not(arguments, prepared) is None
         for columns in (0, 4):
-            edited, trace = module.run(arguments, prepared, columns)
+            edited, trace = backend.run(arguments, prepared, columns)
             assert edited.shape == (3, SIZE) and edited.dtype == torch.float32 and trace.shape == (3, columns) and trace.dtype == torch.float32
             # Three steps of a few roundings each, relative to numbers of size one.
             torch.testing.assert_close(edited, rc.oracle.ascend(hidden, value, 0.5, 3), rtol=1e-5, atol=1e-6)

@@ -8,9 +8,10 @@ import torch
 from controlled import Operations
 
 import recontrol as rc
+from recontrol.ascent.arguments import ROW_OPTIONS
 from recontrol.ascent.ascend import ascend
 from recontrol.decoding import control_batch
-from recontrol.decoding.control import ROW_SETTINGS, control_from_mapping
+from recontrol.decoding.control import control_from_mapping
 from recontrol.decoding.control_batch import ControlBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +47,7 @@ def batch_of(controls, **options):
 
 def alone(states, control, **options):
     heads = None if control.head_weights is None else torch.tensor(control.head_weights, dtype=states.dtype)
-    return rc.ascend(states, control.value, head_weights=heads, **{name: getattr(control, name) for name in ROW_SETTINGS}, **options)
+    return rc.ascend(states, control.value, head_weights=heads, **{option.name: getattr(control, option.name) for option in ROW_OPTIONS}, **options)
 
 
 def messages(caplog):
@@ -166,7 +167,7 @@ def test_settings_beyond_the_range_of_the_ascent_are_refused(kind):
 
 
 def test_a_mapping_has_the_fields_of_a_control():
-    assert [each.name for each in dataclasses.fields(rc.Control)] == ["value", *ROW_SETTINGS, "head_weights"]
+    assert [each.name for each in dataclasses.fields(rc.Control)] == ["value", *(option.name for option in ROW_OPTIONS), "head_weights"]
     control = control_from_mapping({"value": "both", "steps": 3, "head_weights": [1, 0]}, {"both": BOTH}.get)
     assert (control.value, control.step_size, control.steps, control.head_weights) == (BOTH, 0.5, 3, (1.0, 0.0))
 

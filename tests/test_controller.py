@@ -67,7 +67,7 @@ def value():
         ({"stop_token_ids": (False,)}, TypeError, "stop_token_ids must be integers, found False"),
         ({"stop_token_ids": 2}, TypeError, "stop_token_ids must be a sequence of numbers, found 2"),
         ({"stop_token_ids": "</s>"}, TypeError, "stop_token_ids must be a sequence of numbers, found '</s>'"),
-        ({"backend": "gpu"}, ValueError, "unknown backend 'gpu'; choose one of 'auto', 'cpu', 'torch', 'cuda', 'cuda-dense', 'triton', 'reference'"),
+        ({"backend": "gpu"}, ValueError, "unknown backend 'gpu'; choose one of 'auto', 'cpu', 'torch', 'cuda', 'triton', 'oracle'"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Backends "cuda" and "cuda-dense" against the float64 oracle: on a GPU where there is one, else the same sources on the host (tests/emulator).
+"""Backend "cuda" against the float64 oracle: on a GPU where there is one, else the same sources on the host (tests/emulator).
 
 The criteria are those of test_ascend.py. The emulator runs every thread of a launch in turn, hence the small numbers.
 """
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else [pytest.mark.usefixtures("one_thre
 emulator_only = pytest.mark.skipif(ON_GPU, reason="it asks the emulator for another device, or another order of threads")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# How the steps are taken, and of how many layers.
-WAYS = {"sparse": ("cuda", 2), "dense": ("cuda-dense", 2), "three layers": ("cuda", 3)}
+# How the steps are taken differs with the number of layers.
+WAYS = {"two layers": 2, "three layers": 3}
 # The plain path takes steps together, the measured one takes them one by one.
 OPTIONS = [{}, {"radius": 0.2}, {"target": 0.3}]
 
@@ -45,7 +45,7 @@ def climb(way, hidden, value, step_size=0.5, steps=30, *, return_trace=False, **
     """`rc.ascend` behind the choice of a backend, which would refuse tensors on the host."""
     arguments = normalise(hidden, value, step_size, steps, options.get("mask"), options.get("radius"), options.get("target"), options.get("head_weights"))
     columns = 1 + arguments.most_steps() if return_trace else 0
-    edited, trace = BACKENDS[WAYS[way][0]].run(arguments, value.prepared(), columns)
+    edited, trace = BACKENDS["cuda"].run(arguments, value.prepared(), columns)
     return (edited, trace) if return_trace else edited
 
 
@@ -54,7 +54,7 @@ def states(*shape):
 
 
 def dims_of(way, units, second=29):
-    return (units,) if WAYS[way][1] == 2 else (units, second)
+    return (units,) if WAYS[way] == 2 else (units, second)
 
 
 def network(way, hidden_size, units, **options):
@@ -100,7 +100,7 @@ def test_the_result_is_rounded_to_the_nearest_and_ties_to_even(dtype):
         for parameter in value.parameters():
             parameter.fill_(1)
     hidden = torch.cat([torch.linspace(0, 6, 97), 2.0 ** torch.arange(-12, 12)])[:, None].to(DEVICE, dtype)
-    assert torch.equal(climb("sparse", hidden, value, 1.0, 1), (hidden.float() + 1).to(dtype))
+    assert torch.equal(climb("two layers", hidden, value, 1.0, 1), (hidden.float() + 1).to(dtype))
 
 
 @pytest.mark.parametrize("hidden_size,units", [(1, 1), (7, 5), (33, 31), (70, 65)])
@@ -155,11 +155,11 @@ def test_huge_steps(way):
 
 def test_steps_without_a_flip_are_taken_together():
     """A million steps that a loop could not take in this time; the exact result of such small ones is known from their number."""
-    value, hidden = network("sparse", 9, 20), states(2, 9)
+    value, hidden = network("two layers", 9, 20), states(2, 9)
     steps, length = 2**20, 2.0**-20
-    one = climb("sparse", hidden, value, length, 1) - hidden
+    one = climb("two layers", hidden, value, length, 1) - hidden
     assert one.abs().max() < 1e-5
-    together = climb("sparse", hidden, value, length, steps)
+    together = climb("two layers", hidden, value, length, steps)
     exact, _ = oracle(hidden, value, 1 / 512, 512)
     # Steps 2000 times longer end elsewhere only behind a flip, by at most the length of one of them.
     assert (edit_error(together, exact, hidden) < 1 / 256).all()
@@ -246,27 +246,27 @@ def test_values_are_checked(way):
 @emulator_only
 def test_units_are_shared_out(major, units):
     emulated.configure(major=major)
-    value, hidden = network("sparse", 16, units), states(2, 16)
+    value, hidden = network("two layers", 16, units), states(2, 16)
     for options in ({}, {"radius": 0.4}):
         exact, trace = oracle(hidden, value, 0.5, 8, **options)
-        edited, found = climb("sparse", hidden, value, 0.5, 8, return_trace=True, **options)
+        edited, found = climb("two layers", hidden, value, 0.5, 8, return_trace=True, **options)
         assert (edit_error(edited, exact, hidden) <= 20 * rounding_error(exact, hidden)).all()
         torch.testing.assert_close(found.double(), trace, rtol=0, atol=100 * ROUNDOFF[torch.float32])
-        assert (edit_error(climb("sparse", hidden, value, 0.5, 8, **options), exact, hidden) <= 20 * rounding_error(exact, hidden)).all()
+        assert (edit_error(climb("two layers", hidden, value, 0.5, 8, **options), exact, hidden) <= 20 * rounding_error(exact, hidden)).all()
 
 
 @emulator_only
 def test_eight_blocks_with_two_units_a_thread():
     """The shape of 4096 units, with as few as take it."""
-    value, hidden = network("sparse", 8, 2050), states(1, 8)
+    value, hidden = network("two layers", 8, 2050), states(1, 8)
     exact, _ = oracle(hidden, value, 0.5, 3)
-    assert (edit_error(climb("sparse", hidden, value, 0.5, 3), exact, hidden) <= 20 * rounding_error(exact, hidden)).all()
+    assert (edit_error(climb("two layers", hidden, value, 0.5, 3), exact, hidden) <= 20 * rounding_error(exact, hidden)).all()
 
 
 @emulator_only
 def test_the_order_in_which_threads_run_does_not_matter(way):
     """A barrier that is missing lets a thread read what another has not written yet, or has overwritten already, in one order or another."""
-    value, hidden = network(way, 18, 300 if way == "sparse" else 40), states(3, 18)
+    value, hidden = network(way, 18, 300 if way == "two layers" else 40), states(3, 18)
     found = []
     for order in emulated.ORDERS:
         for processors in (1, 3) if order == "forward" else (3,):
@@ -277,39 +277,36 @@ def test_the_order_in_which_threads_run_does_not_matter(way):
 
 @emulator_only
 def test_more_units_than_a_chip_holds_are_refused():
-    def reason(major, units, dense):
+    def reason(major, units):
         emulated.configure(major=major)
         network = emulated.ValueNetwork()
         network.first.rows = units
-        return emulated.library().why_not(ctypes.byref(network), dense)
+        return emulated.library().why_not(ctypes.byref(network))
 
-    assert reason(9, 16384, False) is None and reason(8, 8192, False) is None
-    assert reason(9, 16385, False) == b"it keeps at most 16384 units of a row on the chip"
-    assert reason(8, 8193, False) == b"it keeps at most 8192 units of a row on a chip without clusters"
-    assert reason(9, 16385, True) is None
-    assert reason(7, 10, True) == b"it needs tensor cores for bfloat16, compute capability 8.0 or newer"
+    assert reason(9, 16384) is None and reason(8, 8192) is None
+    assert reason(9, 16385) == b"it keeps at most 16384 units of a row on the chip"
+    assert reason(8, 8193) == b"it keeps at most 8192 units of a row on a chip without clusters"
+    assert reason(7, 10) == b"it needs tensor cores for bfloat16, compute capability 8.0 or newer"
 
 
-@pytest.mark.parametrize("backend", ["cuda", "cuda-dense"])
-def test_without_cuda_in_the_extension_it_says_so(monkeypatch, backend):
+def test_without_cuda_in_the_extension_it_says_so(monkeypatch):
     monkeypatch.setattr(extension, "module", types.SimpleNamespace(cuda=None))
     wanted = "the extension was built without CUDA; install recontrol where nvcc and a CUDA build of torch are at hand"
     value, hidden = rc.ValueFunction(4, (5,)), torch.zeros(1, 4)
-    assert BACKENDS[backend].status() == {"available": False, "reason": wanted}
-    assert BACKENDS[backend].why_not(normalise(hidden, value, 0.5, 1, None, None, None, None), value.prepared()) == wanted
+    assert BACKENDS["cuda"].status() == {"available": False, "reason": wanted}
+    assert BACKENDS["cuda"].why_not(normalise(hidden, value, 0.5, 1, None, None, None, None), value.prepared()) == wanted
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(cuda, "_missing", lambda: None)
     monkeypatch.setattr(cuda, "_device_why_not", lambda *_: None)
 
-    def reason(backend, *dims, dtype=torch.float32, device="cuda"):
+    def reason(*dims, dtype=torch.float32, device="cuda"):
         value = rc.ValueFunction(4, dims).to(dtype)
         hidden = types.SimpleNamespace(device=torch.device(device, 0) if device == "cuda" else torch.device(device), dtype=dtype)
-        return BACKENDS[backend].why_not(types.SimpleNamespace(hidden=hidden), value.prepared())
+        return BACKENDS["cuda"].why_not(types.SimpleNamespace(hidden=hidden), value.prepared())
 
-    assert reason("cuda", 5) is None and reason("cuda", 5, 6) is None and reason("cuda-dense", 5) is None
-    assert reason("cuda", 5, device="cpu") == "it runs on GPUs of NVIDIA, the tensors are on cpu"
-    assert reason("cuda", 5, dtype=torch.float64) == "it computes in float32, the tensors are float64"
-    assert reason("cuda", 5, 6, 7) == "it has kernels for two and three linear layers, this value function has 4"
-    assert reason("cuda-dense", 5, 6) == "it has kernels for two linear layers, this value function has 3"
+    assert reason(5) is None and reason(5, 6) is None
+    assert reason(5, device="cpu") == "it runs on GPUs of NVIDIA, the tensors are on cpu"
+    assert reason(5, dtype=torch.float64) == "it computes in float32, the tensors are float64"
+    assert reason(5, 6, 7) == "it has kernels for two and three linear layers, this value function has 4"

@@ -13,8 +13,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import recontrol as rc
 from benchmarks.gpu.llama import DecodeStep
-from recontrol.ascent.backends import BACKENDS
-from recontrol.decoding.static_decoder import CAPTURABLE, StaticDecoder
+from recontrol.ascent.backends import BACKENDS, capturable
+from recontrol.decoding.static_decoder import StaticDecoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none")]
 NEW, LONGEST = 12, 32
@@ -23,7 +23,7 @@ STEP_SIZE, STEPS = 2.0, 20
 EDIT_ERROR = 1e-2
 
 
-@pytest.fixture(params=CAPTURABLE)
+@pytest.fixture(params=capturable())
 def backend(request):
     status = BACKENDS[request.param].status() if request.param in BACKENDS else {"available": False, "reason": "it is not in this build"}
     if not status["available"]:

@@ -268,6 +268,19 @@ def test_dtypes(weight_dtype, compute_dtype):
     assert not prepared.gram.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "oracle"])
+@pytest.mark.parametrize("dims", [(SIZE,), (SIZE, 9)], ids=["two-layers", "three-layers"])
+def test_autocast_changes_nothing(backend, dims):
+    """Neither what is prepared nor the ascent itself, whose products would be rounded to bfloat16."""
+    value, hidden = make(dims), torch.randn(3, SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (hidden @ hidden.T).dtype == torch.bfloat16
+        gram, (edited, trace) = value.prepared().gram, rc.ascend(hidden, value, return_trace=True, backend=backend)
+    again = fresh(value)
+    wanted, wanted_trace = rc.ascend(hidden, again, return_trace=True, backend=backend)
+    assert torch.equal(gram, again.prepared().gram) and torch.equal(edited, wanted) and torch.equal(trace, wanted_trace)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch", "auto"])
 def test_several_threads_at_once(backend):
     """The first ascent of each value function races with others; all see the same result."""

@@ -197,5 +197,5 @@ def test_a_backend_that_a_graph_cannot_hold_is_refused_by_name(model, monkeypatc
     monkeypatch.undo()
     with Controller(value_function(32), backend="torch").attach(model):
         monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
-        with pytest.raises(RuntimeError, match=r"'torch' of the controller waits for the device at every step.*choose one of 'cuda', 'cuda-dense', 'triton'"):
+        with pytest.raises(RuntimeError, match=r"'torch' of the controller waits for the device at every step.*choose one of 'cuda', 'triton'"):
             on_gpu.generate(PROMPTS[:1], max_new_tokens=NEW)

@@ -15,10 +15,11 @@ from oracle import ROUNDOFF, edit_error, integers, oracle, product_error, releas
 import recontrol as rc
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import normalise
+from recontrol.ascent.backends import BACKENDS
 from recontrol.ascent.backends import triton as backend
 
 pytest.importorskip("triton")
-STATUS = backend.status()
+STATUS = BACKENDS["triton"].status()
 if not STATUS["available"]:
     pytest.skip(STATUS["reason"], allow_module_level=True)
 DEVICE = "cpu" if STATUS["interpreted"] else "cuda"
@@ -290,7 +291,7 @@ class TestWhatItCannotDo:
         with pytest.raises(RuntimeError, match=re.escape(f"backend 'triton' cannot run here: {reason}")):
             climb(hidden, value)
         arguments = normalise(hidden, value, 0.5, 3, None, None, None, None)
-        assert backends.choose("auto", arguments, value.prepared()) is not backend
+        assert backends.choose("auto", arguments, value.prepared()) is not BACKENDS["triton"]
 
     @pytest.mark.parametrize("dims", [(), (8, 7), (8, 7, 6)], ids=len)
     def test_other_depths(self, dims):
@@ -300,10 +301,10 @@ class TestWhatItCannotDo:
         self.refused("it computes in float32, the tensors are float64", states(2, 6).double(), network(6, 8).double())
 
     def test_tensors_that_are_not_on_a_gpu_without_the_interpreter(self, monkeypatch):
-        monkeypatch.setattr(backend._kernels()[0], "interpreted", lambda: False)
+        monkeypatch.setattr(backend._kernels(), "interpreted", lambda: False)
         reason = "it runs on GPUs, the tensors are on cpu; Triton's interpreter runs there, slowly, where TRITON_INTERPRET=1 was set before"
         self.refused(reason, torch.randn(2, 6), rc.ValueFunction(6, (8,)))
-        assert backend.status()["available"] is torch.cuda.is_available()
+        assert BACKENDS["triton"].status()["available"] is torch.cuda.is_available()
 
     def test_without_triton(self):
         """Importing the package imports no triton, and without it the rest works and the reason names the remedy."""

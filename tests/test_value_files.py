@@ -58,7 +58,7 @@ class TestBadFolders:
         assert [(name, options["revision"], options["token"]) for name, options in asked] == [("somebody/value", "v1", "secret")]
 
     def test_path_is_a_file(self, saved):
-        with pytest.raises(ValueError, match=r"model.safetensors is a file; a value function is a folder.*use from_reference"):
+        with pytest.raises(ValueError, match=r"model.safetensors is a file; a value function is a folder.*use from_released"):
             rc.ValueFunction.from_pretrained(saved / "model.safetensors")
 
     @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -138,7 +138,7 @@ class TestBadFolders:
                 rc.ValueFunction.from_pretrained(saved)
 
 
-def reference_state(layers: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def released_state(layers: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A state dict as the released code saves it: fc1 and fc3, with fc2 between them for three layers."""
     linears = {"fc1": torch.nn.Linear(6, 8), "fc2": torch.nn.Linear(8, 5), "fc3": torch.nn.Linear(5 if layers == 3 else 8, 2)}
     return {
@@ -146,14 +146,14 @@ def reference_state(layers: int, dtype: torch.dtype = torch.float32) -> dict[str
     }
 
 
-class TestReferenceFiles:
+class TestReleasedFiles:
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("layers", [2, 3])
     def test_two_and_three_layers(self, tmp_path, layers, dtype, legacy):
-        state = reference_state(layers, dtype)
+        state = released_state(layers, dtype)
         torch.save(state, tmp_path / "value_model.pth", _use_new_zipfile_serialization=not legacy)
-        value = rc.ValueFunction.from_reference(tmp_path / "value_model.pth", provenance={"data": "HH"})
+        value = rc.ValueFunction.from_released(tmp_path / "value_model.pth", provenance={"data": "HH"})
         assert (value.hidden_size, value.hidden_dims, value.num_heads, value.dtype) == (6, (8,) if layers == 2 else (8, 5), 2, dtype)
         assert value.provenance == {"source": "value_model.pth", "data": "HH"}
         hidden = torch.randn(4, 6).to(dtype)
@@ -164,9 +164,15 @@ class TestReferenceFiles:
         value.save_pretrained(tmp_path / "ours")
         assert_same(rc.ValueFunction.from_pretrained(tmp_path / "ours"), value)
 
+    def test_the_name_of_earlier_releases(self, tmp_path):
+        torch.save(released_state(2), tmp_path / "value_model.pth")
+        with pytest.warns(DeprecationWarning, match="from_reference is now ValueFunction.from_released"):
+            value = rc.ValueFunction.from_reference(tmp_path / "value_model.pth", provenance={"data": "HH"})
+        assert_same(value, rc.ValueFunction.from_released(tmp_path / "value_model.pth", provenance={"data": "HH"}))
+
     def test_tensors_that_require_grad(self, tmp_path):
-        torch.save({name: torch.nn.Parameter(tensor) for name, tensor in reference_state(2).items()}, tmp_path / "value_model.pth")
-        assert rc.ValueFunction.from_reference(str(tmp_path / "value_model.pth")).hidden_dims == (8,)
+        torch.save({name: torch.nn.Parameter(tensor) for name, tensor in released_state(2).items()}, tmp_path / "value_model.pth")
+        assert rc.ValueFunction.from_released(str(tmp_path / "value_model.pth")).hidden_dims == (8,)
 
     @pytest.mark.parametrize(
         "change,message",
@@ -183,10 +189,10 @@ class TestReferenceFiles:
         ids=["extra", "missing", "half-a-layer", "number", "vector", "empty", "sizes", "dtypes"],
     )
     def test_foreign_state_dicts(self, tmp_path, change, message):
-        state = {name: tensor for name, tensor in {**reference_state(2), **change}.items() if tensor is not None}
+        state = {name: tensor for name, tensor in {**released_state(2), **change}.items() if tensor is not None}
         torch.save(state, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=rf"x\.pth .*{message}"):
-            rc.ValueFunction.from_reference(tmp_path / "x.pth")
+            rc.ValueFunction.from_released(tmp_path / "x.pth")
 
     @pytest.mark.parametrize(
         "content", [[1, 2], torch.ones(3), {}, {"model": {"fc1.weight": torch.ones(2, 2)}}, {1: 2}], ids=["list", "tensor", "empty", "nested", "numbers"]
@@ -194,7 +200,7 @@ class TestReferenceFiles:
     def test_files_that_hold_something_else(self, tmp_path, content):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=r"x\.pth is no value function of the released code: found keys"):
-            rc.ValueFunction.from_reference(tmp_path / "x.pth")
+            rc.ValueFunction.from_released(tmp_path / "x.pth")
 
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     def test_code_in_a_file_is_not_run(self, tmp_path):
@@ -205,29 +211,29 @@ class TestReferenceFiles:
         for content in (pickle.dumps({"fc1.weight": Trap()}), pickle.dumps([Trap()], protocol=0)):
             (tmp_path / "x.pth").write_bytes(content)
             with pytest.raises(ValueError, match=r"x\.pth is no readable torch state dict"):
-                rc.ValueFunction.from_reference(tmp_path / "x.pth")
+                rc.ValueFunction.from_released(tmp_path / "x.pth")
         torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
         with pytest.raises(ValueError, match="or holds other things than tensors"):
-            rc.ValueFunction.from_reference(tmp_path / "x.pth")
+            rc.ValueFunction.from_released(tmp_path / "x.pth")
         assert not (tmp_path / "sprung").exists()
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
     def test_cut_anywhere(self, tmp_path, legacy):
         path = tmp_path / "x.pth"
-        torch.save(reference_state(3), path, _use_new_zipfile_serialization=not legacy)
+        torch.save(released_state(3), path, _use_new_zipfile_serialization=not legacy)
         whole = path.read_bytes()
         for length in [0, 1, 2, 5, 20, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 40)]:
             path.write_bytes(whole[:length])
             with pytest.raises(ValueError, match=r"x\.pth is no"):
-                rc.ValueFunction.from_reference(path)
+                rc.ValueFunction.from_released(path)
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
     def test_damaged_bytes_raise_nothing_but_value_errors(self, tmp_path, legacy):
         """Damage within the numbers cannot be seen; anywhere else it is refused."""
         path = tmp_path / "x.pth"
-        torch.save(reference_state(2), path, _use_new_zipfile_serialization=not legacy)
+        torch.save(released_state(2), path, _use_new_zipfile_serialization=not legacy)
         whole, chance, refused = path.read_bytes(), random.Random(0), 0
         for _ in range(80):
             damaged = bytearray(whole)
@@ -235,13 +241,13 @@ class TestReferenceFiles:
                 damaged[chance.randrange(len(damaged))] = chance.randrange(256)
             path.write_bytes(damaged)
             try:
-                rc.ValueFunction.from_reference(path)
+                rc.ValueFunction.from_released(path)
             except ValueError:
                 refused += 1
         assert refused > 20
 
     def test_missing_file_and_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="value_model"):
-            rc.ValueFunction.from_reference(tmp_path / "value_model.pth")
+            rc.ValueFunction.from_released(tmp_path / "value_model.pth")
         with pytest.raises(ValueError, match=r"is a folder; the released code writes a \.pth file"):
-            rc.ValueFunction.from_reference(tmp_path)
+            rc.ValueFunction.from_released(tmp_path)

@@ -19,8 +19,7 @@ from benchmarks.race import Timing, Variant, race
 from benchmarks.traffic import traffic
 from benchmarks.value_nets import draw_hidden, initialised, trained
 from recontrol import ValueFunction
-from recontrol.ascent.backends import BACKENDS
-from recontrol.decoding.static_decoder import CAPTURABLE
+from recontrol.ascent.backends import BACKENDS, capturable
 
 # From hidden states and a value function to the edited states.
 Ascend = Callable[[Tensor, ValueFunction], Tensor]
@@ -29,8 +28,7 @@ SEED_STATES = 1000
 EDIT_ERROR = 1e-2
 REPLAYS = 4
 # What can be captured; "cpu" is there so that all of this runs without a GPU.
-OURS = {"cuda": CAPTURABLE, "cpu": ("cpu", "triton")}
-TWO_LAYERS_ONLY = ("cuda-dense", "triton")
+OURS = {"cuda": capturable(), "cpu": ("cpu", "triton")}
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ FULL = (
     *(Cell(2, "trained", batch, 0.2, 200, released=False) for batch in BATCHES),
     Cell(3, "trained", 1, 0.5, 30, released=False),
     Cell(3, "initialised", 1, 0.2, 200, released=False),
-    # Larger and larger steps flip more and more units: where do dense steps become the quicker way?
+    # Larger and larger steps flip more and more units: where does dense PyTorch become the quicker way?
     *(Cell(2, "initialised", batch, alpha, 30, released=False, compiled=False) for batch in (1, 32, 256) for alpha in (2.0, 8.0, 32.0, 128.0)),
 )
 TINY = (
@@ -192,7 +190,7 @@ def measure(cell: Cell, device: torch.device, tiny: bool) -> Outcome:
     """Time one case; each variant is compared with the oracle first, and has no row where it is wrong."""
     outcome, bench, variants = Outcome(), Bench(cell, device), []
     for backend in OURS[device.type]:
-        if cell.layers == 2 or backend not in TWO_LAYERS_ONLY:
+        if cell.layers == 2 or backend != "triton":
             with outcome.attempt(f"recontrol_{backend}"):
                 variants.append(bench.ours(backend))
     with outcome.attempt("dense"):

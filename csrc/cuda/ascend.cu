@@ -39,19 +39,6 @@ Climb two_layers(Pieces& pieces, const ValueNetwork& network, const float* offse
   return climb;
 }
 
-DenseSteps dense_steps(Pieces& pieces, const ValueNetwork& network, const float* offset, const AscentBatch& batch) {
-  DenseSteps climb;
-  for (Numbers* numbers : {&climb.z, &climb.d, &climb.total, &climb.lost, &climb.c[0], &climb.c[1]}) *numbers = pieces.numbers(batch.rows, network.first.rows);
-  climb.gram = network.gram;
-  climb.out = network.out;
-  climb.offset = offset;
-  climb.batch = batch;
-  climb.flips = static_cast<int*>(pieces.take(static_cast<size_t>(batch.rows) * 3 * sizeof(int)));
-  climb.rows = static_cast<RowState*>(pieces.take(static_cast<size_t>(batch.rows) * sizeof(RowState)));
-  climb.state = static_cast<BatchState*>(pieces.take(sizeof(BatchState)));
-  return climb;
-}
-
 ThreeLayers three_layers(Pieces& pieces, const ValueNetwork& network, const float* offset, const AscentBatch& batch) {
   ThreeLayers climb;
   climb.network = network;
@@ -68,27 +55,25 @@ ThreeLayers three_layers(Pieces& pieces, const ValueNetwork& network, const floa
 
 }  // namespace
 
-size_t cuda_workspace_bytes(const ValueNetwork& network, int64_t rows, bool dense) {
+size_t cuda_workspace_bytes(const ValueNetwork& network, int64_t rows) {
   Pieces pieces(nullptr);
   AscentBatch batch;
   batch.rows = rows;
   if (network.three_layers())
     three_layers(pieces, network, nullptr, batch);
-  else if (dense)
-    dense_steps(pieces, network, nullptr, batch);
   else
     two_layers(pieces, network, nullptr, batch);
   return pieces.bytes();
 }
 
-const char* cuda_why_not(const ValueNetwork& network, bool dense) {
+const char* cuda_why_not(const ValueNetwork& network) {
   if (current_device().major < 8) return "it needs tensor cores for bfloat16, compute capability 8.0 or newer";
-  if (!network.three_layers() && !dense && network.first.rows > most_units())
+  if (!network.three_layers() && network.first.rows > most_units())
     return most_units() > 8192 ? "it keeps at most 16384 units of a row on the chip" : "it keeps at most 8192 units of a row on a chip without clusters";
   return nullptr;
 }
 
-void ascend_cuda(const ValueNetwork& network, const float* offset, const AscentBatch& batch, bool dense, void* workspace, void* stream_pointer) {
+void ascend_cuda(const ValueNetwork& network, const float* offset, const AscentBatch& batch, void* workspace, void* stream_pointer) {
   if (batch.rows == 0) return;
   const auto stream = static_cast<Stream>(stream_pointer);
   const Device device = current_device();
@@ -98,12 +83,6 @@ void ascend_cuda(const ValueNetwork& network, const float* offset, const AscentB
     clear(climb.state, sizeof(BatchState), stream);
     launch_enter(network, batch, climb.z1, stream);
     launch_climb_three(climb, device, stream);
-    launch_leave(network, climb.total, batch, stream);
-  } else if (dense) {
-    const DenseSteps climb = dense_steps(pieces, network, offset, batch);
-    clear(climb.state, sizeof(BatchState), stream);
-    launch_enter(network, batch, climb.z, stream);
-    launch_climb_dense(climb, device, stream);
     launch_leave(network, climb.total, batch, stream);
   } else {
     const Climb climb = two_layers(pieces, network, offset, batch);

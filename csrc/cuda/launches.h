@@ -1,7 +1,6 @@
 // One function for each launch of an ascent; each is compiled on its own.
 #pragma once
 
-#include "dense_steps.h"
 #include "three_layers.h"
 #include "two_layers.h"
 
@@ -13,8 +12,6 @@ void launch_enter(const ValueNetwork& network, const AscentBatch& batch, Numbers
 void launch_first_velocity(const ValueNetwork& network, Numbers z, Numbers d, int64_t rows, Stream stream);
 // All steps of two layers: total = S
 void launch_climb(const Climb& climb, Stream stream);
-// All steps of two layers, with a whole product at each: total = S
-void launch_climb_dense(const DenseSteps& climb, const Device& device, Stream stream);
 // All steps of three layers: total = S
 void launch_climb_three(const ThreeLayers& climb, const Device& device, Stream stream);
 // edited = hidden + W1^T S

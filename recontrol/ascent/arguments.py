@@ -1,14 +1,36 @@
 """Checking the arguments of an ascent and bringing them to one shape."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from recontrol.checks import dtype_name, first_few, wide_dtype
 from recontrol.value import ValueFunction
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class RowOption:
+    """An option of the ascent that may differ from row to row."""
+
+    name: str
+    minimum: float = -math.inf
+    optional: bool = False
+    integer: bool = False
+
+
+# A new option is an entry here, a field of `AscentArguments`, an argument of `ascend` and of the oracle, and what the backends do with it.
+ROW_OPTIONS = (
+    RowOption("step_size", minimum=0),
+    RowOption("steps", minimum=0, integer=True),
+    RowOption("radius", minimum=0, optional=True),
+    RowOption("target", optional=True),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,11 @@ class AscentArguments:
     target: Tensor | None
     head_weights: Tensor
 
+    @property
+    def of_rows(self) -> tuple[Tensor | None, ...]:
+        """What has one entry a row, in the order in which kernels take it."""
+        return self.step_size, self.steps, self.mask, self.radius, self.target
+
     def live_steps(self) -> Tensor:
         """The number of steps of each row, 0 where it is masked out: (rows,), int64."""
         return self.steps if self.mask is None else torch.where(self.mask, self.steps, 0)
@@ -42,31 +69,25 @@ class AscentArguments:
         return int(self.steps.max()) if self.steps.numel() else 0
 
     def check(self) -> None:
-        """Refuse values that cannot be meant. While a CUDA graph is captured there are no values to look at.
-
-        Raises:
-            ValueError: hidden states of live rows that are NaN or infinite (the rows are named), a step size, radius or
-                target that is NaN, infinite or (the first two) negative, or a negative number of steps.
-        """
+        """Refuse invalid values with a ValueError that names the rows. Skipped while a CUDA graph is captured: there are no values yet."""
         if self.hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        # All conditions in one number, because each look at a number waits for the device.
-        bad = ~torch.isfinite(self.hidden).all(dim=1) & (self.live_steps() > 0)
-        conditions = [
-            (self.steps < 0, self.steps, "steps must be 0 or more", "row"),
-            (~torch.isfinite(self.step_size) | (self.step_size < 0), self.step_size, "step_size must be finite and 0 or more", "row"),
-            (~torch.isfinite(self.head_weights), self.head_weights, "head_weights must be finite", "head"),
-        ]
-        if self.radius is not None:
-            conditions.append((~torch.isfinite(self.radius) | (self.radius < 0), self.radius, "radius must be finite and 0 or more", "row"))
-        if self.target is not None:
-            conditions.append((~torch.isfinite(self.target), self.target, "target must be finite", "row"))
-        if not torch.cat([bad, *(condition for condition, *_ in conditions)]).any():
+        checked = [(_bad(self.head_weights, -math.inf), self.head_weights, "head_weights must be finite", "head")]
+        for option in ROW_OPTIONS:
+            given = getattr(self, option.name)
+            if given is not None:
+                conditions = [*([] if option.integer else ["finite"]), *(["0 or more"] if option.minimum == 0 else [])]
+                checked.append((_bad(given, option.minimum), given, f"{option.name} must be {' and '.join(conditions)}", "row"))
+        bad_states = ~torch.isfinite(self.hidden).all(dim=1) & (self.live_steps() > 0)
+        # One look at one number, because each look waits for the device.
+        if not torch.cat([bad_states, *(bad for bad, *_ in checked)]).any():
             return
-        for condition, given, wanted, noun in conditions:
-            _refuse(condition, given, wanted, noun)
-        rows = bad.nonzero().flatten().tolist()
-        raise ValueError(f"hidden states must be finite; NaN or infinite values in {_some(rows, 'row')} of {self.hidden.shape[0]}")
+        for bad, given, wanted, noun in checked:
+            if bad.any():
+                places = bad.nonzero().flatten().tolist()
+                raise ValueError(f"{wanted}, found {given[places[0]].item()} in {_places(places, noun)}")
+        rows = bad_states.nonzero().flatten().tolist()
+        raise ValueError(f"hidden states must be finite; NaN or infinite values in {_places(rows, 'row')} of {self.hidden.shape[0]}")
 
 
 def normalise(
@@ -74,17 +95,31 @@ def normalise(
     value: ValueFunction,
     step_size: float | Tensor,
     steps: int | Tensor,
-    mask: Tensor | None,
-    radius: float | Tensor | None,
-    target: float | Tensor | None,
-    head_weights: Tensor | None,
+    mask: Tensor | None = None,
+    radius: float | Tensor | None = None,
+    target: float | Tensor | None = None,
+    head_weights: Tensor | Sequence[float] | None = None,
 ) -> AscentArguments:
-    """Check types, shapes, dtypes and devices and spread scalars over the rows. Values are checked by `AscentArguments.check`.
+    """Check types, shapes, dtypes and devices (TypeError, ValueError) and spread scalars over the rows; `AscentArguments.check` checks values."""
+    _check_states(hidden, value)
+    rows, dtype, device = hidden.shape[0], wide_dtype(hidden.dtype), hidden.device
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, found {getattr(mask, 'dtype', type(mask).__name__)}")
+        mask = _spread(mask, rows, torch.bool, device, "mask")
+    given = {"step_size": step_size, "steps": steps, "radius": radius, "target": target}
+    spread: dict[str, Any] = dict.fromkeys(given)
+    for option in ROW_OPTIONS:
+        number = given[option.name]
+        if option.integer and not _may_be_integer(number):
+            raise TypeError(f"{option.name} must be an integer or an integer tensor, found {number.dtype if isinstance(number, Tensor) else number!r}")
+        if number is not None or not option.optional:
+            spread[option.name] = _spread(number, rows, torch.int64 if option.integer else dtype, device, option.name)
+    return AscentArguments(hidden=hidden.detach(), mask=mask, head_weights=_head_weights(head_weights, value.num_heads, dtype, device), **spread)
 
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape or on the wrong device.
-    """
+
+def _check_states(hidden: Any, value: Any) -> None:
+    """Refuse hidden states and a value function that do not go together."""
     if not isinstance(value, ValueFunction):
         raise TypeError(f"value must be a recontrol.ValueFunction, found {type(value).__name__}")
     if not isinstance(hidden, Tensor) or hidden.dtype not in FLOATING:
@@ -100,35 +135,14 @@ def normalise(
     devices = {parameter.device for parameter in (*weights, *biases)}
     if devices != {hidden.device}:
         raise ValueError(f"hidden is on {hidden.device}, the value function on {', '.join(sorted(map(str, devices)))}; move one of them")
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = hidden.shape[0]
-    if head_weights is None:
-        if value.num_heads != 1:
-            raise ValueError(f"the value function has {value.num_heads} heads: give head_weights, a tensor of {value.num_heads} weights")
-        head_weights = torch.ones(1, dtype=dtype, device=hidden.device)
-    else:
-        head_weights = _head_weights(head_weights, value.num_heads, hidden.device).to(dtype=dtype, device=hidden.device)
-        if head_weights.shape != (value.num_heads,):
-            raise ValueError(f"head_weights must have shape ({value.num_heads},), found {tuple(head_weights.shape)}")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, found {getattr(mask, 'dtype', type(mask).__name__)}")
-        mask = _spread(mask, rows, torch.bool, hidden.device, "mask")
-    if isinstance(steps, bool) or (isinstance(steps, Tensor) and (steps.is_floating_point() or steps.dtype == torch.bool)) or isinstance(steps, float):
-        raise TypeError(f"steps must be an integer or an integer tensor, found {steps.dtype if isinstance(steps, Tensor) else steps!r}")
-    return AscentArguments(
-        hidden=hidden.detach(),
-        step_size=_spread(step_size, rows, dtype, hidden.device, "step_size"),
-        steps=_spread(steps, rows, torch.int64, hidden.device, "steps"),
-        mask=mask,
-        radius=None if radius is None else _spread(radius, rows, dtype, hidden.device, "radius"),
-        target=None if target is None else _spread(target, rows, dtype, hidden.device, "target"),
-        head_weights=head_weights,
-    )
 
 
-def _head_weights(given: Tensor | Sequence[float], num_heads: int, device: torch.device) -> Tensor:
-    """The weights of the heads as given; numbers may come from another device than that of the hidden states."""
+def _head_weights(given: Any, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights of the heads on the device of the hidden states; they may come from another one."""
+    if given is None:
+        if num_heads != 1:
+            raise ValueError(f"the value function has {num_heads} heads: give head_weights, a tensor of {num_heads} weights")
+        return torch.ones(1, dtype=dtype, device=device)
     try:
         weights = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -137,21 +151,23 @@ def _head_weights(given: Tensor | Sequence[float], num_heads: int, device: torch
         raise TypeError(f"head_weights must be real numbers, found {weights.dtype}")
     if weights.is_meta and device.type != "meta":
         raise ValueError(f"head_weights is on {weights.device}, hidden on {device}; move one of them")
-    return weights
+    if weights.shape != (num_heads,):
+        raise ValueError(f"head_weights must have shape ({num_heads},), found {tuple(weights.shape)}")
+    return weights.to(dtype=dtype, device=device)
 
 
-def _spread(given: float | int | Tensor, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
+def _spread(given: Any, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
     """A (rows,) tensor from a scalar or a (rows,) tensor."""
     if not isinstance(given, Tensor):
         if isinstance(given, bool) or not isinstance(given, int | float):
             raise TypeError(f"{name} must be a number or a tensor, found {type(given).__name__}")
         if torch.compiler.is_compiling() and isinstance(given, float):
-            # In `full` every other float would be compiled anew.
+            # `full` would compile again for every other float.
             return torch.ones(rows, dtype=dtype, device=device) * given
         try:
             return torch.full((rows,), given, dtype=dtype, device=device)
         except (RuntimeError, OverflowError):
-            raise ValueError(f"{name} must be a number that {_names((dtype,))} can hold, found {given!r}") from None
+            raise ValueError(f"{name} must be a number that {dtype_name(dtype)} can hold, found {given!r}") from None
     if given.is_complex() or (given.dtype == torch.bool) != (dtype == torch.bool):
         raise TypeError(f"{name} must be a number or a tensor of real numbers, found {given.dtype}")
     if given.device != device and (given.dim() > 0 or given.is_meta):
@@ -161,17 +177,19 @@ def _spread(given: float | int | Tensor, rows: int, dtype: torch.dtype, device: 
     return given.detach().to(dtype=dtype, device=device).expand(rows).contiguous()
 
 
-def _refuse(bad: Tensor, given: Tensor, wanted: str, noun: str) -> None:
-    if bad.any():
-        places = bad.nonzero().flatten().tolist()
-        raise ValueError(f"{wanted}, found {given[places[0]].item()} in {_some(places, noun)}")
+def _may_be_integer(given: Any) -> bool:
+    if isinstance(given, Tensor):
+        return not given.is_floating_point() and given.dtype != torch.bool
+    return not isinstance(given, bool | float)
 
 
-def _some(numbers: list[int], noun: str) -> str:
-    """`row 3`, `rows 1, 2`, or the first eight and how many more."""
-    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}"
+def _bad(given: Tensor, minimum: float) -> Tensor:
+    return ~torch.isfinite(given) | (given < minimum)
+
+
+def _places(numbers: list[int], noun: str) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {first_few(numbers)}"
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return ", ".join(map(dtype_name, dtypes))

@@ -1,5 +1,10 @@
 """Gradient ascent on a value function: the one operation that every decode step under control runs."""
 
+import dataclasses
+import types
+import typing
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -40,9 +45,9 @@ def ascend(
         target: climb -(V - target)^2 instead of V, that is, scale each step by 2 (target - V). A float or (rows,).
         head_weights: (num_heads,), the objective is the weighted sum of the heads; required if there are several.
         return_trace: also return V(h + u) after 0, 1, ... steps; a row that ends early keeps its last value.
-        backend: "auto", "cpu" (C++), "torch" (closed form), "cuda" (CUDA kernels), "cuda-dense" (the same with a whole product a step,
-            for steps at which very many units flip), "triton" (two linear layers on a GPU), or "reference" (autograd loop). A
-            backend asked for by name runs or raises; "auto" takes the one that was measured to be the quickest.
+        backend: "auto", "cpu" (C++), "torch" (closed form), "cuda" (CUDA kernels), "triton" (two linear layers on a GPU), or
+            "oracle" (autograd loop). A backend asked for by name runs or raises; "auto" takes the one that was measured to be the
+            quickest.
 
     Returns:
         (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), float32 (float64 for float64).
@@ -56,70 +61,49 @@ def ascend(
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
     arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
-    backends.check_name(backend)
+    backend = backends.check_name(backend)
     columns = 0
     if return_trace:
         columns = 1 + (steps if isinstance(steps, int) and hidden.shape[0] else arguments.most_steps())
-    weights, biases = value.parameters_by_kind
-    # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or hidden.is_meta
-    run = torch.ops.recontrol.ascend if traced else _ascend
-    with torch.no_grad():
-        edited, trace = run(
-            arguments.hidden,
-            weights,
-            biases,
-            arguments.step_size,
-            arguments.steps,
-            arguments.mask,
-            arguments.radius,
-            arguments.target,
-            arguments.head_weights,
-            value._cache.key,
-            backend,
-            columns,
-        )
+    edited, trace = climb(arguments, value, backend, columns)
     return (edited, trace) if return_trace else edited
 
 
-def _ascend(
-    hidden: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    step_size: Tensor,
-    steps: Tensor,
-    mask: Tensor | None,
-    radius: Tensor | None,
-    target: Tensor | None,
-    head_weights: Tensor,
-    cache_key: int,
-    backend: str,
-    trace_columns: int,
-) -> tuple[Tensor, Tensor]:
+def climb(arguments: AscentArguments, value: ValueFunction, backend: str = "auto", trace_columns: int = 0) -> tuple[Tensor, Tensor]:
+    """`ascend` for arguments that are normalised: the edited states, and the trace of V, (rows, trace_columns)."""
+    weights, biases = value.parameters_by_kind
+    # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or arguments.hidden.is_meta
+    run = torch.ops.recontrol.ascend if traced else _ascend
+    rest = [getattr(arguments, name) for name in _REST]
+    with torch.no_grad():
+        return run(arguments.hidden, weights, biases, *rest, value._cache.key, backend, trace_columns)
+
+
+def _ascend(hidden: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     """Pick the backend, which checks the values, and run it. Opaque to `torch.compile`, so that all of this may look at the data."""
-    arguments = AscentArguments(hidden, step_size, steps, mask, radius, target, head_weights)
+    *tensors, cache_key, backend, trace_columns = rest
+    arguments = AscentArguments(hidden, *tensors)
     prepared = cache_of(cache_key).get(weights, biases)
-    edited, trace = backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
+    # Kernels take float32 where autocast would make half-precision products.
+    with torch.autocast(hidden.device.type, enabled=False):
+        edited, trace = backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
     # What the fake below promises, even for states that lie transposed.
     return edited.contiguous(), trace
 
 
-_ascend_op = torch.library.custom_op("recontrol::ascend", _ascend, mutates_args=())
+def _parameter(field: dataclasses.Field) -> str:
+    """A parameter of the operator: `Tensor? mask`."""
+    optional = isinstance(field.type, types.UnionType) and type(None) in typing.get_args(field.type)
+    return f"Tensor{'?' if optional else ''} {field.name}"
 
 
-@_ascend_op.register_fake
-def _(
-    hidden: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    step_size: Tensor,
-    steps: Tensor,
-    mask: Tensor | None,
-    radius: Tensor | None,
-    target: Tensor | None,
-    head_weights: Tensor,
-    cache_key: int,
-    backend: str,
-    trace_columns: int,
-) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), step_size.new_empty(hidden.shape[0], trace_columns)
+_FIELDS = dataclasses.fields(AscentArguments)[1:]
+_REST = tuple(field.name for field in _FIELDS)
+_SCHEMA = f"(Tensor hidden, Tensor[] weights, Tensor[] biases, {', '.join(map(_parameter, _FIELDS))}, SymInt cache_key, str backend, SymInt trace_columns)"
+_operator = torch.library.custom_op("recontrol::ascend", _ascend, mutates_args=(), schema=f"{_SCHEMA} -> (Tensor, Tensor)")
+
+
+@_operator.register_fake
+def _(hidden: Tensor, weights: list[Tensor], biases: list[Tensor], step_size: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), step_size.new_empty(hidden.shape[0], rest[-1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recontrol.ascent.arguments import AscentArguments, normalise
-from recontrol.ascent.trust_region import fraction_to_radius
+from recontrol.checks import wide_dtype
 from recontrol.value import ValueFunction
 
 
@@ -49,24 +49,13 @@ def ascend(
     """
     arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
     arguments.check()
-    dtype = dtype or (torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    edited, trace = ascend_loop(arguments, *value.parameters_by_kind, dtype)
+    edited, trace = ascend_loop(arguments, *value.parameters_by_kind, dtype or wide_dtype(hidden.dtype))
     return (edited, trace) if return_trace else edited
 
 
 @torch.inference_mode(False)
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the steps by autograd; what `ascend` runs when its arguments are checked.
-
-    Args:
-        arguments: of one ascent.
-        weights: of the value function, first layer first.
-        biases: likewise.
-        dtype: compute in this precision.
-
-    Returns:
-        The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1).
-    """
+    """Take the steps by autograd: the edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1)."""
     # Clones, because tensors made under inference_mode cannot take part in autograd.
     weights = [weight.detach().clone().to(dtype) for weight in weights]
     biases = [bias.detach().clone().to(dtype) for bias in biases]
@@ -102,3 +91,14 @@ def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: S
         edit = torch.where(live[:, None], edit + move, edit)
     edited = (start + edit).to(arguments.hidden.dtype)
     return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace
+
+
+def fraction_to_radius(move_square: Tensor, edit_dot_move: Tensor, room: Tensor) -> Tensor:
+    """Where a step m crosses the trust region: the t in [0, 1] with |u + t m| = radius, given m.m, u.m and radius^2 - u.u, each (rows,).
+
+    It is the positive root of t^2 m.m + 2 t u.m - room = 0.
+    """
+    root = torch.sqrt(torch.clamp(edit_dot_move * edit_dot_move + move_square * room, min=0))
+    # Two forms of the same root: each is used where it does not subtract nearly equal numbers.
+    fraction = torch.where(edit_dot_move > 0, room / (edit_dot_move + root), (root - edit_dot_move) / move_square)
+    return torch.nan_to_num(fraction, nan=0.0).clamp(0, 1)

@@ -26,16 +26,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Upload, or print the card."""
     from recontrol.value import ValueFunction
+    from recontrol.value.card import model_card
+    from recontrol.value.files import local_folder
 
     if not options.card and not options.repo:
         raise ValueError("give --repo, or --card to print the model card")
-    value = ValueFunction.from_pretrained(options.value)
     if options.card:
-        from recontrol.value.card import model_card
-
-        print(model_card(value, options.repo))
+        print(model_card(local_folder(options.value), options.repo))
         return
-    address = value.push_to_hub(
+    address = ValueFunction.from_pretrained(options.value).push_to_hub(
         options.repo,
         private=options.private or None,
         revision=options.revision,

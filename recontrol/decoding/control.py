@@ -2,33 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
+from recontrol.ascent.arguments import ROW_OPTIONS
 from recontrol.checks import dtype_name, integer, number, several
 from recontrol.configs import from_mapping
 from recontrol.value import ValueFunction
 
 # Upper bound of `steps`: must fit int32.
 MOST_STEPS = 2**31 - 1
-
-
-def _number_of_steps(name: str, given: Any) -> int:
-    steps = integer(name, given)
-    if steps > MOST_STEPS:
-        raise ValueError(f"{name} must be at most {MOST_STEPS}, found {given}")
-    return steps
-
-
-# The settings that are one number a row in an ascent, and how each is checked.
-ROW_SETTINGS: dict[str, Callable[[str, Any], float]] = {
-    "step_size": partial(number, minimum=0),
-    "steps": _number_of_steps,
-    "radius": partial(number, minimum=0),
-    "target": number,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +46,13 @@ class Control:
     def __post_init__(self) -> None:
         if not isinstance(self.value, ValueFunction):
             raise TypeError(f"value must be a recontrol.ValueFunction, found {type(self.value).__name__}")
-        for name, check in ROW_SETTINGS.items():
-            given, default = getattr(self, name), getattr(Control, name)
-            if given is not None or default is not None:
-                object.__setattr__(self, name, check(name, given))
+        for option in ROW_OPTIONS:
+            given = getattr(self, option.name)
+            if given is not None or not option.optional:
+                checked = integer(option.name, given) if option.integer else number(option.name, given, option.minimum)
+                object.__setattr__(self, option.name, checked)
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, found {self.steps}")
         object.__setattr__(self, "head_weights", _head_weights(self.head_weights, self.value.num_heads))
 
     def check_range(self, dtype: torch.dtype, where: str = "") -> None:
@@ -74,7 +61,7 @@ class Control:
         Raises:
             ValueError: the setting is named; `where` says whose it is.
         """
-        for name in (*ROW_SETTINGS, "head_weights"):
+        for name in (*(option.name for option in ROW_OPTIONS), "head_weights"):
             given = getattr(self, name)
             numbers = given if isinstance(given, tuple) else () if given is None else (given,)
             if any(abs(each) > torch.finfo(dtype).max for each in numbers):

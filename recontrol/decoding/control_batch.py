@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recontrol.ascent.arguments import ROW_OPTIONS
 from recontrol.ascent.ascend import ascend
 from recontrol.checks import wide_dtype
-from recontrol.decoding.control import ROW_SETTINGS, Control
+from recontrol.decoding.control import Control
 from recontrol.value import ValueFunction
 
 logger = logging.getLogger("recontrol")
@@ -128,17 +129,17 @@ class ControlBatch:
 
 
 def _group_key(control: Control) -> Any:
-    return id(control.value), control.head_weights, *(getattr(control, name) is None for name in ROW_SETTINGS)
+    return id(control.value), control.head_weights, *(getattr(control, option.name) is None for option in ROW_OPTIONS)
 
 
 def _group(controls: Sequence[Any], places: list[int] | None) -> _Group:
     value, weights = controls[0].value, controls[0].head_weights
     wide, device = wide_dtype(value.dtype), value.device
     settings: dict[str, Any] = {"head_weights": None if weights is None else torch.tensor(weights, dtype=wide, device=device)}
-    for name in ROW_SETTINGS:
-        numbers = [getattr(control, name) for control in controls]
-        dtype = torch.int64 if isinstance(numbers[0], int) else wide
-        settings[name] = numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=dtype, device=device)
+    for option in ROW_OPTIONS:
+        numbers = [getattr(control, option.name) for control in controls]
+        dtype = torch.int64 if option.integer else wide
+        settings[option.name] = numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=dtype, device=device)
     return _Group(value, None if places is None else torch.tensor(places, device=device), settings)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from recontrol.ascent import backends
-from recontrol.ascent.arguments import normalise
+from recontrol.ascent.arguments import ROW_OPTIONS, normalise
 from recontrol.checks import integer, several, wide_dtype
-from recontrol.decoding.control import ROW_SETTINGS, Control
+from recontrol.decoding.control import Control
 from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import CACHE_NAMES
@@ -58,7 +58,7 @@ class Controller(Control):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        backends.check_name(self.backend)
+        object.__setattr__(self, "backend", backends.check_name(self.backend))
         if self.stop_token_ids is not None:
             tokens = tuple(integer("stop_token_ids", token) for token in several("stop_token_ids", self.stop_token_ids))
             object.__setattr__(self, "stop_token_ids", tokens)
@@ -122,9 +122,8 @@ class Handle(Editing):
         """The name of the backend that climbs from this many states: the controller's, or what "auto" takes for them."""
         chosen = self.controller
         hidden = torch.zeros(rows, chosen.value.hidden_size, dtype=self.dtype(), device=chosen.value.device)
-        settings: dict[str, Any] = {name: getattr(chosen, name) for name in (*ROW_SETTINGS, "head_weights")}
-        backend = backends.choose(chosen.backend, normalise(hidden, chosen.value, mask=None, **settings), chosen.value.prepared())
-        return next(name for name, module in backends.BACKENDS.items() if module is backend)
+        settings: dict[str, Any] = {name: getattr(chosen, name) for name in (*(option.name for option in ROW_OPTIONS), "head_weights")}
+        return backends.choose(chosen.backend, normalise(hidden, chosen.value, **settings), chosen.value.prepared()).name
 
     def detach(self) -> None:
         """Remove the hooks; the model is as it was. May be called again."""

@@ -1,7 +1,5 @@
 """Fingerprints of language models: a few of their weights, which identify a model in any dtype."""
 
-import hashlib
-import json
 import re
 import zlib
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recontrol.decoding.hooks import embedding_owner, output_embedding
+from recontrol.value.provenance import fingerprint_hash as fingerprint_hash
 
 MATRICES = 64
 OUTPUT_ELEMENTS = 32
@@ -79,19 +78,6 @@ def difference(recorded: dict[str, Any], model: Any) -> str | None:
             first = apart[0] if apart else 0
             return f"the weights differ from those of {name}: in {parameter} {found[first]:.6g} was found, {wanted[first]:.6g} was wanted"
     return None
-
-
-def fingerprint_hash(fingerprint: dict[str, Any]) -> str:
-    """A short name for exactly this fingerprint (SHA-256, its name left out); the same model in another dtype has another.
-
-    Args:
-        fingerprint: what `model_fingerprint` returned.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    content = {key: value for key, value in fingerprint.items() if key != "name"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _parameters(owner: Any) -> dict[str, Tensor]:

@@ -17,5 +17,5 @@ def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", 
 
 def load_value_function(name: str, model: Any) -> ValueFunction:
     """The value function of a folder, a name on the hub or a .pth file of the released code, on the device where a model makes its logits."""
-    loaded = ValueFunction.from_reference(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
+    loaded = ValueFunction.from_released(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
     return loaded.to(model.get_output_embeddings().weight.device)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
+from recontrol.ascent.backends import capturable
 from recontrol.decoding.batches import check_options, effective
 from recontrol.decoding.controller import Handle
 from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, output_embedding
 
-# Backends that wait for nothing on the host, so that a graph can hold them.
-CAPTURABLE = ("cuda", "cuda-dense", "triton")
 # Modes of the compiler that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 _OWN_CACHE = "the decoder has a cache of its own"
@@ -111,10 +110,10 @@ class StaticDecoder:
         if self.compile_config is None or self.compile_config.mode not in GRAPH_MODES or self.model.device.type == "cpu":
             return
         for handle in attachments(self._embedding):
-            if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in CAPTURABLE:
+            if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in capturable():
                 raise RuntimeError(
                     f"backend {backend!r} of the controller waits for the device at every step, so no CUDA graph can hold it; choose one of "
-                    f"{', '.join(map(repr, CAPTURABLE))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
+                    f"{', '.join(map(repr, capturable()))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
                 )
 
 

@@ -47,13 +47,12 @@ class RequestEditing(Editing):
 
     def __init__(self, model: Any, controls: Sequence[Control | None], *, backend: str = "auto", allow_other_model: bool = False, trace: bool = False):
         super().__init__(model)
-        backends.check_name(backend)
         self.source: Callable[[dict[str, Any]], Rows | None] = lambda given: None
         self.traces: dict[int, Trace] = {index: Trace() for index, control in enumerate(controls) if control is not None} if trace else {}
         # Without steps there is nothing to do, unless the value is to be traced.
         self._controls = {index: control for index, control in enumerate(controls) if control is not None and (trace or control.steps > 0)}
         self._places: tuple[list[int], Tensor] | None = None
-        self._batch = ControlBatch(backend)
+        self._batch = ControlBatch(backends.check_name(backend))
         for index, control in self._controls.items():
             control.check_range(wide_dtype(self.dtype()), f" in the control of prompt {index}")
         for value in {id(control.value): control.value for control in self._controls.values()}.values():

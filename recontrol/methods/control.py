@@ -46,7 +46,7 @@ class ReControl(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.control, Control):
             raise TypeError(f"control must be a recontrol.Control, found {type(self.control).__name__}")
-        backends.check_name(self.backend)
+        object.__setattr__(self, "backend", backends.check_name(self.backend))
 
     @property
     def settings(self) -> dict[str, Any]:

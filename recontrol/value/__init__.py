@@ -1,5 +1,5 @@
 """The value function, its files, and what is prepared from its weights."""
 
-from recontrol.value.function import ValueFunction
+from recontrol.value.function import ValueFunction, WeightedSum
 
-__all__ = ["ValueFunction"]
+__all__ = ["ValueFunction", "WeightedSum"]

@@ -1,13 +1,15 @@
 """The model card of a value function, written from its provenance."""
 
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.data.rewards.checks import names_of_heads
-from recontrol.decoding.fingerprint import fingerprint_hash
-from recontrol.value import ValueFunction
+from recontrol.checks import dtype_name
+from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
+from recontrol.value.provenance import fingerprint_hash, names_of_heads
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # At the start of an entry, or after a name given to it.
@@ -18,16 +20,13 @@ CURVE_ROWS = 20
 ROLLOUTS = ("num_prompts", "prompts_sha256", "num_samples", "generation", "stop_strings", "seed", "tokenizer", "model_dtype", "storage", "checksums_sha256")
 
 
-def model_card(value: ValueFunction, repo_id: str | None = None) -> str:
-    """Markdown with YAML front matter: what the value function is for, how to use it, and where it comes from.
-
-    Args:
-        value: the value function; what its provenance does not say is left out.
-        repo_id: its name on the hub.
-    """
+def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
+    """Markdown with YAML front matter for the value function in a folder: how to use it and where it comes from, as far as its provenance says."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    provenance = value.provenance
+    config, tensors = read_config(Path(folder) / CONFIG_NAME), read_weights(Path(folder) / WEIGHTS_NAME)
+    size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
+    provenance = config.get("provenance") or {}
     recorded = provenance.get("base_model")
     base: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {} if recorded is None else {"name": str(recorded)}
     base_name = str(base.get("name") or "")
@@ -38,16 +37,16 @@ def model_card(value: ValueFunction, repo_id: str | None = None) -> str:
         f"# {repo_id or 'Value function'}",
         f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
         f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
-        _usage(repo_id or "path/to/this/folder", base_name if on_hub else "path/to/the/model", value.num_heads),
+        _usage(repo_id or "path/to/this/folder", base_name if on_hub else "path/to/the/model", config["num_heads"]),
         "## What it is",
-        _table(("", ""), _identity(value, base, shown)),
+        _table(("", ""), _identity(config, provenance, size, base, shown)),
     ]
     rollouts = provenance.get("rollouts")
     about = {**_mapping(provenance.get("data")), **{name: entry for name, entry in _mapping(rollouts).items() if name in ROLLOUTS}}
     training = {"objective": None, **_mapping(provenance.get("training"))}
-    # A digest of the same data that is told from others better by its checksums.
+    # The checksums under "Data" identify the same rollouts better.
     training.pop("rollouts", None)
-    # The provenance says in words what the settings name.
+    # The provenance describes the objective, the settings only name it.
     training["objective"] = provenance.get("objective", training["objective"])
     for title, content in (("Data", about), ("Training", training)):
         rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
@@ -79,20 +78,19 @@ with rc.Controller(value, step_size=0.5, steps=30{weights}).attach(model):
 ```"""
 
 
-def _identity(value: ValueFunction, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
-    """What it is, row by row."""
-    parameters = sum(parameter.numel() for parameter in value.parameters())
+def _identity(config: Mapping[str, Any], provenance: Mapping[str, Any], size: str, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
+    """The rows of the table "What it is"."""
     rows: list[tuple[str, Any]] = [("base model", _code(shown))]
     if "samples" in base:
         rows.append(("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base)))))
-    widths = " -> ".join(map(str, (value.hidden_size, *value.hidden_dims, value.num_heads)))
-    rows.append(("network", f"ReLU perceptron {widths}, {parameters:,} parameters, {str(value.dtype).removeprefix('torch.')}"))
-    names = names_of_heads(value.provenance.get("reward"), value.num_heads)
+    widths = " -> ".join(map(str, (config["hidden_size"], *config["hidden_dims"], config["num_heads"])))
+    rows.append(("network", f"ReLU perceptron {widths}, {size}"))
+    names, mean, std = names_of_heads(provenance.get("reward"), config["num_heads"]), config.get("reward_mean"), config.get("reward_std")
     for head, name in enumerate(names):
-        rows.append(("reward" if value.num_heads == 1 else f"reward of head {head}", _code(_without_folders(name))))
-        if value.reward_mean is not None and value.reward_std is not None:
-            rows.append(("unit of V", f"standard deviations of {value.reward_std[head]:.6g} from a mean reward of {value.reward_mean[head]:.6g}"))
-    made_with = _mapping(value.provenance.get("made_with"))
+        rows.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
+        if mean is not None and std is not None:
+            rows.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
+    made_with = _mapping(provenance.get("made_with"))
     if made_with:
         rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made_with.items())))
     return rows

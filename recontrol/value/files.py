@@ -20,11 +20,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) -> list[int]:
-    """The widths from the hidden state to the heads.
-
-    Raises:
-        ValueError: one of them is not a positive integer.
-    """
+    """The widths from the hidden state to the heads; a ValueError unless all are positive integers."""
     if not isinstance(hidden_dims, Sequence) or any(type(size) is not int or size < 1 for size in (hidden_size, *hidden_dims, num_heads)):
         found = f"hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}"
         raise ValueError(f"hidden_size, hidden_dims and num_heads must be positive integers, found {found}")
@@ -32,11 +28,7 @@ def checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) 
 
 
 def checked_statistics(mean: Any, std: Any, num_heads: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and standard deviation of each head's rewards, or None for both.
-
-    Raises:
-        ValueError: one without the other, not one finite number a head, or a standard deviation that is not above 0.
-    """
+    """Mean and standard deviation of each head's rewards, or None for both; a ValueError for anything else."""
     if mean is None and std is None:
         return None, None
     if mean is None or std is None:
@@ -56,17 +48,7 @@ def _statistic(name: str, given: Any, num_heads: int, minimum: float = -math.inf
 
 
 def local_folder(path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """A folder on this machine that holds the value function, fetched from the hub when it is not one already.
-
-    Args:
-        path: a local folder, or `owner/name` on the hub.
-        revision: branch, tag or commit on the hub.
-        token: for a private repository of the hub.
-
-    Raises:
-        FileNotFoundError: `path` is neither a folder nor found on the hub.
-        ValueError: `path` is a file, or a local folder of which a revision is asked.
-    """
+    """The local folder of a value function, downloaded from the hub if it is not one already; errors as `ValueFunction.from_pretrained`."""
     folder = Path(path)
     if folder.is_dir():
         if revision is not None:
@@ -74,7 +56,7 @@ def local_folder(path: str | os.PathLike, revision: str | None = None, token: st
         return folder
     if folder.exists():
         raise ValueError(
-            f"{folder} is a file; a value function is a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (for a .pth file of the released code use from_reference)"
+            f"{folder} is a file; a value function is a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (for a .pth file of the released code use from_released)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -90,11 +72,7 @@ def local_folder(path: str | os.PathLike, revision: str | None = None, token: st
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a value function's config.
-
-    Raises:
-        ValueError: it is missing or damaged, or what it describes is not a ReLU MLP of ours.
-    """
+    """Read a value function's config; a ValueError if it is missing or damaged, or does not describe a ReLU MLP of ours."""
     if not path.is_file():
         raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
     config = read_json(path)
@@ -122,11 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a value function's weights.
-
-    Raises:
-        ValueError: the file is missing, damaged, or of another format.
-    """
+    """Read a value function's weights; a ValueError if the file is missing, damaged, or of another format."""
     if not path.is_file():
         raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
     try:
@@ -135,13 +109,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format") from error
 
 
-def read_reference(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """Read a state dict of the released code: weight and bias of each linear layer, first layer first.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or its keys are not those of the released code.
-    """
+def read_released(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Read a state dict of the released code: weight and bias of each linear layer, first layer first; errors as `ValueFunction.from_released`."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the released code writes a .pth file (for a folder use from_pretrained)")
     try:
@@ -149,7 +118,7 @@ def read_reference(path: Path) -> list[tuple[Tensor, Tensor]]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        # Fed with damaged bytes, an unpickler raises nearly anything.
+        # From damaged bytes an unpickler raises nearly anything.
         raise ValueError(f"{path} is no readable torch state dict ({type(error).__name__}): it is damaged, or holds other things than tensors") from error
     names = ("fc1", "fc2", "fc3") if isinstance(state, dict) and "fc2.weight" in state else ("fc1", "fc3")
     wanted = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

@@ -1,8 +1,10 @@
-"""The value function: a ReLU multilayer perceptron on a language model's last hidden state."""
+"""The value function, a ReLU multilayer perceptron on a language model's last hidden state, and weighted sums of value functions."""
 
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from recontrol.checks import renamed
 from recontrol.files import write_aside, write_json
 from recontrol.value.files import (
     CONFIG_NAME,
@@ -20,9 +23,10 @@ from recontrol.value.files import (
     checked_statistics,
     local_folder,
     read_config,
-    read_reference,
+    read_released,
     read_weights,
 )
+from recontrol.value.hub import push
 from recontrol.value.prepared import Prepared, PreparedCache
 
 
@@ -69,7 +73,7 @@ class ValueFunction(nn.Module):
         self.num_heads = num_heads
         self.reward_mean, self.reward_std = checked_statistics(reward_mean, reward_std, num_heads)
         self.provenance: dict[str, Any] = dict(provenance or {})
-        # Weights made under inference_mode would carry no version counter, and then a change of weights could not be seen.
+        # Weights made under inference_mode have no version counter, so a change of weights could not be seen.
         with torch.inference_mode(False):
             self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self._cache = PreparedCache()
@@ -132,26 +136,26 @@ class ValueFunction(nn.Module):
         return cast(Sequence[nn.Linear], self.layers)
 
     def prepared(self) -> Prepared:
-        """What the fast paths precompute from the weights (for example W_1 W_1^T), made again when a weight has changed."""
+        """What the fast paths precompute from the weights, W_1 W_1^T for example; computed again when a weight has changed."""
         return self._cache.get(*self.parameters_by_kind)
 
     def __mul__(self, weight: float) -> "ValueFunction":
-        """A term of a weighted sum of value functions, see `WeightedSum`."""
-        return _weighted_sum([(weight, self)])
+        """A term of a `WeightedSum`."""
+        return WeightedSum([(weight, self)])
 
     __rmul__ = __mul__
 
     def __add__(self, other: "ValueFunction") -> "ValueFunction":
-        """A sum of value functions, climbed as one; for weights, `0.7 * helpful + 0.3 * harmless`."""
-        return _weighted_sum([(1.0, self), (1.0, other)])
+        """The sum, climbed as one value function; with weights, `0.7 * helpful + 0.3 * harmless`."""
+        return WeightedSum([(1.0, self), (1.0, other)])
 
     def __sub__(self, other: "ValueFunction") -> "ValueFunction":
-        """As the sum, with the other's weights negated: it is climbed down."""
-        return _weighted_sum([(1.0, self), (-1.0, other)])
+        """The sum with the other negated: the other is climbed down."""
+        return WeightedSum([(1.0, self), (-1.0, other)])
 
     def __neg__(self) -> "ValueFunction":
-        """The value function that is climbed where this one is climbed down."""
-        return _weighted_sum([(-1.0, self)])
+        """-V: climbing it climbs down V."""
+        return WeightedSum([(-1.0, self)])
 
     def extra_repr(self) -> str:
         """Describe the sizes in `repr`."""
@@ -215,9 +219,10 @@ class ValueFunction(nn.Module):
             ValueError: `repo_id` is no name of a repository.
             OSError: the hub cannot be reached or refuses; nothing was committed.
         """
-        from recontrol.value.hub import push
-
-        return push(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+        with tempfile.TemporaryDirectory() as folder:
+            # Saved before the hub is asked for anything: what cannot be saved leaves no empty repository there.
+            self.save_pretrained(folder)
+            return push(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
 
     @classmethod
     def from_pretrained(
@@ -248,7 +253,7 @@ class ValueFunction(nn.Module):
         return cls._from_tensors(config, tensors, folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
-    def from_reference(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
+    def from_released(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
         """Load a state dict of the released code: `fc1`, `fc3` (two layers) or `fc1`, `fc2`, `fc3` (three layers).
 
         Args:
@@ -260,7 +265,7 @@ class ValueFunction(nn.Module):
             ValueError: the file is damaged, or its keys are not those of the released code.
         """
         path = Path(path)
-        layers = read_reference(path)
+        layers = read_released(path)
         weights = [weight for weight, _ in layers]
         config = {
             "hidden_size": weights[0].shape[1],
@@ -270,6 +275,12 @@ class ValueFunction(nn.Module):
         }
         tensors = {f"layers.{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in zip(("weight", "bias"), layer, strict=True)}
         return cls._from_tensors(config, tensors, path)
+
+    @classmethod
+    def from_reference(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
+        """The name of `from_released` in earlier releases."""
+        renamed("ValueFunction.from_reference", "ValueFunction.from_released")
+        return cls.from_released(path, provenance=provenance)
 
     @classmethod
     def _from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> "ValueFunction":
@@ -298,8 +309,94 @@ class ValueFunction(nn.Module):
             return super()._apply(fn, recurse)
 
 
-def _weighted_sum(terms: list[tuple[float, ValueFunction]]) -> ValueFunction:
-    # Deferred: a weighted sum is itself a value function.
-    from recontrol.value.weighted_sum import WeightedSum
+class WeightedSum(ValueFunction):
+    """V(h) = sum_k weight_k V_k(h), written `0.7 * helpful + 0.3 * harmless`.
 
-    return WeightedSum(terms)
+    It is one wider value function: the first layers are stacked, the middle ones are blocks on a diagonal, and the last ones are multiplied by
+    the weights. So one ascent climbs it, and it is saved, loaded and served like any other. Its unit is that of the sum: where the V_k are
+    standardised, the weights count standard deviations.
+
+    The weights of the V_k are copied: when one of them has changed, make the sum again.
+
+    Args:
+        terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device.
+
+    Attributes:
+        terms: as given; sums among them are replaced by their own terms.
+
+    Raises:
+        TypeError: a weight that is not a number, or a term that is not a value function.
+        ValueError: no terms, a weight that is not finite, or value functions of different sizes, dtypes or devices.
+
+    Source: Kong et al. 2024, section 4.3, for a sum in the place of V.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, ValueFunction]]):
+        flat = _flattened(terms)
+        first = flat[0][1]
+        widths = [sum(value.hidden_dims[layer] for _, value in flat) for layer in range(len(first.hidden_dims))]
+        provenance = {"terms": [{"weight": weight, **value.provenance} for weight, value in flat]}
+        # Nothing is drawn at random for weights that are replaced.
+        with torch.device("meta"):
+            super().__init__(first.hidden_size, widths, first.num_heads, provenance=provenance)
+        self.terms = flat
+        self.to(first.dtype).to_empty(device=first.device)
+        with torch.no_grad():
+            for own, stacked in zip((parameter for kind in self.parameters_by_kind for parameter in kind), _stacked(flat), strict=True):
+                own.copy_(stacked)
+
+    def extra_repr(self) -> str:
+        """Describe the sizes and the weights in `repr`."""
+        return f"{super().extra_repr()}, weights={tuple(weight for weight, _ in self.terms)}"
+
+
+def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[float, ValueFunction], ...]:
+    """The terms with sums multiplied out, checked."""
+    flat: list[tuple[float, ValueFunction]] = []
+    for weight, value in terms:
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"a weight must be a number, found {weight!r}")
+        if not isinstance(value, ValueFunction):
+            raise TypeError(f"a term must be a recontrol.ValueFunction, found {type(value).__name__}")
+        inner = value.terms if isinstance(value, WeightedSum) else ((1.0, value),)
+        flat += [(float(weight) * other, part) for other, part in inner]
+    if not flat:
+        raise ValueError("a weighted sum needs at least one term")
+    for weight, _ in flat:
+        if not torch.isfinite(torch.tensor(weight)):
+            raise ValueError(f"weights must be finite, found {weight}")
+    _check_kinds([value for _, value in flat])
+    return tuple(flat)
+
+
+def _check_kinds(values: Sequence[ValueFunction]) -> None:
+    """Refuse value functions that cannot be stacked."""
+    kinds: dict[str, list[Any]] = {
+        "number of layers": [len(value.layers) for value in values],
+        "hidden size": [value.hidden_size for value in values],
+        "number of heads": [value.num_heads for value in values],
+        "dtype": [value.dtype for value in values],
+        "device": [value.device for value in values],
+    }
+    for name, found in kinds.items():
+        if len(set(found)) > 1:
+            raise ValueError(f"the value functions of a weighted sum must have the same {name}, found {', '.join(map(str, found))}")
+
+
+def _stacked(terms: Sequence[tuple[float, ValueFunction]]) -> list[Tensor]:
+    """All weights of the sum, then all biases, first layer first."""
+    weights, biases = zip(*(value.parameters_by_kind for _, value in terms), strict=True)
+    scales = [scale for scale, _ in terms]
+    last = len(weights[0]) - 1
+    stacked = []
+    for layer in range(last + 1):
+        parts = [part[layer] for part in weights]
+        if layer == last:
+            scaled = [scale * part for scale, part in zip(scales, parts, strict=True)]
+            stacked.append(torch.cat(scaled, dim=1) if last else torch.stack(scaled).sum(0))
+        else:
+            stacked.append(torch.block_diag(*parts) if layer else torch.cat(parts))
+    for layer in range(last):
+        stacked.append(torch.cat([part[layer] for part in biases]))
+    stacked.append(torch.stack([scale * part[last] for scale, part in zip(scales, biases, strict=True)]).sum(0))
+    return stacked

@@ -1,4 +1,4 @@
-"""What the fast paths precompute from the weights of one value function, and when it must be computed again."""
+"""What the fast paths precompute from the weights of a value function, and when it must be computed again."""
 
 import itertools
 import threading
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from recontrol.checks import wide_dtype
+
 _next_key = itertools.count(1)
 _caches: "weakref.WeakValueDictionary[int, PreparedCache]" = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The weights of a value function and what follows from them alone.
+    """The weights of a value function and what is computed from them alone.
 
     Tensors:
         weights: weights[l]: (dims[l + 1], dims[l]), the dtype they are stored in, contiguous.
@@ -30,8 +32,8 @@ class Prepared:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float64 for float64 weights, else float32: half-precision weights accumulate in float32."""
-        return torch.float64 if self.weights[0].dtype == torch.float64 else torch.float32
+        """Half-precision weights accumulate in float32."""
+        return wide_dtype(self.weights[0].dtype)
 
     @cached_property
     def wide_weights(self) -> tuple[Tensor, ...]:
@@ -47,12 +49,18 @@ class Prepared:
     def gram(self) -> Tensor:
         """G = W_1 W_1^T: (dims[1], dims[1]), compute dtype. Moves pre-activations when hidden states move along W_1^T."""
         first = self.weights[0].to(self.compute_dtype)
-        return first @ first.T
+        # It is kept, so it must not depend on who asks for it first.
+        with torch.autocast(first.device.type, enabled=False):
+            return first @ first.T
 
     @cached_property
     def second_transposed(self) -> Tensor:
         """W_2^T: (dims[1], dims[2]), stored dtype, contiguous, so that columns of W_2 are read as rows."""
         return self.weights[1].T.contiguous()
+
+    def output(self, head_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layer with its heads folded into one: weight, (dims[-2],), and bias, (), both in the compute dtype."""
+        return head_weights @ self.wide_weights[-1], head_weights @ self.wide_biases[-1]
 
 
 class PreparedCache:
@@ -70,18 +78,16 @@ class PreparedCache:
         self._stamped: tuple[Tensor, ...] = ()
         _caches[self.key] = self
 
-    def __deepcopy__(self, memo: dict) -> "PreparedCache":
-        return PreparedCache()
-
     def __reduce__(self) -> tuple:
+        # A copied or unpickled value function gets a cache of its own.
         return (PreparedCache, ())
 
     def get(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Prepared:
-        """Return the cached `Prepared` if these weights are the ones it was made from, else make it anew."""
+        """Return the cached `Prepared` if it was made from these weights as they are now, else a new one."""
         stamp = _stamp(weights, biases)
         with self._lock:
             if self._prepared is None or stamp is None or stamp != self._stamp:
-                # These aliases keep the storage alive, so a new tensor can never come to lie at a stamped address.
+                # These aliases keep the storage alive, so that no new tensor can take a stamped address.
                 self._stamped = tuple(tensor.detach() for tensor in (*weights, *biases))
                 self._prepared = Prepared(tuple(w.detach().contiguous() for w in weights), tuple(b.detach().contiguous() for b in biases))
                 self._stamp = stamp

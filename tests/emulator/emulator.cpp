@@ -163,15 +163,15 @@ void configure(int major, int processors, int order) {
   emulator::order = static_cast<emulator::Order>(order);
 }
 
-size_t workspace_bytes(const recontrol::ValueNetwork* network, int64_t rows, bool dense) { return recontrol::cuda_workspace_bytes(*network, rows, dense); }
+size_t workspace_bytes(const recontrol::ValueNetwork* network, int64_t rows) { return recontrol::cuda_workspace_bytes(*network, rows); }
 
-const char* why_not(const recontrol::ValueNetwork* network, bool dense) { return recontrol::cuda_why_not(*network, dense); }
+const char* why_not(const recontrol::ValueNetwork* network) { return recontrol::cuda_why_not(*network); }
 
 // Null, or what went wrong.
-const char* ascend(const recontrol::ValueNetwork* network, const float* offset, const recontrol::AscentBatch* batch, bool dense, void* workspace) {
+const char* ascend(const recontrol::ValueNetwork* network, const float* offset, const recontrol::AscentBatch* batch, void* workspace) {
   static std::string error;
   try {
-    recontrol::ascend_cuda(*network, offset, *batch, dense, workspace, nullptr);
+    recontrol::ascend_cuda(*network, offset, *batch, workspace, nullptr);
     return nullptr;
   } catch (const std::exception& found) {
     error = found.what();

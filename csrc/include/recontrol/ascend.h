@@ -53,16 +53,15 @@ struct AscentBatch {
 void ascend_cpu(const ValueNetwork& network, const AscentBatch& batch, int threads);
 
 // Memory that one ascent on a GPU needs beside its results, in bytes; its content is lost.
-size_t cuda_workspace_bytes(const ValueNetwork& network, int64_t rows, bool dense);
+size_t cuda_workspace_bytes(const ValueNetwork& network, int64_t rows);
 
 // Why an ascent cannot run on the current GPU, or null when it can.
-const char* cuda_why_not(const ValueNetwork& network, bool dense);
+const char* cuda_why_not(const ValueNetwork& network);
 
 // Queues the ascent on a stream of the current GPU, where all pointers lie; `network.offset` is read from `offset` there instead. Does not
-// wait for the GPU and allocates nothing, and its launches depend on sizes alone, so it can be captured in a CUDA graph. With `dense`, two
-// layers take a whole product at every step, for steps at which many units flip; three layers take no notice of it.
+// wait for the GPU and allocates nothing, and its launches depend on sizes alone, so it can be captured in a CUDA graph.
 // Throws std::runtime_error when the driver refuses a launch.
-void ascend_cuda(const ValueNetwork& network, const float* offset, const AscentBatch& batch, bool dense, void* workspace, void* stream);
+void ascend_cuda(const ValueNetwork& network, const float* offset, const AscentBatch& batch, void* workspace, void* stream);
 
 // Whether a row of a matrix holds neither NaN nor infinity.
 bool row_is_finite(const Matrix& matrix, int64_t row);

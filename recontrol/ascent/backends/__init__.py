@@ -1,50 +1,46 @@
-"""Where an ascent runs: the backends, the choice among them, and the truth about them."""
+"""Where an ascent runs: the backends, the choice among them, and what is known of them on this machine."""
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from recontrol.ascent.arguments import AscentArguments
-from recontrol.ascent.backends import autograd_loop, closed_form, cpu, cuda, dispatch, triton
+from recontrol.ascent.backends import dispatch
+from recontrol.ascent.backends.base import Backend
+from recontrol.ascent.backends.closed_form import TorchBackend
+from recontrol.ascent.backends.cpu import CpuBackend
+from recontrol.ascent.backends.cuda import CudaBackend
+from recontrol.ascent.backends.oracle import OracleBackend
+from recontrol.ascent.backends.triton import TritonBackend
+from recontrol.checks import renamed
 from recontrol.value.prepared import Prepared
+from recontrol.version import __version__
 
 logger = logging.getLogger("recontrol")
 
-
-class Backend(Protocol):
-    """What a backend module offers."""
-
-    def why_not(self, arguments: AscentArguments, prepared: Prepared) -> str | None:
-        """Why this backend cannot run this ascent, or None when it can."""
-
-    def run(self, arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
-        """Check the values; return the edited states and the trace of V (with 0 columns when none is wanted)."""
-
-    def status(self) -> dict[str, Any]:
-        """Whether the backend is available, and if not, why."""
-
-
-BACKENDS: dict[str, Backend] = {
-    "cpu": cpu,
-    "torch": closed_form,
-    "cuda": cuda.SPARSE,
-    "cuda-dense": cuda.DENSE,
-    "triton": triton,
-    "reference": autograd_loop,
-}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend(), CudaBackend(), TritonBackend(), OracleBackend())}
 _logged: set[str] = set()
 
 
-def check_name(name: str) -> None:
-    """Refuse an unknown backend.
+def names() -> tuple[str, ...]:
+    """What the argument `backend` may be."""
+    return ("auto", *BACKENDS)
 
-    Raises:
-        ValueError: with the choices.
-    """
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown backend {name!r}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
+
+def capturable() -> tuple[str, ...]:
+    """The backends that a CUDA graph can hold."""
+    return tuple(name for name, backend in BACKENDS.items() if backend.capturable)
+
+
+def check_name(name: str) -> str:
+    """The present name of a backend; a ValueError with the choices where there is none of this name."""
+    if name == "reference":
+        renamed("backend='reference'", "backend='oracle'")
+        return "oracle"
+    if name not in names():
+        raise ValueError(f"unknown backend {name!r}; {_choices()}")
+    return name
 
 
 def choose(name: str, arguments: AscentArguments, prepared: Prepared) -> Backend:
@@ -53,13 +49,13 @@ def choose(name: str, arguments: AscentArguments, prepared: Prepared) -> Backend
     Raises:
         RuntimeError: the backend asked for by name cannot run it, with the reason and the choices.
     """
-    check_name(name)
+    name = check_name(name)
     if name != "auto":
         reason = BACKENDS[name].why_not(arguments, prepared)
         if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot run here: {reason}; choose one of 'auto', {', '.join(map(repr, BACKENDS))}")
+            raise RuntimeError(f"backend {name!r} cannot run here: {reason}; {_choices()}")
         return BACKENDS[name]
-    for candidate in dispatch.order(arguments, prepared):
+    for candidate in dispatch.order(arguments.hidden.device.type):
         reason = BACKENDS[candidate].why_not(arguments, prepared)
         if reason is None:
             return BACKENDS[candidate]
@@ -76,11 +72,13 @@ def backend_info() -> dict[str, Any]:
         a dictionary with `versions`, `auto` (the backend used for float32 input, two linear layers, on the CPU),
         and for each backend `available`, `reason` when it is not, and details of its build.
     """
-    from recontrol import __version__
-
     statuses = {name: backend.status() for name, backend in BACKENDS.items()}
     return {
         "versions": {"recontrol": __version__, "torch": torch.__version__},
-        "auto": next(name for name, status in statuses.items() if status["available"]),
+        "auto": next(name for name in dispatch.order("cpu") if statuses[name]["available"]),
         "backends": statuses,
     }
+
+
+def _choices() -> str:
+    return f"choose one of {', '.join(map(repr, names()))}"

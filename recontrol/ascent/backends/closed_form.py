@@ -5,64 +5,13 @@ h by alpha W_1^T c and therefore z by alpha G c, G = W_1 W_1^T. The hidden state
 h_n = h_0 + W_1^T S, S = sum of alpha c.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from recontrol.ascent.arguments import AscentArguments
-from recontrol.ascent.trust_region import fraction_to_radius
+from recontrol.ascent.backends.base import Backend
+from recontrol.ascent.oracle import fraction_to_radius
 from recontrol.value.prepared import Prepared
-
-
-def why_not(arguments: AscentArguments, prepared: Prepared) -> str | None:
-    """It can run everything."""
-    return None
-
-
-def status() -> dict[str, Any]:
-    """Always there."""
-    return {"available": True, "device": "any", "depth": "any"}
-
-
-def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
-    """Check the values and take the steps; rows that are done have a scale of zero and stay where they are."""
-    arguments.check()
-    path = _Path(prepared, arguments.head_weights)
-    live_steps, most = arguments.live_steps(), arguments.most_steps()
-    start = arguments.hidden.to(prepared.compute_dtype)
-    z = path.enter(start)  # (rows, dims[1])
-    total, lost = torch.zeros_like(z), torch.zeros_like(z)  # S, and what its last rounding lost
-    edit_square = z.new_zeros(z.shape[0])  # u.u
-    stopped = torch.zeros_like(live_steps, dtype=torch.bool)
-    trace = z.new_empty(z.shape[0], trace_columns)
-    for step in range(most + 1):
-        if step == most and not trace_columns:
-            break
-        values, slope = path.objective_and_slope(z)
-        if trace_columns:
-            trace[:, step] = values
-        if step == most:
-            break
-        scale = arguments.step_size if arguments.target is None else 2 * arguments.step_size * (arguments.target - values)
-        scale = torch.where((step < live_steps) & ~stopped, scale, 0)
-        velocity = slope @ path.gram  # (rows, dims[1])
-        if arguments.radius is not None:
-            square = scale * scale * (slope * velocity).sum(1)
-            dot = scale * (total * velocity).sum(1)
-            room = torch.clamp(arguments.radius * arguments.radius - edit_square, min=0)
-            leaves = 2 * dot + square > room
-            fraction = torch.where(leaves, fraction_to_radius(square, dot, room), 1)
-            stopped = stopped | leaves
-            scale = scale * fraction
-            edit_square = edit_square + fraction * (2 * dot + fraction * square)
-        z = z + scale[:, None] * velocity
-        # Step after step adds nearly the same, so plain sums would round the same way each time (Kahan 1965).
-        term = scale[:, None] * slope - lost
-        grown = total + term
-        total, lost = grown, (grown - total) - term
-    edited = (start + total @ path.first).to(arguments.hidden.dtype)
-    return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace
 
 
 class _Path:
@@ -70,8 +19,7 @@ class _Path:
 
     def __init__(self, prepared: Prepared, head_weights: Tensor):
         weights, biases = prepared.wide_weights, prepared.wide_biases
-        self.out = head_weights @ weights[-1]  # (dims[-2],)
-        self.offset = head_weights @ biases[-1]
+        self.out, self.offset = prepared.output(head_weights)
         self.middle = list(zip(weights[1:-1], biases[1:-1], strict=True))
         self.linear = len(weights) == 1
         # A linear V has one "unit" without a ReLU: z = w.h.
@@ -95,3 +43,48 @@ class _Path:
         for (weight, _), below in zip(reversed(self.middle), reversed(zs[:-1]), strict=True):
             slope = (slope @ weight) * (below > 0)
         return values, slope
+
+
+class TorchBackend(Backend):
+    """The closed form, any depth, any device."""
+
+    name = "torch"
+
+    def run(self, arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
+        """As `Backend.run`; rows that are done have a scale of zero and stay where they are."""
+        arguments.check()
+        path = _Path(prepared, arguments.head_weights)
+        live_steps, most = arguments.live_steps(), arguments.most_steps()
+        start = arguments.hidden.to(prepared.compute_dtype)
+        z = path.enter(start)  # (rows, dims[1])
+        total, lost = torch.zeros_like(z), torch.zeros_like(z)  # S, and what its last rounding lost
+        edit_square = z.new_zeros(z.shape[0])  # u.u
+        stopped = torch.zeros_like(live_steps, dtype=torch.bool)
+        trace = z.new_empty(z.shape[0], trace_columns)
+        for step in range(most + 1):
+            if step == most and not trace_columns:
+                break
+            values, slope = path.objective_and_slope(z)
+            if trace_columns:
+                trace[:, step] = values
+            if step == most:
+                break
+            scale = arguments.step_size if arguments.target is None else 2 * arguments.step_size * (arguments.target - values)
+            scale = torch.where((step < live_steps) & ~stopped, scale, 0)
+            velocity = slope @ path.gram  # (rows, dims[1])
+            if arguments.radius is not None:
+                square = scale * scale * (slope * velocity).sum(1)
+                dot = scale * (total * velocity).sum(1)
+                room = torch.clamp(arguments.radius * arguments.radius - edit_square, min=0)
+                leaves = 2 * dot + square > room
+                fraction = torch.where(leaves, fraction_to_radius(square, dot, room), 1)
+                stopped = stopped | leaves
+                scale = scale * fraction
+                edit_square = edit_square + fraction * (2 * dot + fraction * square)
+            z = z + scale[:, None] * velocity
+            # Step after step adds nearly the same, so plain sums would round the same way each time (Kahan 1965).
+            term = scale[:, None] * slope - lost
+            grown = total + term
+            total, lost = grown, (grown - total) - term
+        edited = (start + total @ path.first).to(arguments.hidden.dtype)
+        return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace

@@ -1,6 +1,5 @@
-"""Backends "cuda" and "cuda-dense": the CUDA kernels of the extension, two and three linear layers."""
+"""Backend "cuda": the CUDA kernels of the extension, two and three linear layers."""
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -9,34 +8,27 @@ from torch import Tensor
 
 from recontrol.ascent.arguments import AscentArguments
 from recontrol.ascent.backends import extension
+from recontrol.ascent.backends.base import KernelBackend
 from recontrol.value.prepared import Prepared
 
 
-@dataclass
-class CudaBackend:
-    """The CUDA kernels, in one of two ways to take the steps of two linear layers.
+class CudaBackend(KernelBackend):
+    """The CUDA kernels: one launch takes all steps."""
 
-    Args:
-        dense: multiply the whole slope with W_1 W_1^T at every step, for all rows together, rather than follow the units that
-            flip, row by row. It reads less where very many units flip. Three linear layers have one way.
-    """
+    name = "cuda"
+    capturable = True
+    devices = "GPUs of NVIDIA"
 
-    dense: bool
+    def _missing(self) -> str | None:
+        return _missing()
+
+    def _runs_on(self, device: torch.device) -> bool:
+        return device.type == "cuda"
 
     def why_not(self, arguments: AscentArguments, prepared: Prepared) -> str | None:
-        """It needs an extension built with CUDA, tensors on a GPU of NVIDIA, no float64, and two or three linear layers."""
-        reason = _missing()
-        if reason is not None:
-            return reason
-        device = arguments.hidden.device
-        if device.type != "cuda":
-            return f"it runs on GPUs of NVIDIA, the tensors are on {device}"
-        if arguments.hidden.dtype == torch.float64:
-            return "it computes in float32, the tensors are float64"
-        depth = len(prepared.weights)
-        if depth not in (2, 3) or (self.dense and depth == 3):
-            return f"it has kernels for two {'linear layers' if self.dense else 'and three linear layers'}, this value function has {depth}"
-        return _device_why_not(device.index, prepared.weights[0].shape[0], prepared.weights[1].shape[0] if depth == 3 else 0, self.dense)
+        """As `Backend.why_not`, and what the kernels need of the device."""
+        units = [weight.shape[0] for weight in prepared.weights[:-1]]
+        return super().why_not(arguments, prepared) or _device_why_not(arguments.hidden.device.index, units[0], units[1] if len(units) == 2 else 0)
 
     def status(self) -> dict[str, Any]:
         """Whether the extension was built with CUDA and finds a GPU."""
@@ -45,41 +37,12 @@ class CudaBackend:
             reason = "it runs on GPUs of NVIDIA, there is none here"
         if reason is not None:
             return {"available": False, "reason": reason}
-        return {"available": True, "device": "cuda", "depth": "2 linear layers" if self.dense else "2 or 3 linear layers", "cuda": extension.module.cuda}
+        return {"available": True, "device": "cuda", "depth": "2 or 3 linear layers", "cuda": extension.module.cuda}
 
     def run(self, arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
-        """Check the values, allocate the results and queue the kernels."""
+        """As `Backend.run`; the kernels are queued on the current stream."""
         arguments.check()
-        hidden = arguments.hidden
-        if hidden.shape[1] > 1 and hidden.stride(1) != 1:
-            hidden = hidden.contiguous()
-        weights, biases = prepared.weights, prepared.wide_biases
-        three = len(weights) == 3
-        edited = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        trace = torch.empty(hidden.shape[0], trace_columns, device=hidden.device)
-        _launch(
-            hidden,
-            weights[0],
-            biases[0],
-            prepared.gram,
-            weights[1] if three else None,
-            prepared.second_transposed if three else None,
-            biases[1] if three else None,
-            arguments.head_weights @ prepared.wide_weights[-1],
-            arguments.head_weights @ biases[-1],
-            arguments.step_size,
-            arguments.steps,
-            arguments.mask,
-            arguments.radius,
-            arguments.target,
-            self.dense,
-            edited,
-            trace,
-        )
-        return edited, trace
-
-
-SPARSE, DENSE = CudaBackend(dense=False), CudaBackend(dense=True)
+        return extension.launch(_launch, arguments, prepared, trace_columns, lambda offset: offset)
 
 
 def _launch(*arguments: Any) -> None:
@@ -87,7 +50,6 @@ def _launch(*arguments: Any) -> None:
 
 
 def _missing() -> str | None:
-    """Why there are no CUDA kernels in this installation, or None."""
     if extension.load_error is not None:
         return extension.load_error
     if extension.module.cuda is None:
@@ -96,8 +58,8 @@ def _missing() -> str | None:
 
 
 @cache
-def _device_why_not(device: int, units: int, second_units: int, dense: bool) -> str | None:
-    return extension.module.cuda_why_not(device, units, second_units, dense)
+def _device_why_not(device: int, units: int, second_units: int) -> str | None:
+    return extension.module.cuda_why_not(device, units, second_units)
 
 
 if _missing() is None:

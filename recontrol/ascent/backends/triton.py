@@ -8,74 +8,73 @@ import torch
 from torch import Tensor
 
 from recontrol.ascent.arguments import AscentArguments
+from recontrol.ascent.backends.base import KernelBackend
 from recontrol.value.prepared import Prepared
 
 GPUS = ("cuda", "xpu")  # ROCm calls itself cuda
+_HOW_TO_INTERPRET = "; Triton's interpreter runs there, slowly, where TRITON_INTERPRET=1 was set before triton was imported"
 
 
 @cache
-def _kernels() -> tuple[ModuleType | None, str]:
+def _kernels() -> ModuleType | str:
     """The kernels, imported when first asked for, or why there are none."""
     try:
         import recontrol.kernels.ascend as kernels
     except ImportError as error:
-        return None, f"triton could not be imported ({error}); pip install 'recontrol[triton]'"
-    return kernels, ""
+        return f"triton could not be imported ({error}); pip install 'recontrol[triton]'"
+    return kernels
 
 
-def why_not(arguments: AscentArguments, prepared: Prepared) -> str | None:
-    """It needs triton, tensors on a GPU, no float64, and two linear layers."""
-    kernels, reason = _kernels()
-    if kernels is None:
+def _interpreted() -> bool:
+    kernels = _kernels()
+    return not isinstance(kernels, str) and kernels.interpreted()
+
+
+class TritonBackend(KernelBackend):
+    """The Triton kernels, on the CPU in Triton's interpreter."""
+
+    name = "triton"
+    capturable = True
+    devices = "GPUs"
+    depths = (2,)
+
+    def _missing(self) -> str | None:
+        kernels = _kernels()
+        return kernels if isinstance(kernels, str) else None
+
+    def _runs_on(self, device: torch.device) -> bool:
+        return device.type in GPUS or (device.type == "cpu" and _interpreted())
+
+    def why_not(self, arguments: AscentArguments, prepared: Prepared) -> str | None:
+        """As `Backend.why_not`; on the CPU it also says how to get the interpreter."""
+        reason, device = super().why_not(arguments, prepared), arguments.hidden.device
+        if reason is not None and self._missing() is None and device.type == "cpu" and not _interpreted():
+            return reason + _HOW_TO_INTERPRET
         return reason
-    device = arguments.hidden.device
-    if device.type not in GPUS and not (device.type == "cpu" and kernels.interpreted()):
-        return f"it runs on GPUs, the tensors are on {device}" + (_HOW_TO_INTERPRET if device.type == "cpu" else "")
-    if arguments.hidden.dtype == torch.float64:
-        return "it computes in float32, the tensors are float64"
-    if len(prepared.weights) != 2:
-        return f"it has kernels for two linear layers, this value function has {len(prepared.weights)}"
-    return None
 
+    def status(self) -> dict[str, Any]:
+        """Whether triton is installed and finds a GPU, and whether its interpreter takes the place of one."""
+        kernels = _kernels()
+        if isinstance(kernels, str):
+            return {"available": False, "reason": kernels}
+        here = [name for name in GPUS if getattr(torch, name).is_available()] + (["cpu"] if _interpreted() else [])
+        if not here:
+            return {"available": False, "reason": "it runs on GPUs, there is none here" + _HOW_TO_INTERPRET}
+        build = {"triton": kernels.triton.__version__, "interpreted": _interpreted()}
+        return {"available": True, "device": ", ".join(here), "depth": "2 linear layers", **build}
 
-_HOW_TO_INTERPRET = "; Triton's interpreter runs there, slowly, where TRITON_INTERPRET=1 was set before triton was imported"
-
-
-def status() -> dict[str, Any]:
-    """Whether triton is installed and finds a GPU, and whether its interpreter stands in for one."""
-    kernels, reason = _kernels()
-    if kernels is None:
-        return {"available": False, "reason": reason}
-    interpreted = kernels.interpreted()
-    here = [name for name in GPUS if getattr(torch, name).is_available()]
-    if not here and not interpreted:
-        return {"available": False, "reason": "it runs on GPUs, there is none here" + _HOW_TO_INTERPRET}
-    return {
-        "available": True,
-        "device": ", ".join([*here, *(["cpu"] if interpreted else [])]),
-        "depth": "2 linear layers",
-        "triton": kernels.triton.__version__,
-        "interpreted": interpreted,
-    }
-
-
-def run(arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
-    """Check the values, fold the heads and run the kernels."""
-    kernels, reason = _kernels()
-    if kernels is None:
-        raise RuntimeError(reason)
-    arguments.check()
-    return kernels.ascend(
-        arguments.hidden,
-        prepared.weights[0],
-        prepared.wide_biases[0],
-        prepared.gram,
-        arguments.head_weights @ prepared.wide_weights[-1],
-        arguments.head_weights @ prepared.wide_biases[-1],
-        arguments.step_size,
-        arguments.steps,
-        arguments.mask,
-        arguments.radius,
-        arguments.target,
-        trace_columns,
-    )
+    def run(self, arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
+        """As `Backend.run`."""
+        kernels = _kernels()
+        if isinstance(kernels, str):
+            raise RuntimeError(kernels)
+        arguments.check()
+        return kernels.ascend(
+            arguments.hidden,
+            prepared.weights[0],
+            prepared.wide_biases[0],
+            prepared.gram,
+            *prepared.output(arguments.head_weights),
+            *arguments.of_rows,
+            trace_columns,
+        )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recontrol.value.provenance import names_of_heads as names_of_heads
+
 Reward = Callable[[list[str], list[str]], Any]
 
 
@@ -32,19 +34,6 @@ def head_names(reward: Reward) -> list[str]:
     if several:
         return [str(name) for name in several]
     return [str(getattr(reward, "name", None) or getattr(reward, "__qualname__", None) or type(reward).__qualname__)]
-
-
-def names_of_heads(recorded: Any, num_heads: int) -> list[str]:
-    """One name a head from what a manifest or a provenance says of the reward.
-
-    Args:
-        recorded: what `reward_name` returned, or None where nothing is known.
-        num_heads: how many rewards a response has.
-    """
-    if isinstance(recorded, list) and len(recorded) == num_heads:
-        return [str(name) for name in recorded]
-    name = "reward" if recorded is None else ", ".join(recorded) if isinstance(recorded, list) else str(recorded)
-    return [name] if num_heads == 1 else [f"{name}: {head}" for head in range(num_heads)]
 
 
 def checked_rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
