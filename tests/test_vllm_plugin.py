@@ -67,6 +67,8 @@ def test_a_control_is_a_mapping_or_json(values):
         ({"value": "helpful", "steps": 2.5}, r"steps must be int, found 2\.5"),
         ({"value": "helpful", "steps": MOST_STEPS + 1}, f"steps must be {MOST_STEPS} or less, found {MOST_STEPS + 1}"),
         ({"value": "helpful", "step_size": -1}, "step_size must be finite and 0 or more, found -1"),
+        ({"value": "helpful", "step_size": 10**400}, "step_size must be a finite number, found one too large for a float"),
+        ({"value": "both", "head_weights": [1, 10**400]}, r"head_weights\[1\] must be a finite number"),
         ('{"value": "helpful", "step_size": NaN}', "step_size must be finite"),
         ({"value": "helpful", "radius": "1"}, "radius must be float, found '1'"),
         ({"value": "helpful", "target": float("inf")}, "target must be finite"),
