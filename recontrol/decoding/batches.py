@@ -108,12 +108,7 @@ def check_options(generation_kwargs: Mapping[str, Any], refused: Mapping[str, st
 
 
 def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
-    """Refuse, before any work is done, prompts that leave no room for the response in the model's context, or are longer than `max_prompt_tokens`.
-
-    Raises:
-        TypeError: `prompts` is one text instead of a list, or has something else than texts.
-        ValueError: no prompts, prompts without tokens, or prompts too long; they are named.
-    """
+    """Refuse, before any work is done, prompts that leave no room for the response in the model's context, or are longer than `max_prompt_tokens`."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts, found one text, {prompts[:40]!r}")
     others = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
@@ -130,11 +125,7 @@ def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
-    """The same for prompts whose numbers of tokens are known.
-
-    Raises:
-        ValueError: prompts without tokens, or too long; they are named.
-    """
+    """The same for prompts whose numbers of tokens are known."""
     empty = [index for index, length in enumerate(lengths) if not length]
     if empty:
         raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")

@@ -56,11 +56,7 @@ class Control:
         object.__setattr__(self, "head_weights", _head_weights(self.head_weights, self.value.num_heads))
 
     def check_range(self, dtype: torch.dtype, where: str = "") -> None:
-        """Refuse, before the first token, settings that are infinite in the dtype of the ascent.
-
-        Raises:
-            ValueError: the setting is named; `where` says whose it is.
-        """
+        """Refuse, before the first token, settings that are infinite in the dtype of the ascent."""
         for name in (*(option.name for option in ROW_OPTIONS), "head_weights"):
             given = getattr(self, name)
             numbers = given if isinstance(given, tuple) else () if given is None else (given,)

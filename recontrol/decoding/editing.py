@@ -33,10 +33,6 @@ class Editing(Attachment):
     """Edits the states at the site of a model, h <- edit(h). A model has at most one such set of hooks.
 
     A subclass defines `edit`, and `rows` where the edit depends on the forward call; at the end of its `__init__` it calls `attach`.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
-        RuntimeError: another one is attached.
     """
 
     def __init__(self, model: Any):
@@ -135,12 +131,7 @@ def differences(plain: Tensor, *others: Tensor) -> list[float]:
 
 
 def check_fit(attached: Attachment, value: ValueFunction, allow_other_model: bool) -> None:
-    """Refuse a value function that cannot be, or should not be, used on the states that a model's output embedding reads.
-
-    Raises:
-        TypeError: float64 meets another dtype.
-        ValueError: another size, another device, or trained for another model.
-    """
+    """Refuse a value function that cannot be, or should not be, used on the states that a model's output embedding reads."""
     kind = type(attached.owner).__name__
     width = input_width(attached.owner, attached.embedding)
     if value.hidden_size != width:

@@ -74,11 +74,7 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def byte_count(size: int | str) -> int:
-    """Bytes from a number of them or a text such as "8GiB" or "500MB".
-
-    Raises:
-        ValueError: it is neither, or not above 0.
-    """
+    """Bytes from a number of them or a text such as "8GiB" or "500MB"."""
     found = re.fullmatch(r"(\d+\.?\d*) *([KMGT]?)(i?)B", size.strip(), re.IGNORECASE) if isinstance(size, str) else None
     if found is None and not isinstance(size, int):
         raise ValueError(f'a size is a number of bytes or a text such as "8GiB" or "500MB", found {size!r}')

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def tokens(
     watched = decoding.streaming or decoding.ends is not None
     counts = dict.fromkeys(range(len(prompts)), 0)
     if editing.steers:
-        editing.source = _Source(manager)
+        editing.source = _source(manager)
     manager.start()
     try:
         eos = sorted(decoding.eos_ids) or -1
@@ -113,25 +113,23 @@ def tokens(
             model.set_attn_implementation(attention)
 
 
-class _Source:
-    """Says which rows of a forward call belong to which request of transformers' manager of continuous batches.
+def _source(manager: Any) -> Callable[[dict[str, Any]], Rows | None]:
+    """A function that says which rows of a forward call belong to which request of transformers' manager; None if the call is not the manager's.
 
     The manager lists the requests that get a new token in the order of their states. If the model is told which states to keep, it keeps these;
     otherwise all tokens of the batch go through the output embedding, and only the states at these places are read.
     """
 
-    def __init__(self, manager: Any):
-        self.manager = manager
-
-    def __call__(self, kwargs: dict[str, Any]) -> Rows | None:
-        """The rows; None if the call is none of the manager's."""
-        processor = self.manager.batch_processor
-        if processor is None or kwargs.get("cache") is not processor.cache:
+    def rows(given: dict[str, Any]) -> Rows | None:
+        processor = manager.batch_processor
+        if processor is None or given.get("cache") is not processor.cache:
             return None
         positions = processor.inputs_and_outputs.req_id_to_new_token_position
-        kept = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)
+        kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
         places = list(range(len(positions))) if kept else list(positions.values())
         return Rows([int(name) for name in positions], places, last=False)
+
+    return rows
 
 
 def release() -> tuple[int, int]:

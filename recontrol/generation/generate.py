@@ -96,6 +96,8 @@ def generate(
     or "static" (padded batches, decoded to the end one after the other); "auto" is continuous where model, options and release of
     transformers allow it, and logs the reason where not. Each response says which it was.
 
+    A state stays unedited, and a warning says so once, if it is not finite or if its edit would leave the range of its dtype.
+
     The model is left as it was: after an error, after Ctrl-C, and when a stream is closed early. Meanwhile it must not be used elsewhere.
 
     Args:

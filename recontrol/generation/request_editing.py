@@ -40,9 +40,6 @@ class RequestEditing(Editing):
     Attributes:
         source: says which rows a forward call has, from its arguments; None for calls that are not to be edited. Set by who runs the model.
         traces: one for each request that has a control; with `trace` only. The unedited states then go through the output embedding too.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `Controller.attach`.
     """
 
     def __init__(self, model: Any, controls: Sequence[Control | None], *, backend: str = "auto", allow_other_model: bool = False, trace: bool = False):

@@ -19,9 +19,6 @@ def install(settings: Settings) -> None:
 
     The first rejects the request (HTTP 400). The second is for requests that did not come through this release's front end; vLLM ends such a request
     with an error and goes on with the others.
-
-    Raises:
-        ImportError: this release of vLLM lacks what is wrapped.
     """
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
@@ -55,11 +52,7 @@ def _check_early(settings: Settings) -> None:
 
 
 def check(extra_args: dict[str, Any] | None, settings: Settings) -> None:
-    """Refuse an invalid control as vLLM refuses other sampling parameters.
-
-    Raises:
-        VLLMValidationError: the control is invalid; over HTTP, 400.
-    """
+    """Refuse an invalid control as vLLM refuses other sampling parameters."""
     try:
         settings.control_of(extra_args)
     except ValueError as error:

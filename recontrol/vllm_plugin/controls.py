@@ -19,9 +19,6 @@ def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | No
     """The control of a request: None, a mapping with the fields of `Control`, where `value` is a name of the bank, or the same as JSON.
 
     JSON, because `vllm_xargs` of the OpenAI-compatible server holds no mapping. The value functions of the bank may lack weights.
-
-    Raises:
-        ValueError: it is neither of these, has another field, names no value function of the bank, or a number is out of range.
     """
     if isinstance(given, str):
         try:

@@ -20,11 +20,7 @@ STEP_SIZE, STEPS = 0.1, 3
 
 @torch.inference_mode()
 def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Edited) -> None:
-    """Run made-up states through the model's logits, as they are and edited; inside `editing(edit)` the next states are edited.
-
-    Raises:
-        RuntimeError: the logits do not follow the states, a value function gives what is not finite, or ranks differ in a bit.
-    """
+    """Run made-up states through the model's logits, as they are and edited; inside `editing(edit)` the next states are edited."""
     model = runner.get_model()
     width = next(iter(bank.values())).hidden_size
     # The same on every rank.

@@ -34,12 +34,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read and check RECONTROL_BANK and RECONTROL_DEFAULT; an empty one counts as absent.
-
-        Raises:
-            ValueError: there is a default but no bank, a subfolder is no value function, or the default is no control.
-            FileNotFoundError: the bank is no folder, is empty, or lacks a file.
-        """
+        """Read and check RECONTROL_BANK and RECONTROL_DEFAULT; an empty one counts as absent."""
         folder, default = environment.get(BANK) or None, environment.get(DEFAULT) or None
         if folder is None:
             if default is not None:
@@ -56,20 +51,12 @@ class Settings:
         return cls(bank, default, known)
 
     def load(self, device: torch.device) -> dict[str, ValueFunction]:
-        """The value functions of the bank with their weights, on this device.
-
-        Raises:
-            ValueError, OSError: a file is damaged or gone.
-        """
+        """The value functions of the bank with their weights, on this device."""
         assert self.bank is not None
         return {name: ValueFunction.from_pretrained(self.bank / name, device=device) for name in self.known}
 
     def control_of(self, request: Mapping[str, object] | None, bank: Mapping[str, ValueFunction] | None = None) -> Control | None:
-        """The control of a request with these `extra_args`, its value function from a bank (by default without weights); None: no control.
-
-        Raises:
-            ValueError: the control is invalid.
-        """
+        """The control of a request with these `extra_args`, its value function from a bank (by default without weights); None: no control."""
         bank = self.known if bank is None else bank
         if request is None or KEY not in request:
             return None if self.default is None else parse_control(self.default, bank)

@@ -25,11 +25,7 @@ logger = logging.getLogger("vllm.recontrol")
 
 
 def install(settings: Settings) -> None:
-    """Make every worker that is set up in this process from now on steer.
-
-    Raises:
-        ImportError: this release of vLLM lacks what is wrapped.
-    """
+    """Make every worker that is set up in this process from now on steer."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     wrap(WorkerWrapperBase, "init_device", after=lambda wrapper, *args, **kwargs: Steering(wrapper.worker, settings))
@@ -42,10 +38,6 @@ class Steering:
     samples from. Prompt log-probabilities, profiling runs and draft models use the same module at other times and are not edited.
 
     The worker's model runner is made and its model is not loaded yet.
-
-    Raises:
-        ValueError: a value function of the bank is for another model.
-        RuntimeError: the model runner is of an unknown kind, or not one that generates.
     """
 
     def __init__(self, worker: Any, settings: Settings):

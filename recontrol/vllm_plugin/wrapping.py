@@ -6,11 +6,7 @@ from typing import Any
 
 
 def wrap(owner: Any, name: str, *, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> None:
-    """Make a method of a class, or of one object, call something first or last with its own arguments; done once, however often it is asked for.
-
-    Raises:
-        ImportError: there is no such method.
-    """
+    """Make a method of a class, or of one object, call something first or last with its own arguments; done once, however often it is asked for."""
     method = getattr(owner, name, None)
     if method is None:
         called = owner.__name__ if isinstance(owner, type) else type(owner).__name__
