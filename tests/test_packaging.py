@@ -153,6 +153,16 @@ print(json.dumps({
 """
 
 
+# What a user's code looks like to a type checker.
+USES = """
+import recontrol as rc
+from recontrol import _C
+reveal_type(rc.ascend)
+reveal_type(_C.compiler)
+reveal_type(rc.ValueFunction.from_released)
+"""
+
+
 def probe(site: Path, tmp_path: Path) -> dict:
     """What the installation in `site` says of itself, asked from another directory."""
     return json.loads(run(sys.executable, "-I", "-c", PROBE, site, cwd=tmp_path).splitlines()[-1])
@@ -166,6 +176,7 @@ class TestContents:
         assert {"recontrol/kernels/__init__.py", "recontrol/ascent/backends/__init__.py"} <= set(names)
         extensions = [name for name in names if name.endswith(".so")]
         assert len(extensions) == 1 and extensions[0].startswith("recontrol/_C.")
+        assert {"recontrol/py.typed", "recontrol/_C.pyi"} <= set(names)
         assert not [name for name in names if re.search(r"\.(cpp|h|cu|cuh|pyc|o)$|(^|/)(tests|csrc|examples|benchmarks|build)/", name)]
 
     def test_wheel_is_small(self, wheel):
@@ -229,6 +240,17 @@ class TestInstallation:
             sys.executable, "-c", "import recontrol, recontrol._C; print(recontrol._C.__file__)", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}
         )
         assert Path(where.strip()).is_relative_to(installed)
+
+    def test_its_types_reach_the_code_of_others(self, installed, tmp_path):
+        """mypy sees what `ascend` takes and returns, and what the extension holds."""
+        (tmp_path / "uses.py").write_text(USES)
+        # Reading the sources of these would take a minute.
+        skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "transformers", "numpy", "huggingface_hub"))
+        (tmp_path / "mypy.ini").write_text(f"[mypy]\ncache_dir = {tmp_path / 'cache'}\n{skipped}")
+        shown = run(sys.executable, "-m", "mypy", "uses.py", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)})
+        revealed = re.findall(r'Revealed type is "(.*)"', shown)
+        assert len(revealed) == 3 and revealed[0].startswith("def (hidden: ") and "backend: " in revealed[0], shown
+        assert revealed[1].removeprefix("builtins.") == "str" and revealed[2].startswith("def (path: "), shown
 
     def test_console_script(self, installed, tmp_path):
         """It is installed, and its target is there."""

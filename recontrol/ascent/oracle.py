@@ -55,7 +55,17 @@ def ascend(
 
 @torch.inference_mode(False)
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the steps by autograd: the edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1)."""
+    """Take the steps by autograd; what `ascend` runs when its arguments are checked.
+
+    Args:
+        arguments: of one ascent.
+        weights: of the value function, first layer first.
+        biases: likewise.
+        dtype: compute in this precision.
+
+    Returns:
+        The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1).
+    """
     # Clones, because tensors made under inference_mode cannot take part in autograd.
     weights = [weight.detach().clone().to(dtype) for weight in weights]
     biases = [bias.detach().clone().to(dtype) for bias in biases]
@@ -94,9 +104,12 @@ def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: S
 
 
 def fraction_to_radius(move_square: Tensor, edit_dot_move: Tensor, room: Tensor) -> Tensor:
-    """Where a step m crosses the trust region: the t in [0, 1] with |u + t m| = radius, given m.m, u.m and radius^2 - u.u, each (rows,).
+    """Where a step m leaves the trust region: the t in [0, 1] with |u + t m| = radius, the positive root of t^2 m.m + 2 t u.m - room = 0.
 
-    It is the positive root of t^2 m.m + 2 t u.m - room = 0.
+    Args:
+        move_square: (rows,), m.m.
+        edit_dot_move: (rows,), u.m.
+        room: (rows,), radius^2 - u.u, not negative up to rounding.
     """
     root = torch.sqrt(torch.clamp(edit_dot_move * edit_dot_move + move_square * room, min=0))
     # Two forms of the same root: each is used where it does not subtract nearly equal numbers.
