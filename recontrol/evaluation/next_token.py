@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recontrol.decoding.control import Control
 from recontrol.decoding.divergence import divergence
@@ -101,8 +101,7 @@ class _Reading(Editing):
         super().__init__(model)
         self._states: Tensor | None = None
         check_fit(self, value, allow_other_model)
-        with self._attaching():
-            self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
+        self.attach()
 
     def logits(self, states: Tensor) -> Tensor:
         """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
@@ -115,7 +114,6 @@ class _Reading(Editing):
         return output.logits[:, -1]
 
     @torch.compiler.disable
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._sign is not None:
-            return (args[0] * self._sign, *args[1:])
-        return None if self._states is None else (self._states[:, None], *args[1:])
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The given states in the place of the model's."""
+        return None if self._states is None else self._states[:, None]

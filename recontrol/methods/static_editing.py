@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor
 
 from recontrol.checks import number
@@ -292,16 +292,11 @@ class StaticHandle(Editing):
         weight = getattr(self.embedding, "weight", direction.vector)
         # Moved once, so that a decode step copies nothing.
         self._edit = editing._edit_of(direction.vector if weight.is_meta else weight)
-        with self._attaching():
-            self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
+        self.attach()
 
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        if self._sign is not None:
-            return (hidden * self._sign, *args[1:])
-        if self._paused or self.editing.strength == 0:
-            return None
-        return (_moved(hidden, self._edit), *args[1:])
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The states moved by the constant."""
+        return None if self.editing.strength == 0 else _moved(hidden, self._edit)
 
 
 def _moved(states: Tensor, edit: Tensor) -> Tensor:
