@@ -22,7 +22,7 @@ from recontrol.decoding.batches import (
 from recontrol.decoding.control import Control
 from recontrol.decoding.hooks import output_embedding
 from recontrol.decoding.responses import StopStrings, listed_stop_strings, make_response
-from recontrol.generation import continuous, static
+from recontrol.generation import continuous, static, trial
 from recontrol.generation.plan import Plan, batches_of, make_plan, tells_its_cache
 from recontrol.generation.requests import Generation, Options, Request, StreamedToken, listed_controls, token_ids
 from recontrol.generation.steering import Steering
@@ -200,7 +200,7 @@ def _chosen(batching: str, model: Any, options: Options) -> str:
         raise ValueError(f"batching must be one of {', '.join(map(repr, BATCHINGS))}, found {batching!r}")
     if batching == "static":
         return batching
-    reason = continuous.why_not(model, options)
+    reason = continuous.why_not(model, options) or trial.why_not(model)
     if reason is None:
         return "continuous"
     if batching == "continuous":
