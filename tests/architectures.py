@@ -113,6 +113,14 @@ SKIPPED = {
     "MoshiForCausalLM": "it has the forward call of a part of a speech model",
     "ReformerModelWithLMHead": "its length must be a multiple of its chunks",
 }
+# They make something of padding, whatever the mask says: rows of one length are tested.
+UNPADDED = {
+    *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM", "MBartForCausalLM", "MarianForCausalLM"),
+    *("MvpForCausalLM", "PLBartForCausalLM", "PegasusForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "GitForCausalLM", "ProphetNetForCausalLM"),
+    *("RwkvForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel", "xLSTMForCausalLM"),
+}
+# The cache of some has more in it than tokens: a prompt of the model's own.
+CACHES_MORE = {"CpmAntForCausalLM"}
 
 
 def class_names() -> list[str]:

@@ -15,6 +15,7 @@ from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import IGNORED, model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
 from recontrol.decoding.hooks import Attachment
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
 
@@ -155,7 +156,7 @@ class GivenResponses:
 
     def _checked_lengths(self) -> tuple[list[int], list[int]]:
         """Tokens of each row that the model reads, after refusing those that it cannot, and the pairs of equal responses."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         lengths: list[int] = []
         empty: list[int] = []
         equal: list[int] = []

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from recontrol.decoding.model_config import state_width
+
 
 def output_embedding(model: Any) -> nn.Module:
     """The module that turns the last hidden state into logits, `model.get_output_embeddings()`.
@@ -38,7 +40,7 @@ def input_width(model: Any, embedding: nn.Module) -> int:
     if isinstance(width, int):
         return width
     weight = getattr(embedding, "weight", None)
-    return weight.shape[-1] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else model.config.get_text_config().hidden_size
+    return weight.shape[-1] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else state_width(model.config)
 
 
 class Attachment:

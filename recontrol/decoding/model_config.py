@@ -35,10 +35,10 @@ def vocabulary_size(config: Any) -> int | None:
     return getattr(text_config(config), "vocab_size", None)
 
 
-def state_width(config: Any) -> int | None:
-    """The size of the states that the output embedding reads; None where the config does not say."""
+def state_width(config: Any) -> int:
+    """The size of the states that the output embedding reads."""
     text = text_config(config)
-    return getattr(text, PROJECTED.get(text.model_type, "hidden_size"), None)
+    return getattr(text, PROJECTED.get(text.model_type, "hidden_size"))
 
 
 def padding_token(config: Any) -> int | None:
@@ -104,13 +104,18 @@ def _layers(text: Any) -> Iterator[tuple[str, Any]]:
     # Decoders of models that have an encoder too call the layers of the encoder `num_hidden_layers`.
     count = next((found for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers") if (found := getattr(text, name, None))), None)
     if not count:
-        raise ValueError(f"the size of the key/value cache cannot be told from {type(text).__name__}: it has no num_hidden_layers; use batch_size")
+        raise ValueError(f"{_unknown(text)} num_hidden_layers={count}; use batch_size")
+    if count != getattr(text, "num_hidden_layers", None):
+        return zip(["DynamicLayer"] * count, [text] * count, strict=True)
     made = getattr(DynamicCache(config=text), "layers", [])
     # A dummy belongs to a layer that reads the cache of another, or has no attention.
     kinds = [type(layer).__name__ if hasattr(layer, "keys") and "Dummy" not in type(layer).__name__ else "" for layer in made]
     configs = list(text.per_layer_config) if hasattr(type(text), "per_layer_config") else [text] * len(kinds)
-    if getattr(text, "decoder_layers", None) or getattr(text, "num_decoder_layers", None):
-        kinds, configs = ["DynamicLayer"] * count, [text] * count
+    if getattr(text, "recurrent_kv_cache_mode", None) == "per_loop":
+        # Dory: layers that run several times keep a cache for each time.
+        repeated = slice(text.n_input_layers, text.n_input_layers + text.n_recurrent_layers)
+        again = text.n_recurrent_loops - 1
+        kinds, configs = kinds + kinds[repeated] * again, configs + configs[repeated] * again
     return zip(kinds, configs, strict=False)
 
 
@@ -127,10 +132,7 @@ def _numbers_per_token(kind: str, layer: Any) -> int:
     heads, width = _first(layer, f"{sliding}num_attention_heads", "decoder_attention_heads", "num_attention_heads"), getattr(layer, "hidden_size", None)
     size = _first(layer, f"{sliding}head_dim", "head_dim") or (width // heads if heads and width else None)
     if not heads or not size:
-        raise ValueError(
-            f"the size of the key/value cache cannot be told from {type(layer).__name__}: found num_attention_heads={heads}, hidden_size={width}, "
-            f"head_dim={size}; use batch_size"
-        )
+        raise ValueError(f"{_unknown(layer)} num_attention_heads={heads}, hidden_size={width}, head_dim={size}; use batch_size")
     # One head for all queries, where the older Falcon and StarCoder say so by a flag of their own.
     shared = getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False)
     cached = 1 if shared else _first(layer, f"{sliding}num_key_value_heads", "num_key_value_heads", "num_kv_heads") or heads
@@ -141,6 +143,10 @@ def _numbers_per_token(kind: str, layer: Any) -> int:
 
 def _first(config: Any, *names: str) -> int | None:
     return next((found for name in names if (found := getattr(config, name, None))), None)
+
+
+def _unknown(config: Any) -> str:
+    return f"{type(config).__name__} does not tell the size of its key/value cache: found"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from recontrol.data.rewards import as_reward, reward_name
 from recontrol.data.sampling import token_counts
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, eos_tokens
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.responses import listed_stop_strings, make_response
 from recontrol.methods.fine_tuning_run import FineTuningRun, check_plain, fine_tune, fine_tuning_package
 from recontrol.methods.preferences import check_uncontrolled, single_scores
@@ -95,7 +96,7 @@ def train_dpo(
     equal = [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected]
     if equal:
         raise ValueError(f"{len(equal)} pairs have equal responses, so that there is nothing to prefer: {some(equal)}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    context = context_length(model.config) or max_length
     longest = min(max_length, context)
     too_long = [index for index, count in enumerate(token_counts(tokenizer, [pair.prompt for pair in pairs])) if count >= longest]
     if too_long:
