@@ -149,7 +149,7 @@ def texts(model):
 def alone(model, prompt, control):
     """The tokens of one prompt, under a Controller if it has a control."""
     ids = torch.tensor(TOKENIZER([prompt]).input_ids)
-    with contextlib.nullcontext() if control is None else rc.Controller(control.value, control.step_size, control.steps).attach(model):
+    with contextlib.nullcontext() if control is None else rc.Controller(control.value, control.step_size, control.steps, stop_token_ids=()).attach(model):
         return respond(model, ids)[0][0].tolist()
 
 
@@ -173,7 +173,9 @@ def test_batches_give_what_each_prompt_gets_alone(model, value, caplog):
 
 
 def test_collected_states_are_those_of_the_responses(model, tmp_path):
-    rollouts = rc.collect(model, TOKENIZER, texts(model), lambda prompts, texts: [0.0] * len(texts), tmp_path / "r", max_new_tokens=NEW, progress=False)
+    # Some read a padding token in a response as padding.
+    keywords = {"max_new_tokens": NEW, "suppress_tokens": [PAD], "progress": False}
+    rollouts = rc.collect(model, TOKENIZER, texts(model), lambda prompts, texts: [0.0] * len(texts), tmp_path / "r", **keywords)
     batch = rollouts.batch(range(len(TEXTS)))
     start = 0
     for record in rollouts.records():

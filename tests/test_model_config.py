@@ -95,7 +95,7 @@ def test_latent_attention_keeps_latents(monkeypatch):
 
 
 def test_recurrent_layers_alone_have_no_cache_of_keys():
-    with pytest.raises(ValueError, match="MambaConfig has no layer with a key/value cache; use batch_size"):
+    with pytest.raises(ValueError, match="cannot be told from MambaConfig: found no layer that keeps keys and values; use batch_size"):
         cache_bytes_per_token(MambaConfig(num_hidden_layers=2), BF16)
 
 

@@ -34,6 +34,17 @@ def test_a_model_that_runs_is_tried_once_and_left_as_it_was(monkeypatch):
     assert trial.why_not(llama(num_hidden_layers=3)) == "tried again"
 
 
+def test_a_manager_that_cannot_be_made_leaves_the_attention_as_it_was(monkeypatch):
+    model = llama()
+
+    def failing(**keywords):
+        model.set_attn_implementation("paged|sdpa")
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(model, "init_continuous_batching", failing, raising=False)
+    assert "no such layer" in trial.why_not(model) and model.config._attn_implementation == "sdpa"
+
+
 def test_what_transformers_cannot_run_has_a_reason(monkeypatch):
     monkeypatch.setattr(trial, "_respond", lambda model, prompts: (_ for _ in ()).throw(TypeError("no such cache")))
     assert trial.why_not(llama()) == "transformers' continuous batching fails with LlamaForCausalLM: no such cache"

@@ -61,10 +61,11 @@ def context_length(config: Any) -> int | None:
     text = text_config(config)
     given = next((found for name in CONTEXT_NAMES if isinstance(found := getattr(text, name, None), int) and found > 0), None)
     # MPT adds a bias instead of positions too, but from a table.
-    if given is None or text.model_type in UNLIMITED or getattr(text, "alibi", False):
+    kind = getattr(text, "model_type", None)
+    if given is None or kind in UNLIMITED or getattr(text, "alibi", False):
         return None
-    if text.model_type in COUNT_FROM_PADDING:
-        return given - (getattr(text, "pad_token_id", None) or 0) - COUNT_FROM_PADDING[text.model_type]
+    if kind in COUNT_FROM_PADDING:
+        return given - (getattr(text, "pad_token_id", None) or 0) - COUNT_FROM_PADDING[kind]
     return _scaled(text, given)
 
 
@@ -95,7 +96,7 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """
     numbers = sum(_numbers_per_token(kind, layer) for kind, layer in _layers(text_config(config)))
     if not numbers:
-        raise ValueError(f"{type(text_config(config)).__name__} has no layer with a key/value cache; use batch_size")
+        raise ValueError(f"{_unknown(text_config(config))} no layer that keeps keys and values; use batch_size")
     return numbers * dtype.itemsize
 
 
@@ -124,7 +125,7 @@ def _numbers_per_token(kind: str, layer: Any) -> int:
     if not kind:
         return 0
     # The keys of the index by which a layer chooses what it attends to.
-    index = (getattr(layer, "index_head_dim", None) or 0) if "Indexed" in kind else 0
+    index = (_first(layer, "index_head_dim", "indexer_head_dim") or 0) if "Indexed" in kind else 0
     latent = getattr(layer, "kv_lora_rank", None)
     if latent and _caches_latents():
         return latent + layer.qk_rope_head_dim + index
@@ -146,7 +147,7 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def _unknown(config: Any) -> str:
-    return f"{type(config).__name__} does not tell the size of its key/value cache: found"
+    return f"the size of the key/value cache cannot be told from {type(config).__name__}: found"
 
 
 @functools.cache

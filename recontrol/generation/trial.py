@@ -68,11 +68,14 @@ def _respond(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list
     """Each prompt with its new tokens, from a manager of the smallest size."""
     implementation = model.config._attn_implementation
     end = {"eos_token_id": -1, "max_new_tokens": NEW_TOKENS}
-    config = GenerationConfig(do_sample=False, pad_token_id=0, **end)
-    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=_smallest(model))
-    manager.start()
     found: dict[int, list[int]] = {}
-    try:
+    with contextlib.ExitStack() as stack:
+        # Making a manager exchanges the attention. Some releases leave it so, and others when they fail; a plain call of the model fails then.
+        stack.callback(_restore_attention, model, implementation)
+        config = GenerationConfig(do_sample=False, pad_token_id=0, **end)
+        manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=_smallest(model))
+        stack.callback(manager.stop, block=True)
+        manager.start()
         for index, prompt in enumerate(prompts):
             manager.add_request(prompt, request_id=str(index), **end)
         while len(found) < len(prompts):
@@ -84,12 +87,12 @@ def _respond(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list
                 raise RuntimeError(result.error)
             elif result.is_finished():
                 found[int(result.request_id)] = list(result.generated_tokens)
-    finally:
-        manager.stop(block=True)
-        # Some releases leave it paged, and a plain call of the model fails then.
-        if model.config._attn_implementation != implementation:
-            model.set_attn_implementation(implementation)
     return [(prompt, found[index]) for index, prompt in enumerate(prompts)]
+
+
+def _restore_attention(model: Any, implementation: str) -> None:
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)
 
 
 def _smallest(model: Any) -> Any:
