@@ -121,8 +121,9 @@ SKIPPED = {
 UNPADDED = {
     *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM", "MBartForCausalLM", "MarianForCausalLM"),
     *("MvpForCausalLM", "PLBartForCausalLM", "PegasusForCausalLM", "TrOCRForCausalLM", "GitForCausalLM"),
-    *("RwkvForCausalLM", "xLSTMForCausalLM"),
+    "xLSTMForCausalLM",
 }
+UNBATCHED = {"RwkvForCausalLM": "transformers mixes the recurrent states of its rows"}
 # The cache of some has more in it than tokens: a prompt of the model's own.
 CACHES_MORE = {"CpmAntForCausalLM"}
 

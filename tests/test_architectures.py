@@ -9,7 +9,7 @@ import logging
 
 import pytest
 import torch
-from architectures import CACHES_MORE, CONTEXT, PAD, SKIPPED, UNPADDED, VOCABULARY, class_names, small_model
+from architectures import CACHES_MORE, CONTEXT, PAD, SKIPPED, UNBATCHED, UNPADDED, VOCABULARY, class_names, small_model
 from test_generation import Letters
 
 import recontrol as rc
@@ -113,10 +113,9 @@ def respond(model, ids, **options):
 
 
 def close(model, found, expected):
-    if model.dtype == torch.float64:
-        torch.testing.assert_close(found, expected)
-    else:
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    """Some models in float64 make a softmax or a recurrence in float32: a few of its roundings. In float32 a unit of V may flip a step early."""
+    tolerance = 1e-6 if model.dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_one_call_under_control(model, value):
@@ -143,6 +142,9 @@ def test_greedy_generation_under_control(model, value):
 
 
 def texts(model):
+    """Prompts that make a batch."""
+    if type(model).__name__ in UNBATCHED:
+        pytest.skip(UNBATCHED[type(model).__name__])
     return EQUALLY_LONG if type(model).__name__ in UNPADDED else TEXTS
 
 
@@ -172,20 +174,19 @@ def test_batches_give_what_each_prompt_gets_alone(model, value, caplog):
     assert batching == "continuous" or "batching is static: " in caplog.text
 
 
-def test_collected_states_are_those_of_the_responses(model, tmp_path):
+def test_collected_states_are_those_that_each_prompt_reads_alone(model, tmp_path):
     # Some read a padding token in a response as padding.
-    keywords = {"max_new_tokens": NEW, "suppress_tokens": [PAD], "progress": False}
-    rollouts = rc.collect(model, TOKENIZER, texts(model), lambda prompts, texts: [0.0] * len(texts), tmp_path / "r", **keywords)
+    options = {"max_new_tokens": NEW, "suppress_tokens": [PAD], "eos_token_id": None}
+    scores = [0.0] * len(TEXTS)
+    rollouts = rc.collect(model, TOKENIZER, texts(model), lambda prompts, responses: scores, tmp_path / "r", progress=False, **options)
     batch = rollouts.batch(range(len(TEXTS)))
-    start = 0
-    for record in rollouts.records():
-        prompt = TOKENIZER([record["prompt"]]).input_ids[0]
-        tokens = rollouts.token_ids([record["index"]]).tolist()
-        with states_read(model) as seen, torch.no_grad():
-            model(input_ids=torch.tensor([prompt + tokens[:-1]]), use_cache=False)
-        expected = seen[0].reshape(-1, seen[0].shape[-1])[-len(tokens) :]
-        close(model, batch.states[start : start + len(tokens)], expected)
-        start += len(tokens)
+    expected = []
+    for place, prompt in enumerate(texts(model)):
+        with states_read(model) as seen:
+            new, _ = respond(model, torch.tensor(TOKENIZER([prompt]).input_ids), **options)
+        assert rollouts.token_ids([place]).tolist() == new[0].tolist()
+        expected += [states.reshape(-1, states.shape[-1])[-1] for states in seen]
+    close(model, batch.states, torch.stack(expected))
 
 
 def test_what_the_config_says(model):

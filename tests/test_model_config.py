@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BloomConfig,
     DeepseekV3Config,
     FalconConfig,
     Gemma3Config,
     Gemma3TextConfig,
-    Gemma4Config,
-    Gemma4TextConfig,
-    JambaConfig,
     LlamaConfig,
     MambaConfig,
     MptConfig,
@@ -72,18 +70,22 @@ def test_the_context_is_what_the_model_takes(name):
 GEMMA_4 = {"num_hidden_layers": 6, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": None}
 
 
+JAMBA = {"num_hidden_layers": 8, "attn_layer_period": 8, "attn_layer_offset": 4, "num_key_value_heads": 2, "hidden_size": 32, "num_attention_heads": 4}
+
+
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("name", "settings", "numbers"),
     [
         # Five layers of 8 numbers a head and one of 16.
-        (Gemma4TextConfig(**GEMMA_4, num_kv_shared_layers=0), 2 * 2 * (5 * 8 + 16)),
-        (Gemma4Config(text_config={**GEMMA_4, "num_kv_shared_layers": 0}), 2 * 2 * (5 * 8 + 16)),
-        (JambaConfig(num_hidden_layers=8, attn_layer_period=8, attn_layer_offset=4, num_key_value_heads=2, hidden_size=32, num_attention_heads=4), 2 * 2 * 8),
+        ("Gemma4TextConfig", {**GEMMA_4, "num_kv_shared_layers": 0}, 2 * 2 * (5 * 8 + 16)),
+        ("Gemma4Config", {"text_config": {**GEMMA_4, "num_kv_shared_layers": 0}}, 2 * 2 * (5 * 8 + 16)),
+        ("JambaConfig", JAMBA, 2 * 2 * 8),
     ],
-    ids=["Gemma 4", "Gemma 4 with eyes", "Jamba"],
 )
-def test_layers_are_counted_each_by_its_own_sizes(config, expected):
-    assert cache_bytes_per_token(config, BF16) == 2 * expected
+def test_layers_are_counted_each_by_its_own_sizes(name, settings, numbers):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this release of transformers has no {name}")
+    assert cache_bytes_per_token(getattr(transformers, name)(**settings), BF16) == 2 * numbers
 
 
 def test_latent_attention_keeps_latents(monkeypatch):

@@ -29,7 +29,7 @@ def test_a_model_that_runs_is_tried_once_and_left_as_it_was(monkeypatch):
         assert recorder.steps == [] and handle.edited_rows == 0
     assert torch.equal(torch.rand(1), expected) and model.training and hooks_on(model) == []
     assert model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(trial, "_try", lambda model: "tried again")
+    monkeypatch.setattr(trial, "_try", lambda model, owner: "tried again")
     assert trial.why_not(model) is None
     assert trial.why_not(llama(num_hidden_layers=3)) == "tried again"
 

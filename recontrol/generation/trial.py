@@ -25,15 +25,15 @@ _tried: dict[Any, str | None] = {}
 
 def why_not(model: Any) -> str | None:
     """Why transformers' continuous batching cannot run this model; None where it reads the states that a plain call reads."""
-    key = (type(model), repr(model.config), getattr(model.config, "_attn_implementation", None), model.dtype, model.device)
+    owner = embedding_owner(model, output_embedding(model))
+    key = (type(owner), repr(model.config), getattr(model.config, "_attn_implementation", None), model.dtype, model.device)
     if key not in _tried:
-        _tried[key] = _try(model)
+        _tried[key] = _try(model, owner)
     return _tried[key]
 
 
-def _try(model: Any) -> str | None:
-    embedding = output_embedding(model)
-    kind = type(embedding_owner(model, embedding)).__name__
+def _try(model: Any, owner: Any) -> str | None:
+    embedding, kind = output_embedding(model), type(owner).__name__
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0))
         stack.enter_context(evaluation_mode(model))
@@ -47,7 +47,7 @@ def _try(model: Any) -> str | None:
             responses = _respond(model, _prompts(model))
             read = torch.cat(seen)
             seen.clear()
-            wanted = torch.cat([_states(model, seen, prompt, new) for prompt, new in responses])
+            wanted = torch.cat([_states(owner, seen, prompt, new) for prompt, new in responses])
         # Whatever it is, padded batches are there.
         except Exception as error:
             return f"transformers' continuous batching fails with {kind}: {error}"
