@@ -36,7 +36,7 @@ WORKERS ?= 2
 test: $(READY) ## Run all tests, ruff and mypy
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
-test-architectures: $(READY) ## Run the tests of every causal language model of transformers, in some 10 minutes
+test-architectures: $(READY) ## Run the tests of every causal language model of transformers, in some 5 minutes
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "" tests/test_architectures.py
 
 # vLLM wants releases of its own, so it lives in an environment of its own. --no-deps: the CPU build asks for torchvision, torchaudio and

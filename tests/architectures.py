@@ -86,6 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Lfm3ForCausalLM": {"layer_types": ["conv", "full_attention"]},
     "Mamba2ForCausalLM": {"head_dim": 16},
+    "MarianForCausalLM": {"forced_eos_token_id": None},
     "Qwen3NextForCausalLM": LINEAR,
     "Qwen3_5ForCausalLM": LINEAR,
     "Qwen3_5MoeForCausalLM": LINEAR,
