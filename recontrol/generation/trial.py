@@ -20,6 +20,7 @@ PROMPT_LENGTHS, NEW_TOKENS = (5, 3), 3
 _PATIENCE = 0.2
 # Continuous batching has a logger of its own.
 LOGGERS = ("transformers", "ContinuousBatchingLogger")
+LONGEST_REASON = 200
 _tried: dict[Any, str | None] = {}
 
 
@@ -50,7 +51,8 @@ def _try(model: Any, owner: Any) -> str | None:
             wanted = torch.cat([_states(owner, seen, prompt, new) for prompt, new in responses])
         # Whatever it is, padded batches are there.
         except Exception as error:
-            return f"transformers' continuous batching fails with {kind}: {error}"
+            first_line = str(error).partition("\n")[0][:LONGEST_REASON]
+            return f"transformers' continuous batching fails with {kind}: {first_line}"
     # How far each state that the model should have read is from the nearest that it has read.
     distance = (torch.cdist(wanted.double(), read.double()).amin(1) / wanted.double().norm(dim=1)).max().item()
     # Half of the digits: rounding takes fewer, and a wrong position or mask takes more.
