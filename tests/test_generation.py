@@ -304,7 +304,7 @@ class TestCheckLengths:
                 check_lengths(model, Letters(), ["x", *["x" * 60] * count], 16)
 
     def test_a_model_without_a_longest_context(self):
-        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder=None: SimpleNamespace()))
         check_lengths(model, Letters(), ["x" * 10_000], 10_000)
 
     def test_a_limit_of_the_callers_comes_on_top(self, model):

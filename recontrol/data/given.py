@@ -16,6 +16,7 @@ from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
 from recontrol.decoding.hooks import Attachment
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
 
@@ -131,7 +132,7 @@ class GivenResponses:
 
     def _checked_lengths(self) -> tuple[list[int], list[int]]:
         """Tokens of each row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         lengths: list[int] = []
         empty: list[int] = []
         equal: list[int] = []

@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList
 
 from recontrol.checks import first_few
 from recontrol.decoding.config import Decoding
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.responses import Response, StopStrings, make_response
 
 # The result must be one row of new tokens for each prompt.
@@ -129,7 +130,7 @@ def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, 
     empty = [index for index, length in enumerate(lengths) if not length]
     if empty:
         raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     wanted = f"leave no room for {max_new_tokens} new tokens in a context of {context}"
     limits = [(context - max_new_tokens, wanted)] if context is not None else []
     if max_prompt_tokens is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
+from recontrol.decoding.model_config import padding_token, text_config, vocabulary_size
 from recontrol.value import ValueFunction
 
 
@@ -108,10 +109,10 @@ class Editing(Attachment):
     @torch.no_grad()
     def _probe(self, sign: float) -> Tensor:
         """The logits after one token, its state multiplied by `sign`."""
-        config = self.owner.config.get_text_config()
+        config = text_config(self.owner.config)
         # The embedding of padding is often zero, and so would be the state.
         known = (getattr(config, "bos_token_id", None), 0, 1)
-        token = next(token for token in known if isinstance(token, int) and token != config.pad_token_id and 0 <= token < config.vocab_size)
+        token = next(token for token in known if isinstance(token, int) and token != padding_token(config) and 0 <= token < (vocabulary_size(config) or 2))
         ids = torch.tensor([[token]], device=self.owner.device)
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         self._sign = torch.tensor(sign)

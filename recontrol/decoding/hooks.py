@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from recontrol.decoding.model_config import state_width
+
 # What the key/value cache is called: the first name in newer releases of transformers, the others in older ones.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
@@ -42,7 +44,7 @@ def input_width(model: Any, embedding: nn.Module) -> int:
     if isinstance(width, int):
         return width
     weight = getattr(embedding, "weight", None)
-    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else model.config.get_text_config().hidden_size
+    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else state_width(model.config)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from recontrol.checks import first_few
+from recontrol.decoding.model_config import cache_bytes_per_token
 
 BATCH_SIZE = 16
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -44,33 +43,6 @@ class Packing:
         per_token = cache_bytes_per_token(model.config, model.dtype)
         packed = pack_by_length(lengths(), self.cache_budget, per_token, rows_per_entry=rows_per_entry, largest=self.batch_size, names=entries)
         return [[entries[place] for place in batch] for batch in packed]
-
-
-def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes that the key/value cache takes for one token of one row.
-
-        layers * key/value heads * (size of a key + size of a value) * bytes of a number
-
-    Every layer is counted as if it attended to everything: sliding windows and layers without attention take less.
-
-    Raises:
-        ValueError: the config does not have the sizes; they are named.
-    """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
-    if not (layers and heads and width):
-        raise ValueError(
-            f"the size of the key/value cache cannot be told from {type(text).__name__}: found num_hidden_layers={layers}, num_attention_heads={heads}, "
-            f"hidden_size={width}; use batch_size"
-        )
-    # One head for all queries, where the older Falcon and StarCoder say so by a flag of their own.
-    shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
-    cached_heads = 1 if shared else getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    size = max(getattr(text, "head_dim", None) or width // heads, getattr(text, "global_head_dim", None) or 0)
-    # Latent attention has keys and values of sizes of their own.
-    key, value = getattr(text, "qk_head_dim", None) or size, getattr(text, "v_head_dim", None) or size
-    return layers * cached_heads * (key + value) * dtype.itemsize
 
 
 def byte_count(size: int | str) -> int:

@@ -12,6 +12,7 @@ from recontrol.ascent.backends import capturable
 from recontrol.decoding.batches import check_options, effective
 from recontrol.decoding.controller import Handle
 from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, output_embedding
+from recontrol.decoding.model_config import context_length, text_config
 
 # Modes of the compiler that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -60,14 +61,13 @@ class StaticDecoder:
         self._embedding = output_embedding(model)
         owner = embedding_owner(model, self._embedding)
         self._cache_name = cache_name(owner)
-        config = owner.config.get_text_config(decoder=True)
-        context = getattr(config, "max_position_embeddings", None)
+        context = context_length(owner.config)
         if context is not None and max_tokens > context:
             raise ValueError(f"max_tokens is {max_tokens}, the context of this model {context}")
         self.model = model
         self.batch_size = batch_size
         self.max_tokens = max_tokens
-        self.cache = StaticCache(config=config, max_cache_len=max_tokens)
+        self.cache = StaticCache(config=text_config(owner.config), max_cache_len=max_tokens)
         self.compile_config = _compile_config(model, compile_config)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:

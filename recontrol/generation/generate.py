@@ -23,7 +23,7 @@ from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 from recontrol.decoding.hooks import output_embedding
 from recontrol.decoding.responses import StopStrings, make_response
-from recontrol.generation import continuous, static
+from recontrol.generation import continuous, static, trial
 from recontrol.generation.plan import Plan, batches_of, make_plan, tells_its_cache
 from recontrol.generation.request_editing import RequestEditing
 from recontrol.generation.requests import BatchDecoding, Generation, StreamedToken, listed_controls, token_ids
@@ -191,7 +191,7 @@ def _chosen(batching: str, model: Any, decoding: BatchDecoding) -> str:
         raise ValueError(f"batching must be one of {', '.join(map(repr, BATCHINGS))}, found {batching!r}")
     if batching == "static":
         return batching
-    reason = continuous.why_not(model, decoding)
+    reason = continuous.why_not(model, decoding) or trial.why_not(model)
     if reason is None:
         return "continuous"
     if batching == "continuous":

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from recontrol.checks import first_few, integer, required
-from recontrol.decoding.packing import byte_count, cache_bytes_per_token, pack_by_length
+from recontrol.decoding.model_config import cache_bytes_per_token
+from recontrol.decoding.packing import byte_count, pack_by_length
 
 # Tokens of a block: what attention kernels on a GPU want, and elsewhere little, so that little is wasted.
 GPU_BLOCK_TOKENS, BLOCK_TOKENS = 256, 16

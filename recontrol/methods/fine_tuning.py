@@ -17,6 +17,7 @@ from recontrol.data.rewards import as_reward, reward_name
 from recontrol.data.sampling import token_counts
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, eos_tokens
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.responses import listed_stop_strings, make_response
 from recontrol.methods.adapters import EXTRA, FineTuningRun, check_plain
 from recontrol.methods.base import check_uncontrolled
@@ -166,7 +167,7 @@ def train_dpo(
     lora, described = chosen.lora()
     _check_model(model, tokenizer)
     pairs = [Preference(*pair) for pair in pairs]
-    longest = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
+    longest = min(max_length, context_length(model.config) or max_length)
     _check_pairs(tokenizer, pairs, longest)
     fields = chosen.arguments(model, options, max_length=longest)
     settings = {"algorithm": "dpo", **fields, "add_eos": add_eos, "lora": described, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}

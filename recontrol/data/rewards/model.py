@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recontrol.data.rewards.templates import text_writer
+from recontrol.decoding.model_config import context_length, padding_token, set_padding_token, vocabulary_size
 
 
 class RewardModel:
@@ -39,13 +40,14 @@ class RewardModel:
         self.tokenizer.padding_side = "right"
         self.tokenizer.truncation_side = "left"
         config: Any = model.config
-        if getattr(config, "pad_token_id", None) is not None:
+        padding = padding_token(config)
+        if padding is not None:
             # The classifier finds the end of a text by its own padding token.
-            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(padding)
         elif self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        config.pad_token_id = self.tokenizer.pad_token_id
-        limits = [getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length, max_length]
+        set_padding_token(config, self.tokenizer.pad_token_id)
+        limits = [context_length(config), self.tokenizer.model_max_length, max_length]
         limit = min(limit for limit in limits if limit is not None)
         # A tokenizer that knows no limit says 1e30.
         self.max_length = limit if limit < 1e9 else None
@@ -130,7 +132,7 @@ class RewardModel:
 
     def _check_tokens(self, ids: Tensor) -> None:
         # On a GPU the embedding would not say what is wrong, and would leave the device unusable.
-        known = getattr(self.model.config, "vocab_size", None)
+        known = vocabulary_size(self.model.config)
         if isinstance(known, int) and ids.numel() and int(ids.max()) >= known:
             raise ValueError(f"the tokenizer of the reward model {self.name} makes token {int(ids.max())}, the model has {known}: it is another model's")
 
