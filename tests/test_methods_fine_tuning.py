@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 import recontrol as rc
 from recontrol.data.pairs import Preference
-from recontrol.methods import fine_tuning_run
+from recontrol.methods import fine_tuning
 from recontrol.methods.adapters import RECORD_NAME, FineTuningRun, adapter
-from recontrol.methods.fine_tuning import train_dpo, train_rl
-from recontrol.methods.fine_tuning_run import COST_NAME
+from recontrol.methods.fine_tuning import STATE_NAME, train_dpo, train_rl
 from recontrol.methods.preferences import make_preference_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,17 +225,17 @@ def test_a_run_that_was_stopped_goes_on(model, tmp_path, kind, monkeypatch):
 
     whole = train(tmp_path / "whole")
 
-    class Stopping(fine_tuning_run._Cost):
+    class Stopping(fine_tuning._Cost):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 5:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(fine_tuning_run, "_Cost", Stopping)
+        patched.setattr(fine_tuning, "_Cost", Stopping)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "broken")
     left = tmp_path / "broken.training"
-    assert not (tmp_path / "broken").exists() and (left / "checkpoint-4" / COST_NAME).is_file()
+    assert not (tmp_path / "broken").exists() and (left / "checkpoint-4" / STATE_NAME).is_file()
     # As if it had been killed while it wrote the next one.
     (left / "checkpoint-6").mkdir()
     with pytest.raises(ValueError, match="another learning_rate: found"):

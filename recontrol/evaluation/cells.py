@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,56 +18,45 @@ FORMAT_VERSION = 1
 LONGEST_NAME = 60
 
 
-class Cells:
-    """The cells by method, seed and batch; with a folder, one file for each, and one with the settings that all have in common."""
+class Cells(dict[tuple[str, int, int], Cell]):
+    """The cells by label, seed and batch; with a folder, one file for each, and one with the settings that all have in common."""
 
-    def __init__(self, folder: str | os.PathLike | None, settings: dict[str, Any]):
-        self._folder = None if folder is None else Path(folder)
-        self._cells: dict[tuple[str, int, int], Cell] = {}
-        # Weights are hashed once.
-        self._names: dict[str, str] = {}
-        if self._folder is None:
+    def __init__(self, folder: str | os.PathLike | None, settings: dict[str, Any], methods: Sequence[Method]):
+        super().__init__()
+        self._folders = {} if folder is None else {method.label: Path(folder) / folder_name(method) for method in methods}
+        if folder is None:
             return
         wanted = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
-        path = self._folder / "settings.json"
+        path = Path(folder) / "settings.json"
         if path.exists():
             check_same_settings(read_json(path), wanted, f"{folder} has an evaluation with")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         if not path.exists():
             write_json(path, wanted)
 
-    def __getitem__(self, key: tuple[Method, int, int]) -> Cell:
-        method, seed, batch = key
-        return self._cells[method.label, seed, batch]
-
-    def get(self, method: Method, seed: int, batch: int) -> Cell | None:
-        """The cell if it is there; a damaged file is refused."""
-        key = (method.label, seed, batch)
-        if key not in self._cells and self._folder is not None:
-            path = self._path(method, seed, batch)
-            if not path.exists():
-                return None
+    def known(self, label: str, seed: int, batch: int) -> bool:
+        """Whether a cell is there, or can be read; a damaged file is refused."""
+        path = self._path(label, seed, batch)
+        if (label, seed, batch) not in self and path is not None and path.exists():
             content = read_json(path)
             try:
-                self._cells[key] = Cell(**{**content, "answers": [Answer(**answer) for answer in content["answers"]]})
+                self[label, seed, batch] = Cell(**{**content, "answers": [Answer(**answer) for answer in content["answers"]]})
             except (TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path} is no cell of an evaluation ({error}); remove it to have it made again") from error
-        return self._cells.get(key)
+        return (label, seed, batch) in self
 
-    def add(self, method: Method, cell: Cell) -> None:
+    def add(self, cell: Cell) -> None:
         """Keep a cell, and write it whole or not at all."""
-        self._cells[method.label, cell.seed, cell.batch] = cell
-        if self._folder is not None:
-            path = self._path(method, cell.seed, cell.batch)
+        self[cell.label, cell.seed, cell.batch] = cell
+        path = self._path(cell.label, cell.seed, cell.batch)
+        if path is not None:
             path.parent.mkdir(exist_ok=True)
             with write_aside(path) as aside:
                 aside.write_text(json.dumps(asdict(cell), ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _path(self, method: Method, seed: int, batch: int) -> Path:
-        if method.label not in self._names:
-            self._names[method.label] = folder_name(method)
-        return Path(self._folder or "") / self._names[method.label] / f"seed-{seed}-batch-{batch:05}.json"
+    def _path(self, label: str, seed: int, batch: int) -> Path | None:
+        return self._folders[label] / f"seed-{seed}-batch-{batch:05}.json" if self._folders else None
 
 
 def folder_name(method: Method) -> str:

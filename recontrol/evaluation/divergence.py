@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +13,7 @@ from recontrol.decoding.divergence import divergence
 
 
 class Likelihood(NamedTuple):
-    """One response under the uncontrolled model, summed over its tokens.
-
-    Attributes:
-        nll: -sum_t log p0(y_t | prompt, y_<t), in nats.
-        kl: sum_t KL(p(. | prompt, y_<t) || p0(. | prompt, y_<t)), in nats; None where p was not recorded.
-    """
+    """A response under the uncontrolled model, in nats: -sum_t log p0(y_t), and sum_t KL(p_t || p0_t) where p was recorded, else None."""
 
     nll: float
     kl: float | None
@@ -56,29 +51,23 @@ def likelihoods(
     The sum over tokens of KL(p || p0) along sampled responses is an unbiased estimate of the KL between the distributions of whole responses, for
     sampling at temperature 1 without truncation, and has less variance than the log-ratio. Token y_t belongs to the logits at the position before it.
     """
+    if len(prompts) != len(token_ids):
+        raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(token_ids)} responses")
     found: list[Likelihood] = [Likelihood(0.0, None if recorder is None else 0.0)] * len(token_ids)
-    for index, logits in _response_logits(model, tokenizer, prompts, token_ids, batch_size):
-        ids = torch.tensor(list(token_ids[index]), device=logits.device)
-        wide = logits.double()
-        nll = float((wide.logsumexp(-1) - wide.gather(1, ids[:, None])[:, 0]).sum())
-        kl = None
-        if recorder is not None:
-            kl = float(divergence(recorder.row(index, len(ids)).to(logits.device), logits).double().sum())
-        found[index] = Likelihood(nll, kl)
+    rows = [(index, tokenizer(prompt).input_ids, list(ids)) for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)) if len(ids)]
+    # Together with others of similar length.
+    rows.sort(key=lambda row: len(row[1]) + len(row[2]))
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        for (index, _, ids), logits in zip(batch, _logits(model, batch), strict=True):
+            nll = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(ids, device=logits.device), reduction="sum")
+            moved = None if recorder is None else divergence(recorder.row(index, len(ids)).to(logits.device), logits).double().sum()
+            found[index] = Likelihood(float(nll), None if moved is None else float(moved))
     return found
 
 
-def _response_logits(model: Any, tokenizer: Any, prompts: Sequence[str], token_ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """(index, (tokens, vocabulary) logits that sample its tokens) of each response that has a token, in batches of similar length."""
-    if len(prompts) != len(token_ids):
-        raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(token_ids)} responses")
-    rows = [(index, tokenizer(prompt).input_ids, list(ids)) for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)) if len(ids)]
-    rows.sort(key=lambda row: len(row[1]) + len(row[2]))
-    for start in range(0, len(rows), batch_size):
-        yield from _logits(model, rows[start : start + batch_size])
-
-
-def _logits(model: Any, rows: Sequence[tuple[int, list[int], list[int]]]) -> Iterator[tuple[int, Tensor]]:
+def _logits(model: Any, rows: Sequence[tuple[int, list[int], list[int]]]) -> list[Tensor]:
+    """Of each row (index, prompt, response) the (tokens, vocabulary) logits that sample its response."""
     texts = [prompt + ids for _, prompt, ids in rows]
     width = max(map(len, texts))
     # Right padding: no token of a response attends to it, and positions need no correction.
@@ -88,6 +77,5 @@ def _logits(model: Any, rows: Sequence[tuple[int, list[int], list[int]]]) -> Ite
     # With a large vocabulary the logits of prompts would be most of the memory.
     options = {"logits_to_keep": width - first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=inputs, attention_mask=mask, use_cache=False, **options).logits[:, first - width :]
-    for scores, (index, prompt, ids) in zip(logits, rows, strict=True):
-        start = len(prompt) - 1 - first
-        yield index, scores[start : start + len(ids)]
+    starts = [len(prompt) - 1 - first for _, prompt, _ in rows]
+    return [scores[start : start + len(ids)] for scores, start, (_, _, ids) in zip(logits, starts, rows, strict=True)]

@@ -83,27 +83,16 @@ class Measure:
         decoding = dataclasses.replace(self.decoding, seed=seed + batch, options=options)
         with record_hidden_states(self.model) as states, PeakMemory(self.model.device) as peak:
             made = method.respond(self.model, self.tokenizer, prompts, decoding)
-        seconds = made.seconds - (0 if recorder is None else recorder.seconds)
+        texts, ids = [response.text for response in made.responses], [response.token_ids for response in made.responses]
         # A method with a `respond` of its own decodes other rows than those of the responses.
         fits = type(method).respond is Method.respond and bool(states.steps)
-        ids = [response.token_ids for response in made.responses]
-        rows = [_row(states.steps, index, len(kept)) for index, kept in enumerate(ids)] if fits else []
-        answers = self._answers(method, prompts, made.responses, recorder if fits else None)
-        for answer, row in zip(answers, rows, strict=False):
-            answer.values = None if self.value is None else self._values(row)
-        for answer, prompt, response in list(zip(answers, prompts, made.responses, strict=True))[:num_pieces]:
-            answer.pieces = _pieces(self.tokenizer, prompt, response)
-        norm = _edit_norm(method, rows[:EDITED_ROWS])
-        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
-
-    def _answers(self, method: Method, prompts: Sequence[str], responses: Sequence[Response], recorder: NextTokenRecorder | None) -> list[Answer]:
-        """All that is known of the responses without the states."""
-        texts, ids = [response.text for response in responses], [response.token_ids for response in responses]
         with evaluation_mode(self.model):
-            likely = likelihoods(self.model, self.tokenizer, prompts, ids, recorder, batch_size=max(1, len(prompts) // 4))
+            likely = likelihoods(self.model, self.tokenizer, prompts, ids, recorder if fits else None, batch_size=max(1, len(prompts) // 4))
         scores = checked_rewards(self.reward, prompts, texts).double().tolist()
         cosines: Sequence[float | None] = [None] * len(texts) if self.encoder is None else similarities(prompts, texts, self.encoder).tolist()
-        return [
+        # (tokens, hidden_size) of each response, the states that were read to sample it.
+        rows = [row[: len(kept)] for row, kept in zip(torch.stack(states.steps, 1), ids, strict=False)] if fits else []
+        answers = [
             Answer(
                 text=response.text,
                 tokens=len(response.token_ids),
@@ -113,9 +102,14 @@ class Measure:
                 coherence=cosines[index],
                 nll=likely[index].nll,
                 kl=likely[index].kl if method.divergence is None else method.divergence,
+                values=self._values(rows[index]) if fits and self.value is not None else None,
+                pieces=_pieces(self.tokenizer, prompts[index], response) if index < num_pieces else None,
             )
-            for index, response in enumerate(responses)
+            for index, response in enumerate(made.responses)
         ]
+        seconds = made.seconds - (0 if recorder is None else recorder.seconds)
+        norm = _edit_norm(method, rows[:EDITED_ROWS])
+        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
 
     @torch.no_grad()
     def _values(self, states: Tensor) -> list[float]:
@@ -126,19 +120,11 @@ class Measure:
         return [float(f"{value:.5g}") for value in (values @ weights.to(values)).tolist()]
 
 
-def _row(steps: Sequence[Tensor], index: int, tokens: int) -> Tensor:
-    """(tokens, hidden_size), the states that were read for the tokens of a row."""
-    return torch.stack([step[index] for step in steps[:tokens]]) if tokens else steps[0][:0]
-
-
 @torch.no_grad()
 def _edit_norm(method: Method, rows: Sequence[Tensor]) -> float | None:
     """Mean norm of what a method adds to states."""
-    kept = [row for row in rows if len(row)]
-    if not kept:
-        return None
-    states = torch.cat(kept)
-    edited = method.edit(states)
+    states = torch.cat(list(rows)) if rows else torch.zeros(0)
+    edited = method.edit(states) if len(states) else None
     return None if edited is None else float(np.float32((edited.float() - states.float()).norm(dim=-1).mean().item()))
 
 

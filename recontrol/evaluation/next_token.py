@@ -19,11 +19,10 @@ STATES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The effect of n steps on the next token, as means over states.
+    """The effect of `steps` steps of size `step_size` on the next token, as means over states.
 
     Attributes:
-        step_size: alpha.
-        steps: n.
+        step_size, steps: alpha and n.
         value: V(h + u_n), with several heads their weighted sum, in V's own unit.
         reward: the same in the unit of the reward, as V predicts it.
         edit_norm: |u_n|.
@@ -49,7 +48,7 @@ def path_of_steps(
     allow_other_model: bool = False,
     **settings: Any,
 ) -> list[PathPoint]:
-    """Mean V(h + u_n), |u_n| and KL(softmax(W_lm (h + u_n)) || softmax(W_lm h)) over states h, for each n.
+    """Mean V(h + u_n), |u_n| and KL(softmax(W_lm (h + u_n)) || softmax(W_lm h)) over states h: one point for each n, in order.
 
     With the states of rollouts this is the frontier of the next token at the uncontrolled model's own prefixes, for the cost of the output embedding. For
     whole responses, where control changes the prefixes too, use `evaluate`. Logits include what the model does after the output embedding.
@@ -64,13 +63,9 @@ def path_of_steps(
         allow_other_model: accept a value function that was trained on the states of another model.
         settings: further ones of `Control`: radius, target, head_weights.
 
-    Returns:
-        One point for each n, in order.
-
     Raises:
-        TypeError: arguments of the wrong type, or a value function that does not go with the model's dtype.
+        TypeError, RuntimeError: as `Controller.attach`, or the backend cannot run here.
         ValueError: no states or of the wrong shape, no steps, a number that is negative or NaN, or a value function of another size, device or model.
-        RuntimeError: a `Controller` is attached, the backend cannot run here, or edits do not reach the logits.
     """
     controls = [Control(value, step_size, n, **settings) for n in steps]
     if not controls:
@@ -105,14 +100,9 @@ class _Reading(Editing):
             self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
 
     def logits(self, states: Tensor) -> Tensor:
-        """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
+        """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states in the place of one token's."""
         self._states = states
-        try:
-            # One token, whose state is replaced.
-            output = self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False)
-        finally:
-            self._states = None
-        return output.logits[:, -1]
+        return self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False).logits[:, -1]
 
     @torch.compiler.disable
     def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -16,17 +16,11 @@ class WinRate:
 
     Attributes:
         rate: (wins + ties / 2) / pairs.
-        interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts; the pairs of one prompt, such as those of several
-            seeds, are drawn together, since they are not independent.
-        wins: pairs whose response is better.
-        ties: pairs where neither is.
-        losses: pairs whose other response is better.
-        position_bias: the share of pairs that the order decided, see `Judgement`; None where the judge has no order.
-        unreadable: pairs that are ties because an answer could not be read.
+        interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts: the pairs of one prompt are drawn together.
+        wins, ties, losses: pairs whose response is better, where neither is, whose other response is better.
+        position_bias, unreadable, cost: as in `Judgement`.
         requests: that were sent and answered in this run; 0 where the judge sends none.
-        input_tokens: of these requests; None where the judge or its server does not say.
-        output_tokens: of the answers, likewise.
-        cost: of both, in the currency of the judge's prices; None without prices.
+        input_tokens, output_tokens: of these requests and of the answers; None where the judge or its server does not say.
         judge: its name.
         verdicts: one a pair, 1 for a win, 0.5 for a tie, 0 for a loss.
     """
@@ -66,12 +60,7 @@ class WinRate:
         return "\n".join(lines)
 
 
-def win_rate(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    others: Sequence[str],
-    judge: Callable[..., Judgement | Sequence[float]],
-) -> WinRate:
+def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[str], judge: Callable[..., Judgement | Sequence[float]]) -> WinRate:
     """The share of pairs that the response wins: (wins + ties / 2) / pairs.
 
     Args:
@@ -88,20 +77,22 @@ def win_rate(
     """
     if not prompts or not len(prompts) == len(responses) == len(others):
         raise ValueError(f"a win rate needs pairs: found {len(prompts)} prompts, {len(responses)} responses and {len(others)} others, wanted equally many")
-    judgement = judge(prompts, responses, others)
-    if not isinstance(judgement, Judgement):
-        judgement = Judgement(judgement)
+    found = judge(prompts, responses, others)
+    judgement = found if isinstance(found, Judgement) else Judgement(found)
     verdicts = [float(verdict) for verdict in judgement.verdicts]
     strange = sorted({verdict for verdict in verdicts if verdict not in (0, 0.5, 1)})
     if strange or len(verdicts) != len(prompts):
-        raise ValueError(
-            f"a judge must return 1, 0.5 or 0 for each of {len(prompts)} pairs, found {len(verdicts)} verdicts, among them {strange or 'no other'}"
-        )
+        wanted = f"1, 0.5 or 0 for each of {len(prompts)} pairs"
+        raise ValueError(f"a judge must return {wanted}, found {len(verdicts)} verdicts, among them {strange or 'no other'}")
     usage = judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None)
     rate = sum(verdicts) / len(verdicts)
+    # One number a prompt, whose mean is the rate: the means of its verdicts, and where prompts have different numbers of pairs the linearised ratio.
+    sums = dict.fromkeys(prompts, 0.0)
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        sums[prompt] += verdict - rate
     return WinRate(
         rate=rate,
-        interval=bootstrap_interval(_by_prompt(prompts, verdicts, rate)),
+        interval=bootstrap_interval([rate + each * len(sums) / len(prompts) for each in sums.values()]),
         wins=verdicts.count(1.0),
         ties=verdicts.count(0.5),
         losses=verdicts.count(0.0),
@@ -114,14 +105,3 @@ def win_rate(
         judge=str(reward_name(judge)),
         verdicts=verdicts,
     )
-
-
-def _by_prompt(prompts: Sequence[str], verdicts: Sequence[float], rate: float) -> list[float]:
-    """Numbers whose mean is the rate, one a prompt: rate + sum over its pairs of (verdict - rate) * prompts / pairs.
-
-    Where every prompt has as many pairs, they are the means of its verdicts; else the rate is a ratio, and this is its linearisation.
-    """
-    sums: dict[str, float] = {}
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        sums[prompt] = sums.get(prompt, 0.0) + verdict - rate
-    return [rate + difference * len(sums) / len(prompts) for difference in sums.values()]

@@ -57,9 +57,7 @@ class FineTuningRun:
 
     def write(self, folder: Path) -> None:
         """Write the record beside an adapter."""
-        content = asdict(self)
-        del content["path"]
-        write_json(folder / RECORD_NAME, {"format": FORMAT, **content})
+        write_json(folder / RECORD_NAME, {"format": FORMAT, **{name: entry for name, entry in asdict(self).items() if name != "path"}})
 
 
 @contextlib.contextmanager
@@ -73,10 +71,9 @@ def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: wanted a folder with {CONFIG_NAME} in it")
     check_plain(model)
-    if (folder / RECORD_NAME).is_file():
-        other = difference(FineTuningRun.read(folder).settings["base_model"], model)
-        if other:
-            raise ValueError(f"the adapter in {folder} was trained on another model: {other}")
+    other = difference(FineTuningRun.read(folder).settings["base_model"], model) if (folder / RECORD_NAME).is_file() else None
+    if other:
+        raise ValueError(f"the adapter in {folder} was trained on another model: {other}")
     modules = [(module, dict(module._modules)) for module in model.modules()]
     attributes = set(vars(model))
     with evaluation_mode(model), flags_kept(model):
@@ -103,8 +100,7 @@ class FineTuned(Method):
         path: a folder that `train_dpo` or `train_rl` has written.
 
     Raises:
-        FileNotFoundError: it holds no run.
-        ValueError: its record is damaged.
+        FileNotFoundError, ValueError: it holds no run, or its record is damaged.
 
     Source: Kong et al. 2024, section 5 (comparison with fine-tuning).
     """
@@ -150,7 +146,7 @@ class FineTuned(Method):
 
 def check_plain(model: Any) -> None:
     """Refuse a model that has adapters; the first is named."""
-    layer = required("peft.tuners.tuners_utils", EXTRA).BaseTunerLayer
+    layer = required("peft", EXTRA).tuners.tuners_utils.BaseTunerLayer
     found = next((name for name, module in model.named_modules() if isinstance(module, layer)), None)
     if found is not None:
         raise ValueError(f"the model must have no adapter, found one on {found}: merge it or take it off first")

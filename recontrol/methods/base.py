@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -19,12 +18,12 @@ from recontrol.decoding.hooks import attachments, output_embedding
 
 
 class Training(NamedTuple):
-    """What it took to train a method.
+    """The cost of training a method; None for what is not known.
 
     Attributes:
         parameters: numbers that were trained; 0 where nothing was.
-        seconds: wall-clock time of the training; None where it is not known.
-        peak_bytes: peak memory, beyond that of the process before; None where it is not known.
+        seconds: wall-clock time of the training.
+        peak_bytes: peak memory, beyond that of the process before.
     """
 
     parameters: int = 0
@@ -40,16 +39,14 @@ def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def one_score(rewards: Tensor, head_weights: Sequence[float] | None) -> Tensor:
+def one_score(rewards: Tensor, head_weights: Sequence[float] | None, name: str = "head_weights") -> Tensor:
     """(responses, num_heads) -> (responses,), float64: sum_k head_weights[k] * rewards[:, k]; None for the weights of a single head."""
     heads = rewards.shape[1]
-    if head_weights is None:
-        if heads != 1:
-            raise ValueError(f"found {heads} rewards a response: give head_weights, {heads} numbers")
-        return rewards[:, 0].double()
-    weights = [number("head_weights", weight) for weight in several("head_weights", head_weights)]
+    if head_weights is None and heads != 1:
+        raise ValueError(f"found {heads} rewards a response: give {name}, {heads} numbers")
+    weights = [1.0] if head_weights is None else [number(name, weight) for weight in several(name, head_weights)]
     if len(weights) != heads:
-        raise ValueError(f"head_weights must be {heads} numbers, one a reward, found {len(weights)}")
+        raise ValueError(f"{name} must be {heads} numbers, one a reward, found {len(weights)}")
     return rewards.double() @ torch.tensor(weights, dtype=torch.float64, device=rewards.device)
 
 
@@ -59,14 +56,12 @@ def check_uncontrolled(model: Any) -> None:
         raise ValueError("the model must be the uncontrolled one, found a controller or recorder attached to it already: detach it first")
 
 
-class Method(ABC):
+class Method:
     """A method of responding to prompts, made once and used for any number of batches.
 
     A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that decodes several responses
-    to a prompt and chooses between them overrides `respond`. The language model belongs to the caller and is left as it was.
-
-    Attributes:
-        kind: the name of the method in tables; methods of one kind differ in `settings`.
+    to a prompt and chooses between them overrides `respond`. The language model belongs to the caller and is left as it was. `kind` is the name of the
+    method in tables; methods of one kind differ in `settings`.
     """
 
     kind: ClassVar[str]
@@ -78,8 +73,7 @@ class Method(ABC):
 
     @property
     def identity(self) -> Any:
-        """What else the responses depend on, ready for JSON: for example a checksum of weights, or texts that have no place in a table."""
-        return None
+        """What else the responses depend on, ready for JSON: a checksum of weights, or texts that have no place in a table."""
 
     @property
     def label(self) -> str:
@@ -95,7 +89,6 @@ class Method(ABC):
     @property
     def divergence(self) -> float | None:
         """KL to the uncontrolled model in nats a response, where a formula gives it; None where it is measured token by token."""
-        return None
 
     def write(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
@@ -103,18 +96,10 @@ class Method(ABC):
 
     def edit(self, states: Tensor) -> Tensor | None:
         """(rows, hidden_size) -> the edited states; None for a method that edits no states."""
-        return None
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Change the model inside the block, and yield the method's logits processors.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: as the caller gave them, before `write`.
-            options: of `model.generate`.
-        """
+        """Change the model inside the block, and yield the method's logits processors; `prompts` are those before `write`, `options` of `model.generate`."""
         yield []
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
@@ -188,14 +173,9 @@ class Together(Method):
 
     @property
     def training(self) -> Training:
-        """The sum."""
-        parts = [method.training for method in self.methods]
-        seconds, peaks = [part.seconds for part in parts], [part.peak_bytes for part in parts]
-        return Training(
-            sum(part.parameters for part in parts),
-            None if None in seconds else sum(filter(None, seconds)),
-            None if None in peaks else max(filter(None, peaks), default=0),
-        )
+        """The sums, and the largest peak."""
+        parameters, seconds, peaks = zip(*(method.training for method in self.methods), strict=True)
+        return Training(sum(parameters), None if None in seconds else sum(seconds), None if None in peaks else max(peaks))
 
     def write(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
@@ -204,7 +184,7 @@ class Together(Method):
         return prompt
 
     def edit(self, states: Tensor) -> Tensor | None:
-        """The states as edited by the one method that edits states; at most one method can be attached."""
+        """The states as edited by the method that edits states; at most one method can be attached."""
         return next((edited for method in self.methods if (edited := method.edit(states)) is not None), None)
 
     @contextlib.contextmanager

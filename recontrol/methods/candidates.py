@@ -17,17 +17,14 @@ logger = logging.getLogger("recontrol")
 
 
 class CandidateStates(Attachment):
-    """o_{t+1} had v been chosen as y_t, for each of k tokens v a row, computed between two forward calls of `generate`.
+    """o_{t+1} had v been chosen as y_t, for each of k tokens v a row, computed between two forward calls of `generate`, for one batch of this thread.
 
     The k candidates go through the transformer together, as k positions in the same place: each attends to the prompt, the response so far and itself.
-    Their keys and values go into a shallow copy of the cache, so the generation continues bit-identically. The output embedding is not called: recorders
-    and controllers on it see nothing.
+    Their keys and values go into a shallow copy of the cache, so the generation continues bit-identically. Recorders and controllers see nothing.
 
     This needs a `DynamicCache` without sliding windows or recurrent states, and attention "sdpa" or "eager". Otherwise, and where a check of one row at
-    the first step fails, each candidate costs a forward call over the whole text; the log says so.
-
-    One object serves one batch of the thread that made it. `state` is (rows, hidden_size), o_t before the edit of a `Controller`, None before the first
-    forward call; `from_cache` says whether the cache is used, None before the first call of `states`.
+    the first step fails, each candidate costs a forward call over the whole text; the log says so. `state` is (rows, hidden_size), o_t before the edit
+    of a `Controller`; `from_cache` says whether the cache is used, None before the first call of `states`.
     """
 
     def __init__(self, model: Any):
@@ -39,8 +36,8 @@ class CandidateStates(Attachment):
         self._output: Tensor | None = None
         self._parameters = [*inspect.signature(type(self.decoder).forward).parameters][1:]
         self._thread = threading.get_ident()
+        # The second one before a controller's hook, which edits the state.
         self._hooks.append(self.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
-        # Before a controller's hook, which edits the state.
         self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
         forget_compiled()
 
@@ -76,10 +73,8 @@ class CandidateStates(Attachment):
         found, read = self._output, self.state
         # NaN propagates elsewhere.
         if found is None or read is None or found.shape != read.shape or not torch.equal(found.to(read.dtype).nan_to_num(), read.nan_to_num()):
-            raise ValueError(
-                f"the output embedding of this {type(self.owner).__name__} reads other states than its {type(self.decoder).__name__} returns: "
-                "the states after candidate tokens cannot be had without computing logits"
-            )
+            others = f"the output embedding of this {type(self.owner).__name__} reads other states than its {type(self.decoder).__name__} returns"
+            raise ValueError(f"{others}: the states after candidate tokens cannot be had without computing logits")
 
     def _real(self, input_ids: Tensor) -> Tensor:
         """(rows, tokens) bool, False where there is padding."""
@@ -98,20 +93,18 @@ class CandidateStates(Attachment):
     def _why_not(self, input_ids: Tensor) -> str | None:
         """Why the cache cannot be used; None where it can."""
         _, cache = self._cache()
-        positions = self._call.get("position_ids")
-        attention = self.decoder.config._attn_implementation
         if type(cache) is not DynamicCache or cache.offloading:
             return f"there is no plain key/value cache on the device, found {type(cache).__name__}"
-        others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
-        if others:
-            return f"the cache has layers of {', '.join(sorted(others))}"
-        if cache.get_seq_length() != input_ids.shape[1]:
-            return f"the cache holds {cache.get_seq_length()} of {input_ids.shape[1]} positions"
-        if attention not in ("sdpa", "eager"):
-            return f"attention {attention!r} takes no mask of one's own"
-        if not isinstance(positions, Tensor) or positions.dim() != 2 or getattr(self.decoder.config, "alibi", False):
-            return f"positions of {type(self.decoder).__name__} are not given by number"
-        return None
+        positions, attention = self._call.get("position_ids"), self.decoder.config._attn_implementation
+        others, length = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}, cache.get_seq_length()
+        by_number = isinstance(positions, Tensor) and positions.dim() == 2 and not getattr(self.decoder.config, "alibi", False)
+        reasons = (
+            (others, f"the cache has layers of {', '.join(sorted(others))}"),
+            (length != input_ids.shape[1], f"the cache holds {length} of {input_ids.shape[1]} positions"),
+            (attention not in ("sdpa", "eager"), f"attention {attention!r} takes no mask of one's own"),
+            (not by_number, f"positions of {type(self.decoder).__name__} are not given by number"),
+        )
+        return next((reason for found, reason in reasons if found), None)
 
     def _disproof(self, input_ids: Tensor, real: Tensor, candidates: Tensor) -> str | None:
         """Compare the states of one row with those of a forward call over the whole text; None where half of the digits agree."""
@@ -147,8 +140,8 @@ class CandidateStates(Attachment):
         inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
         if self._call.get("position_ids") is not None:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        columns = candidates.unbind(1)
-        return torch.stack([self._run(input_ids=torch.cat([input_ids, column[:, None]], dim=1), **inputs)[:, -1] for column in columns], dim=1)
+        texts = [torch.cat([input_ids, column[:, None]], dim=1) for column in candidates.unbind(1)]
+        return torch.stack([self._run(input_ids=text, **inputs)[:, -1] for text in texts], dim=1)
 
     def _run(self, **inputs: Any) -> Tensor:
         """Call the transformer as the generation calls it, but for the inputs."""

@@ -1,28 +1,47 @@
 """Fine-tuning to compare with control at test time: LoRA adapters by DPO, RLOO or GRPO, through TRL and PEFT."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import numpy
 import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from recontrol.checks import first_few, required
 from recontrol.data.pairs import Preference
 from recontrol.data.rewards import as_reward, reward_name
 from recontrol.data.sampling import token_counts
-from recontrol.data.settings import model_settings, texts_checksum
-from recontrol.decoding.batches import check_lengths, eos_tokens
+from recontrol.data.settings import IGNORED, model_settings, texts_checksum
+from recontrol.decoding.batches import check_lengths, eos_tokens, seeded
+from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.responses import listed_stop_strings, make_response
-from recontrol.methods.adapters import EXTRA, FineTuningRun, check_plain
+from recontrol.files import LOCK_NAME, check_same_settings, read_json, write_json, writing_lock
+from recontrol.methods.adapters import EXTRA, RECORD_NAME, FineTuningRun, check_plain, flags_kept
 from recontrol.methods.base import check_uncontrolled
-from recontrol.methods.fine_tuning_run import fine_tune
+from recontrol.methods.peak_memory import PeakMemory
 from recontrol.methods.preferences import single_scores
 
+SETTINGS_NAME = "settings.json"
+# The last file that the trainer writes into a checkpoint.
+STATE_NAME = "trainer_state.json"
+# What the history has of the trainer's log.
+KEPT = ("step", "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+KEPT += ("reward", "reward_std", "kl", "entropy", "completions/mean_length")
 # The online algorithms, with the classes that TRL has for them.
 ONLINE = {"rloo": ("RLOOConfig", "RLOOTrainer"), "grpo": ("GRPOConfig", "GRPOTrainer")}
 
@@ -69,19 +88,15 @@ class FineTuning:
             raise ValueError(f"micro_batch_size must divide batch_size={self.batch_size}, found {self.micro_batch_size}")
 
     @classmethod
-    def split(cls, defaults: dict[str, Any], keywords: dict[str, Any]) -> tuple["FineTuning", dict[str, Any]]:
+    def split(cls, keywords: dict[str, Any], **defaults: Any) -> tuple["FineTuning", dict[str, Any]]:
         """The settings among some keywords, and the other keywords, which are fields of the trainer's config."""
-        names = {each.name for each in dataclasses.fields(cls)}
-        given = {name: setting for name, setting in keywords.items() if name in names}
-        return cls(**{**defaults, **given}), {name: option for name, option in keywords.items() if name not in names}
+        given = {each.name: keywords.pop(each.name) for each in dataclasses.fields(cls) if each.name in keywords}
+        return cls(**{**defaults, **given}), keywords
 
-    def lora(self) -> tuple[Any, dict[str, Any]]:
-        """The config of PEFT, and its description in the record of a run."""
+    def lora(self) -> dict[str, Any]:
+        """The adapter, as the record of a run describes it."""
         targets = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
-        described = {"rank": self.rank, "alpha": 2 * self.rank if self.alpha is None else self.alpha, "dropout": self.dropout, "target_modules": targets}
-        config = required("peft", EXTRA).LoraConfig
-        chosen = {"r": self.rank, "lora_alpha": described["alpha"], "lora_dropout": self.dropout, "target_modules": targets}
-        return config(**chosen, task_type="CAUSAL_LM"), described
+        return {"rank": self.rank, "alpha": 2 * self.rank if self.alpha is None else self.alpha, "dropout": self.dropout, "target_modules": targets}
 
     def arguments(self, model: Any, options: dict[str, Any], **chosen: Any) -> dict[str, Any]:
         """The fields of a trainer's config that the result depends on; `chosen` are those of one algorithm, `options` those of the caller."""
@@ -106,19 +121,10 @@ class FineTuning:
         return {**fields, **options}
 
     def place(self, folder: Path, model: Any, progress: bool) -> dict[str, Any]:
-        """The fields of a trainer's config that the result does not depend on."""
-        return {
-            "output_dir": str(folder),
-            "save_strategy": "steps",
-            "save_steps": self.save_steps,
-            # One more than is needed, in case the newest is cut off while it is written.
-            "save_total_limit": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": not progress,
-            "use_cpu": model.device.type == "cpu",
-            "dataloader_pin_memory": model.device.type == "cuda",
-        }
+        """The fields of a trainer's config that the result does not depend on; the second checkpoint is for the case that the newest is cut off."""
+        device = model.device.type
+        where = {"output_dir": str(folder), "use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda", "disable_tqdm": not progress}
+        return {**where, "save_strategy": "steps", "save_steps": self.save_steps, "save_total_limit": 2, "logging_steps": 1, "report_to": "none"}
 
 
 def train_dpo(
@@ -143,35 +149,31 @@ def train_dpo(
         pairs: of `make_preference_pairs`, or of `load_pairs`. Prompt and response are tokenised together.
         out: the folder of the adapter; checkpoints are in a folder beside it until it is there.
         max_length: tokens of prompt and response together; responses are cut there, and at the end of the model's context.
-        add_eos: put an end-of-sequence token behind each response that has none: for pairs of whole responses from a data set. Pairs of
-            `make_preference_pairs` have it where the model wrote it.
+        add_eos: end each response with an end-of-sequence token: for whole responses of a data set. `make_preference_pairs` writes those of the model.
         progress: show a progress bar.
-        keywords: settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`, for
-            example warmup_steps=0.1.
+        keywords: settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`.
 
     Returns:
         The run, with its cost; `FineTuned` makes a method of its folder.
 
     Raises:
         ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
-        ValueError: no pairs, pairs of equal responses or whose prompts fill `max_length` (they are named), a tokenizer without end-of-sequence
-            token, sizes that do not divide, an option that is an argument here, a model with adapters or under control, or a folder that holds
-            something else.
+        ValueError: no pairs, pairs of equal responses or whose prompts fill `max_length`, a tokenizer without end-of-sequence token, sizes that do not
+            divide, an option that is an argument here, a model with adapters or under control, or a folder that holds something else.
         RuntimeError: another run is writing into the folder, or this is one of several processes.
 
     Source: Rafailov et al. 2023, equation 7; Hu et al. 2021, section 4.1.
     """
     trl = required("trl", EXTRA)
-    chosen, options = FineTuning.split({"beta": 0.1, "learning_rate": 5e-6, "batch_size": 16}, keywords)
-    lora, described = chosen.lora()
+    chosen, options = FineTuning.split(keywords, beta=0.1, learning_rate=5e-6, batch_size=16)
     _check_model(model, tokenizer)
     pairs = [Preference(*pair) for pair in pairs]
     longest = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
     _check_pairs(tokenizer, pairs, longest)
     fields = chosen.arguments(model, options, max_length=longest)
-    settings = {"algorithm": "dpo", **fields, "add_eos": add_eos, "lora": described, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}
+    settings = {"algorithm": "dpo", **fields, "add_eos": add_eos, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}
 
-    def make_trainer(twin: Any, tokenizer: Any, folder: Path) -> Any:
+    def make_trainer(twin: Any, tokenizer: Any, folder: Path, lora: Any) -> Any:
         ends = [{f"{name}_ends": add_eos or getattr(pair, name).endswith(tokenizer.eos_token) for name in ("chosen", "rejected")} for pair in pairs]
         rows = required("datasets", EXTRA).Dataset.from_list([{**pair._asdict(), **end} for pair, end in zip(pairs, ends, strict=True)])
         arguments = trl.DPOConfig(**fields, **chosen.place(folder, model, progress))
@@ -180,8 +182,7 @@ def train_dpo(
         trainer.train_dataset = trainer.train_dataset.map(_without_added_eos)
         return trainer
 
-    keep = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
-    return fine_tune(model, tokenizer, out, {**model_settings(model, tokenizer), **settings}, make_trainer, keep=keep, progress=progress)
+    return _fine_tune(model, tokenizer, out, chosen, settings, make_trainer, progress)
 
 
 def train_rl(
@@ -203,9 +204,7 @@ def train_rl(
 
     The baseline of RLOO, the default, is the mean reward of the other responses to the prompt; GRPO takes the mean of all, divides by their standard
     deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does, which TRL no longer has (pull request 7020 of huggingface/trl).
-
-    Sampling is from the whole distribution. The same call continues a run that was stopped from its last checkpoint, and reads one that is finished.
-    The model, its tokenizer and the caller's generators are left as they were; weights are not copied.
+    Sampling is from the whole distribution. Runs continue, and nothing of the caller's changes, as for `train_dpo`.
 
     Args:
         model: a causal language model without adapters.
@@ -219,26 +218,22 @@ def train_rl(
         temperature: of sampling.
         stop_strings: strings at which a response ends; it is cut before the first token that touches one.
         progress: show a progress bar.
-        keywords: settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further fields of `trl.RLOOConfig` or
-            `trl.GRPOConfig`.
+        keywords: settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further fields of the config of TRL's trainer.
 
     Returns:
         The run, with its cost; `FineTuned` makes a method of its folder.
 
     Raises:
-        ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
-        ValueError: another algorithm, too few prompts, prompts that are empty or too long, a tokenizer without end-of-sequence token, sizes that
-            do not divide, an option that is an argument here, a model with adapters or under control, a folder that holds something else, or a
-            reward that returns NaN, the wrong count or several scores a response.
-        RuntimeError: another run is writing into the folder, or this is one of several processes.
+        ImportError, RuntimeError: as `train_dpo`.
+        ValueError: another algorithm, too few prompts, prompts that are empty or too long, sizes that do not divide, a reward that returns NaN, the wrong
+            count or several scores a response, or as `train_dpo`.
 
     Source: Ahmadian et al. 2024, section 3 (RLOO); Shao et al. 2024, section 4.1 (GRPO); Hu et al. 2021, section 4.1.
     """
     trl = required("trl", EXTRA)
     if algorithm not in ONLINE:
         raise ValueError(f"algorithm must be one of {', '.join(ONLINE)}, found {algorithm!r}")
-    chosen, options = FineTuning.split({"beta": 0.05, "learning_rate": 1e-5, "batch_size": 64}, keywords)
-    lora, described = chosen.lora()
+    chosen, options = FineTuning.split(keywords, beta=0.05, learning_rate=1e-5, batch_size=64)
     if samples < 2 or chosen.batch_size % samples:
         raise ValueError(f"samples must be at least 2 and divide batch_size={chosen.batch_size}, found {samples}")
     _check_model(model, tokenizer)
@@ -251,36 +246,113 @@ def train_rl(
         sampling["generation_kwargs"] = {"stop_strings": stops, "pad_token_id": tokenizer.eos_token_id}
     # All epochs are one to TRL, whose own order would begin again where a run continues.
     fields = chosen.arguments(model, options, **sampling, num_train_epochs=1, shuffle_dataset=False)
-    settings = {"algorithm": algorithm, **fields, "epochs": chosen.epochs, "lora": described, "stop_strings": stops, "reward": reward_name(score)}
+    settings = {"algorithm": algorithm, **fields, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score)}
     settings |= {"prompts_sha256": texts_checksum(prompts), "num_prompts": len(prompts)}
 
-    def make_trainer(twin: Any, tokenizer: Any, folder: Path) -> Any:
+    def make_trainer(twin: Any, tokenizer: Any, folder: Path, lora: Any) -> Any:
+        eos_ids = eos_tokens(twin, {}) | {tokenizer.eos_token_id}
         if stops:
             # `generate` needs the tokenizer to find stop strings.
             twin.generate = functools.partial(twin.generate, tokenizer=tokenizer)
+
+        def of_tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            """The reward as TRL calls it; the texts are cut and decoded as everywhere else in recontrol."""
+            before = tokenizer(list(prompts)).input_ids
+            responses = [make_response(tokenizer, ids, new, eos_ids, stops) for ids, new in zip(before, completion_ids, strict=True)]
+            return single_scores(score, prompts, [response.text for response in responses]).tolist()
+
         config, trainer = (getattr(trl, name) for name in ONLINE[algorithm])
-        return trainer(
-            twin,
-            reward_funcs=_reward_of_tokens(score, tokenizer, eos_tokens(twin, {}) | {tokenizer.eos_token_id}, stops),
-            args=config(**fields, **chosen.place(folder, model, progress)),
-            train_dataset=required("datasets", EXTRA).Dataset.from_dict({"prompt": [prompts[index] for index in order]}),
-            processing_class=tokenizer,
-            peft_config=lora,
-        )
+        rows = required("datasets", EXTRA).Dataset.from_dict({"prompt": [prompts[index] for index in order]})
+        arguments = config(**fields, **chosen.place(folder, model, progress))
+        return trainer(twin, reward_funcs=of_tokens, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 
-    keep = ("reward", "reward_std", "kl", "entropy", "completions/mean_length")
-    return fine_tune(model, tokenizer, out, {**model_settings(model, tokenizer), **settings}, make_trainer, keep=keep, progress=progress)
+    return _fine_tune(model, tokenizer, out, chosen, settings, make_trainer, progress)
 
 
-def _reward_of_tokens(score: Callable[..., Any], tokenizer: Any, eos_ids: set[int], stops: list[str]) -> Callable[..., list[float]]:
-    """The reward as TRL calls it; the texts are cut and decoded as everywhere else in recontrol."""
+def _fine_tune(
+    model: Any, tokenizer: Any, out: str | os.PathLike, chosen: FineTuning, about: dict[str, Any], make_trainer: Callable[..., Any], progress: bool
+) -> FineTuningRun:
+    """Train an adapter on a copy of the model that shares its weights, or continue a run that was stopped, or read a finished one."""
+    out = Path(out)
+    folder, lora = out.with_name(f"{out.name}.training"), chosen.lora()
+    config = required("peft", EXTRA).LoraConfig
+    settings = json.loads(json.dumps({**model_settings(model, tokenizer), **about, "lora": lora}, default=str))
+    if (out / RECORD_NAME).is_file():
+        run = FineTuningRun.read(out)
+        _compare(run.settings, settings, model, out)
+        return run
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something else than an adapter of this package; use another folder")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError(f"fine-tuning runs in one process, found {os.environ['WORLD_SIZE']}: start it without a launcher")
+    with writing_lock(folder), _undisturbed(model, chosen.seed, progress), PeakMemory(model.device) as memory:
+        if (folder / SETTINGS_NAME).is_file():
+            _compare(read_json(folder / SETTINGS_NAME), settings, model, folder)
+        elif any(path.name != LOCK_NAME for path in folder.iterdir()):
+            raise ValueError(f"{folder} is needed for checkpoints and holds something else; move it away")
+        write_json(folder / SETTINGS_NAME, settings)
+        while (newest := get_last_checkpoint(str(folder))) is not None and not (Path(newest) / STATE_NAME).is_file():
+            # Cut off while it was written.
+            shutil.rmtree(newest)
+        cost = _Cost(memory)
+        # Trainers put adapters, hooks and a new `forward` on the model that they train.
+        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        targets = {"r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"], "target_modules": lora["target_modules"]}
+        trainer = make_trainer(twin, copy.deepcopy(tokenizer), folder, config(**targets, task_type="CAUSAL_LM"))
+        trainer.add_callback(cost)
+        # Without a progress bar it would print each step.
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=newest)
+        history = [{name: step[name] for name in KEPT if name in step} for step in trainer.state.log_history if "loss" in step]
+        trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        run = FineTuningRun(out, settings, trainable, **cost.now(), history=history)
+        # Embeddings are never trained here; asked whether they were, PEFT would look for the base model on the hub.
+        trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        run.write(folder / "adapter")
+        if out.exists():
+            out.rmdir()
+        os.replace(folder / "adapter", out)
+        shutil.rmtree(folder)
+    return run
 
-    def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        before = tokenizer(list(prompts)).input_ids
-        responses = [make_response(tokenizer, ids, new, eos_ids, stops) for ids, new in zip(before, completion_ids, strict=True)]
-        return single_scores(score, prompts, [response.text for response in responses]).tolist()
 
-    return reward
+class _Cost(TrainerCallback):
+    """Time and memory over all sessions of a run, kept in the trainer's log and so in its checkpoints."""
+
+    def __init__(self, memory: PeakMemory):
+        self._memory, self._start, self._before = memory, time.perf_counter(), {"seconds": 0.0, "peak_bytes": 0}
+
+    def now(self) -> dict[str, Any]:
+        seconds = self._before["seconds"] + time.perf_counter() - self._start
+        return {"seconds": seconds, "peak_bytes": max(self._before["peak_bytes"], self._memory.bytes)}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = next((step["cost"] for step in reversed(state.log_history) if "cost" in step), self._before)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1]["cost"] = self.now()
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Any, seed: int, progress: bool) -> Iterator[None]:
+    """A seed inside; afterwards flags, generators and settings of libraries as before. No telemetry, and no warnings about the trainer's own calls."""
+    datasets, hub = required("datasets", EXTRA), huggingface_hub.constants
+    with contextlib.ExitStack() as after, warnings.catch_warnings(action="ignore", category=FutureWarning), seeded(seed), flags_kept(model):
+        after.callback(random.setstate, random.getstate())
+        after.callback(numpy.random.set_state, numpy.random.get_state())
+        after.callback(setattr, hub, "HF_HUB_DISABLE_TELEMETRY", hub.HF_HUB_DISABLE_TELEMETRY)
+        hub.HF_HUB_DISABLE_TELEMETRY = True
+        if not progress and not datasets.are_progress_bars_disabled():
+            after.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        yield
+
+
+def _compare(found: dict[str, Any], wanted: dict[str, Any], model: Any, where: Path) -> None:
+    check_same_settings(found, wanted, f"{where} is of a run with", ignored=IGNORED)
+    other = difference(found["base_model"], model)
+    if other:
+        raise ValueError(f"{where} is of a run on another model: {other}; use another folder")
 
 
 def _order(count: int, chosen: FineTuning, samples: int) -> list[int]:
@@ -290,9 +362,8 @@ def _order(count: int, chosen: FineTuning, samples: int) -> list[int]:
     order = torch.cat(permutations)[: round(chosen.epochs * count)].tolist() if permutations else []
     needed = chosen.batch_size // samples
     if len(order) < needed:
-        raise ValueError(
-            f"a step of {chosen.batch_size} responses, {samples} to each prompt, needs {needed} prompts, found {len(order)} in {chosen.epochs:g} epochs"
-        )
+        step = f"a step of {chosen.batch_size} responses, {samples} to each prompt"
+        raise ValueError(f"{step}, needs {needed} prompts, found {len(order)} in {chosen.epochs:g} epochs")
     return order
 
 
@@ -303,12 +374,13 @@ def _without_added_eos(row: dict[str, Any]) -> dict[str, Any]:
 def _check_pairs(tokenizer: Any, pairs: Sequence[Preference], longest: int) -> None:
     if not pairs:
         raise ValueError("there are no pairs to train on")
-    equal = [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected]
-    if equal:
-        raise ValueError(f"{len(equal)} pairs have equal responses, so that there is nothing to prefer: {first_few(equal)}")
-    too_long = [index for index, count in enumerate(token_counts(tokenizer, [pair.prompt for pair in pairs])) if count >= longest]
-    if too_long:
-        raise ValueError(f"{len(too_long)} pairs have prompts that leave no room for a response in {longest} tokens: {first_few(too_long)}")
+    counts = token_counts(tokenizer, [pair.prompt for pair in pairs])
+    for wrong, complaint in (
+        ([pair.chosen == pair.rejected for pair in pairs], "have equal responses, so that there is nothing to prefer"),
+        ([count >= longest for count in counts], f"have prompts that leave no room for a response in {longest} tokens"),
+    ):
+        if any(wrong):
+            raise ValueError(f"{sum(wrong)} pairs {complaint}: {first_few([index for index, found in enumerate(wrong) if found])}")
 
 
 def _check_model(model: Any, tokenizer: Any) -> None:

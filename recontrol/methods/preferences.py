@@ -26,8 +26,7 @@ class PreferencePairs:
     Attributes:
         pairs: one for each prompt that has a best and a worst response, in the order of the prompts.
         margins: reward of the chosen response minus that of the rejected one, one a pair, above 0.
-        left_out: how many prompts have no pair, by the reason: "equal" (all responses have the same reward) or "empty" (fewer than two
-            responses have a token).
+        left_out: prompts without a pair, by the reason: "equal" (all rewards are the same) or "empty" (fewer than two responses have a token).
     """
 
     pairs: list[Preference]
@@ -48,8 +47,7 @@ def make_preference_pairs(
 ) -> PreferencePairs:
     """Sample y_1, ..., y_n from the uncontrolled model for each prompt; prefer argmax_i r(x, y_i) to argmin_i r(x, y_i).
 
-    A response that ended with an end-of-sequence token carries the text of that token, so that training on the pair keeps the model's own
-    way of ending; one that was cut does not.
+    A response that the model ended has the text of its end-of-sequence token, so that training on the pair keeps the model's own endings.
 
     Args:
         model: a causal language model, with nothing attached to it.
@@ -83,11 +81,20 @@ def make_preference_pairs(
     check_lengths(model, tokenizer, prompts, decoding.max_new_tokens)
     score = as_reward(reward)
     found = PreferencePairs([], [], {"equal": 0, "empty": 0})
+    left_out = found.left_out
     for number, first in enumerate(tqdm(range(0, len(prompts), batch_size), "sampling pairs", disable=not progress)):
         repeated = [prompt for prompt in prompts[first : first + batch_size] for _ in range(samples)]
         responses = generate_batch(model, tokenizer, repeated, dataclasses.replace(decoding, seed=decoding.seed + number)).responses
-        _add_pairs(found, tokenizer, score, repeated, responses, samples)
-    left_out = found.left_out
+        rows = [row for row, response in enumerate(responses) if response.token_ids]
+        scores = single_scores(score, [repeated[row] for row in rows], [responses[row].text for row in rows]).tolist()
+        for start in range(0, len(repeated), samples):
+            scored = [each for each in zip(scores, rows, strict=True) if start <= each[1] < start + samples]
+            (best, chosen), (worst, rejected) = (max(scored), min(scored)) if scored else ((0, 0), (0, 0))
+            if len(scored) < 2 or best == worst:
+                left_out["empty" if len(scored) < 2 else "equal"] += 1
+                continue
+            found.pairs.append(Preference(repeated[start], _as_written(tokenizer, responses[chosen]), _as_written(tokenizer, responses[rejected])))
+            found.margins.append(best - worst)
     if not found.pairs:
         raise ValueError(
             f"no prompt has two responses of different reward: of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} "
@@ -96,23 +103,6 @@ def make_preference_pairs(
     if any(left_out.values()):
         logger.info("left out %d of %d prompts: %s", sum(left_out.values()), len(prompts), left_out)
     return found
-
-
-def _add_pairs(found: PreferencePairs, tokenizer: Any, score: Reward, prompts: list[str], responses: list[Response], samples: int) -> None:
-    """Add the best and the worst of each prompt's samples, which follow each other."""
-    rows = [row for row, response in enumerate(responses) if response.token_ids]
-    scores = dict(zip(rows, single_scores(score, [prompts[row] for row in rows], [responses[row].text for row in rows]).tolist(), strict=True))
-    for start in range(0, len(prompts), samples):
-        scored = [(scores[row], row) for row in range(start, start + samples) if row in scores]
-        if len(scored) < 2:
-            found.left_out["empty"] += 1
-            continue
-        (best, chosen), (worst, rejected) = max(scored), min(scored)
-        if best == worst:
-            found.left_out["equal"] += 1
-            continue
-        found.pairs.append(Preference(prompts[start], _as_written(tokenizer, responses[chosen]), _as_written(tokenizer, responses[rejected])))
-        found.margins.append(best - worst)
 
 
 def single_scores(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

@@ -31,18 +31,15 @@ SHOWN = 40
 class Prompting(Method):
     r"""The prompt inside a template, with examples of good responses before it: `template` with "{prompt}" replaced by examples and prompt.
 
-    The model itself is not changed. For prompts that a chat template has rendered, write the marks of that template into this one too.
-
     Args:
-        template: the text around the prompt; has "{prompt}" exactly once. Other braces are text.
+        template: the text around the prompt, marks of a chat template included; has "{prompt}" exactly once. Other braces are text.
         examples: pairs (prompt, response), written directly before the prompt, each response right after its prompt.
         separator: written between an example and what follows it, but only once where the next prompt begins with it.
         name: of the template in tables; by default its first words.
 
     Raises:
         TypeError: a text that is none.
-        ValueError: not exactly one "{prompt}", an example that is no pair of texts, an empty response, or a template that is the prompt alone without
-            examples.
+        ValueError: not exactly one "{prompt}", an example that is no pair of texts, an empty response, or neither template nor examples.
 
     Source: Kong et al. 2024, section 5 (baselines: prompt engineering).
     """
@@ -54,7 +51,7 @@ class Prompting(Method):
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, text in {"template": self.template, "separator": self.separator, "name": "" if self.name is None else self.name}.items():
+        for name, text in (("template", self.template), ("separator", self.separator), ("name", self.name or "")):
             if not isinstance(text, str):
                 raise TypeError(f"{name} must be a text, found {type(text).__name__}")
         count = self.template.count(PLACE)
@@ -69,11 +66,8 @@ class Prompting(Method):
         r"""An instruction before a dialogue such as "\n\nHuman: ...\n\nAssistant:" (HH-RLHF) or "Human: ...\nAssistant:" (SHP).
 
         Args:
-            goal: what the assistant should be: "helpful", "harmless" or "helpful and harmless".
+            goal: what the assistant should be: "helpful", "harmless" or "helpful and harmless"; another is a ValueError.
             examples: pairs (dialogue, response).
-
-        Raises:
-            ValueError: another goal, or examples as `Prompting` refuses them.
         """
         if goal not in INSTRUCTIONS:
             raise ValueError(f"unknown goal {goal!r}; choose one of {', '.join(map(repr, INSTRUCTIONS))}")
@@ -106,10 +100,8 @@ class Prompting(Method):
 def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, head_weights: Sequence[float] | None = None) -> list[tuple[str, str]]:
     """The best-rewarded responses of rollouts, as in-context examples: of each prompt its best response, of these the best.
 
-    Use other prompts than those of the comparison.
-
     Args:
-        rollouts: what `collect` made, or its folder.
+        rollouts: what `collect` made, or its folder; of other prompts than those of a comparison.
         count: how many.
         head_weights: one number a reward, where there are several: the best is that with the largest weighted sum.
 

@@ -1,8 +1,7 @@
 """Controlled decoding on tokens: the likeliest next tokens are ranked again, by the reward itself (ARGS) or by the value function (prefix scorer)."""
 
 import contextlib
-from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +24,12 @@ from recontrol.value import ValueFunction
 class TopK(LogitsProcessor):
     """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others.
 
-    `model.generate` calls this after repetition penalties and before temperature, top-k and top-p: a temperature divides logit and bonus.
+    `bonus` maps (rows, tokens) ids so far and (rows, k) candidates, the likeliest first, to (rows, k). `model.generate` calls this after repetition
+    penalties and before temperature, top-k and top-p: a temperature divides logit and bonus.
     """
 
-    def __init__(self, k: int):
-        self.k = k
+    def __init__(self, k: int, bonus: Callable[[Tensor, Tensor], Tensor]):
+        self.k, self.bonus = k, bonus
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, tokens) ids so far, (rows, vocabulary) logits -> (rows, vocabulary) scores."""
@@ -37,23 +37,14 @@ class TopK(LogitsProcessor):
         bonus = self.bonus(input_ids, candidates).to(device=scores.device, dtype=scores.dtype)
         return torch.full_like(scores, -torch.inf).scatter(-1, candidates, logits + bonus)
 
-    @abstractmethod
-    def bonus(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        """(rows, tokens) ids so far, (rows, k) candidates, the likeliest first -> (rows, k), added to their logits; any dtype and device."""
-
 
 @dataclass(frozen=True, eq=False)
 class ARGS(Method):
     """score(v) = LM(v | x, y_<t) + w * r(x, y_<t v) for the k likeliest next tokens v, minus infinity for all others.
 
-    LM is the logit, as in the code released with the paper; log-probabilities would give the same tokens. Greedy decoding takes the token of the highest
-    score (ARGS-greedy); with `do_sample` one is drawn from the softmax of the k scores, divided by the temperature (ARGS-stochastic). Top-k and top-p
-    of the sampling apply to these k scores.
-
-    The reward scores the caller's prompts with the response so far and the candidate behind it. That text may end in the middle of a word or, with
-    byte-level tokens, of a character, which a reward model has not seen in training. Equal texts are scored once; responses that have ended are not scored.
-
-    A step costs up to (rows * k) rewards in one call: the batch size of a `RewardModel` bounds how many are scored at once.
+    LM is the logit, as in the code released with the paper. Greedy decoding takes the token of the highest score (ARGS-greedy); with `do_sample` one is
+    drawn from the softmax of the k scores, divided by the temperature (ARGS-stochastic). The reward scores the caller's prompts with the response so far
+    and the candidate behind it, up to rows * k texts in one call: equal ones once, responses that have ended not at all.
 
     Args:
         reward: a callable (prompts, responses) -> scores, or what else `recontrol.collect` takes as the reward.
@@ -76,12 +67,10 @@ class ARGS(Method):
 
     def __post_init__(self) -> None:
         weights = None if self.weights is None else tuple(number("weights", weight) for weight in several("weights", self.weights))
-        checked = {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}
-        for name, argument in checked.items():
-            object.__setattr__(self, name, argument)
-        named = getattr(self.reward, "head_names", None)
-        if named:
-            _check_weights(weights, len(named))
+        for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}.items():
+            object.__setattr__(self, name, checked)
+        # Raises, where the reward says how many scores it returns.
+        one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -96,49 +85,30 @@ class ARGS(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Yield the processor of one batch."""
-        yield [_RewardGuided(self, tokenizer, prompts, finishing_tokens(model, tokenizer, dict(options)))]
-
-
-class _RewardGuided(TopK):
-    def __init__(self, method: ARGS, tokenizer: Any, prompts: Sequence[str], finishing: Collection[int]):
-        super().__init__(method.k)
-        self.method = method
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.finishing = finishing
+        finishing = finishing_tokens(model, tokenizer, dict(options))
         # Positions taken by the prompt, padding included: known at the first call.
-        self.width: int | None = None
+        width: int | None = None
 
-    def bonus(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        if self.width is None:
-            self.width = input_ids.shape[1]
-        # Several rows may respond to one prompt.
-        samples = len(input_ids) // len(self.prompts)
-        found: dict[tuple[str, str], int] = {}
-        places = []
-        for row, (ids, options) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
-            written, response = ids[: self.width], ids[self.width :]
-            if response and response[-1] in self.finishing:
-                continue
-            for column, token in enumerate(options):
-                text = decode_after(self.tokenizer, written, [*response, token], skip_special_tokens=True)
-                places.append((row, column, found.setdefault((self.prompts[row // samples], text), len(found))))
-        bonus = torch.zeros(candidates.shape)
-        if places:
-            rows, columns, texts = torch.tensor(places).unbind(-1)
-            bonus[rows, columns] = self.method.w * self._rewards(list(found))[texts]
-        return bonus
+        def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
+            nonlocal width
+            width = input_ids.shape[1] if width is None else width
+            # Several rows may respond to one prompt.
+            samples = len(input_ids) // len(prompts)
+            found: dict[tuple[str, str], int] = {}
+            places = []
+            for row, (ids, tokens) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
+                written, response = ids[:width], ids[width:]
+                for column, token in enumerate([] if response and response[-1] in finishing else tokens):
+                    text = decode_after(tokenizer, written, [*response, token], skip_special_tokens=True)
+                    places.append((row, column, found.setdefault((prompts[row // samples], text), len(found))))
+            added = torch.zeros(candidates.shape)
+            if places:
+                rows, columns, texts = torch.tensor(places).unbind(-1)
+                rewards = one_score(checked_rewards(self.reward, *zip(*found, strict=True)), self.weights, "weights")
+                added[rows, columns] = self.w * rewards.float()[texts]
+            return added
 
-    def _rewards(self, pairs: list[tuple[str, str]]) -> Tensor:
-        table = checked_rewards(self.method.reward, [prompt for prompt, _ in pairs], [response for _, response in pairs])
-        _check_weights(self.method.weights, table.shape[1])
-        return one_score(table, self.method.weights).float()
-
-
-def _check_weights(weights: Sequence[float] | None, scores: int) -> None:
-    if len(weights or [1.0]) != scores:
-        found = "none" if weights is None else str(len(weights))
-        raise ValueError(f"the reward returns {scores} scores a response: found {found} for weights, wanted {scores} numbers")
+        yield [TopK(self.k, bonus)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +118,9 @@ class PrefixScorer(Method):
     With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is the
     value function of RE-Control in its own unit: where V is standardised, a strength of 1 is one logit for a standard deviation of the reward.
 
-    No state follows a token that ends the response. Such a candidate gets V(o_t) of the state that it is sampled from: neither better nor worse than
-    what is expected of the other tokens.
-
-    A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k forward calls over the whole text where the
-    cache cannot be used (sliding windows, recurrent states).
+    No state follows a token that ends the response: such a candidate gets V(o_t) of the state that it is sampled from, neither better nor worse than what
+    is expected of the others. A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k calls over the
+    whole text where the cache cannot be used (sliding windows, recurrent states).
 
     Args:
         value: the value function, on the model's device.
@@ -160,7 +128,7 @@ class PrefixScorer(Method):
         k: number of candidates.
         head_weights: (num_heads,) numbers, V is the weighted sum of the heads; required if there are several.
         allow_other_model: accept a value function that was trained on the states of another model.
-        trained: what training the value function took, where it is known.
+        trained: the cost of training the value function, where it is known.
 
     Raises:
         TypeError: `value` is no value function, or a number is none.
@@ -180,9 +148,8 @@ class PrefixScorer(Method):
     def __post_init__(self) -> None:
         # The same checks of the value function and its heads as for an ascent.
         head_weights = Control(self.value, head_weights=self.head_weights).head_weights
-        checked = {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}
-        for name, argument in checked.items():
-            object.__setattr__(self, name, argument)
+        for name, checked in {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}.items():
+            object.__setattr__(self, name, checked)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -202,29 +169,20 @@ class PrefixScorer(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Observe the forward calls inside the block and yield the processor of one batch."""
-        with CandidateStates(model) as candidates:
-            check_fit(candidates, self.value, self.allow_other_model)
-            yield [_PrefixScores(self, candidates, sorted(eos_tokens(model, dict(options))))]
+        ending = torch.tensor(sorted(eos_tokens(model, dict(options))), dtype=torch.int64)
 
+        def values(states: Any) -> Tensor:
+            heads = self.value(states)
+            return heads[..., 0] if self.head_weights is None else heads @ heads.new_tensor(self.head_weights)
 
-class _PrefixScores(TopK):
-    def __init__(self, method: PrefixScorer, states: CandidateStates, ending: Sequence[int]):
-        super().__init__(method.k)
-        self.method = method
-        self.states = states
-        self.ending = torch.tensor(ending, dtype=torch.int64)
+        @torch.no_grad()
+        def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
+            after, now = values(states.states(input_ids, candidates)), values(states.state)[:, None]
+            return self.strength * torch.where(torch.isin(candidates, ending.to(candidates.device)), now, after)
 
-    @torch.no_grad()
-    def bonus(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        after = self._values(self.states.states(input_ids, candidates))
-        now = self._values(self.states.state)[:, None]
-        return self.method.strength * torch.where(torch.isin(candidates, self.ending.to(candidates.device)), now, after)
-
-    def _values(self, states: Any) -> Tensor:
-        """(..., hidden_size) -> (...), the weighted sum of the heads."""
-        values = self.method.value(states)
-        weights = self.method.head_weights
-        return values[..., 0] if weights is None else values @ values.new_tensor(weights)
+        with CandidateStates(model) as states:
+            check_fit(states, self.value, self.allow_other_model)
+            yield [TopK(self.k, bonus)]
 
 
 def _checked_k(k: int) -> int:
