@@ -322,12 +322,17 @@ def test_the_extra_is_named_where_it_is_missing(model, package, monkeypatch, tmp
         ({"pairs": [*PAIRS, Preference("a", "b", "b")]}, "1 pairs have equal responses, so that there is nothing to prefer: 8"),
         ({"max_length": 9}, "4 pairs have prompts that leave no room for a response in 9 tokens: 0, 2"),
         ({"micro_batch_size": 3}, "micro_batch_size must divide batch_size=4, found 3"),
-        ({"logging_steps": 3, "seed": 1}, "logging_steps cannot be among the options"),
     ],
 )
 def test_what_dpo_cannot_use_is_refused(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_dpo(model, TOKENIZER, **{"pairs": PAIRS, "out": tmp_path / "adapter", **DPO, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_set_here_is_no_option_of_the_trainer(model, tmp_path):
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_train_epochs'"):
+        train_dpo(model, TOKENIZER, PAIRS, tmp_path / "adapter", num_train_epochs=2, **DPO)
     assert list(tmp_path.iterdir()) == []
 
 

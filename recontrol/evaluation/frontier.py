@@ -109,13 +109,7 @@ def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
 
 
 def at_equal_kl(
-    points: Mapping[str, Sequence[Point]],
-    kl_levels: Sequence[float],
-    uncontrolled: Point,
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    points: Mapping[str, Sequence[Point]], kl_levels: Sequence[float], uncontrolled: Point, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> dict[str, list[AtKL]]:
     """The reward of each method at the same divergences, so that none wins by a larger one: by method, one entry for each level, in order.
 

@@ -34,7 +34,7 @@ class FineTuningRun:
         settings: all that the result depends on.
         trainable_parameters: how many numbers were trained.
         seconds: wall-clock time of training, over all sessions of a run that was stopped; without sampling the pairs of DPO.
-        peak_bytes: peak memory, beyond that in use before: allocated on the CUDA device, else resident memory of the process.
+        peak_bytes: peak memory beyond that in use before (`PeakMemory`).
         history: one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
     """
 
@@ -62,10 +62,7 @@ class FineTuningRun:
 
 @contextlib.contextmanager
 def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
-    """Inside the block the layers of `model` compute W x + (alpha / rank) B A x, with A and B of the LoRA adapter in `path` (Hu et al. 2021, section 4.1).
-
-    The adapter is not merged into the weights. Afterwards, also after an exception, the model's modules, flags and attributes are those from before.
-    """
+    """Inside the block the layers of `model` compute W x + (alpha / rank) B A x, with A and B of the LoRA adapter in `path`; afterwards all is as before."""
     peft = required("peft", EXTRA)
     folder = Path(path)
     if not (folder / CONFIG_NAME).is_file():
@@ -94,15 +91,10 @@ def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class FineTuned(Method):
-    """The language model with a LoRA adapter, put on for each batch and taken off again.
+    """The language model with a LoRA adapter, put on for each batch and taken off again (Kong et al. 2024, section 5; Hu et al. 2021, section 4.1).
 
     Args:
-        path: a folder that `train_dpo` or `train_rl` has written.
-
-    Raises:
-        FileNotFoundError, ValueError: it holds no run, or its record is damaged.
-
-    Source: Kong et al. 2024, section 5 (comparison with fine-tuning).
+        path: a folder that `train_dpo` or `train_rl` has written; FileNotFoundError or ValueError where it holds no run.
     """
 
     path: str | os.PathLike

@@ -18,13 +18,7 @@ from recontrol.decoding.hooks import attachments, output_embedding
 
 
 class Training(NamedTuple):
-    """The cost of training a method; None for what is not known.
-
-    Attributes:
-        parameters: numbers that were trained; 0 where nothing was.
-        seconds: wall-clock time of the training.
-        peak_bytes: peak memory, beyond that of the process before.
-    """
+    """The cost of training a method: numbers that were trained, wall-clock seconds, peak memory beyond that before; None for what is not known."""
 
     parameters: int = 0
     seconds: float | None = 0.0
@@ -59,9 +53,8 @@ def check_uncontrolled(model: Any) -> None:
 class Method:
     """A method of responding to prompts, made once and used for any number of batches.
 
-    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that decodes several responses
-    to a prompt and chooses between them overrides `respond`. The language model belongs to the caller and is left as it was. `kind` is the name of the
-    method in tables; methods of one kind differ in `settings`.
+    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that chooses between responses
+    overrides `respond`. The model is left as it was. `kind` is the name of the method in tables; methods of one kind differ in `settings`.
     """
 
     kind: ClassVar[str]
@@ -83,7 +76,7 @@ class Method:
 
     @property
     def training(self) -> Training:
-        """What it took to train the method."""
+        """The cost of training the method."""
         return Training()
 
     @property
@@ -103,17 +96,14 @@ class Method:
         yield []
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
-        """Respond to one batch of prompts.
+        """Respond to one batch of prompts; the caller's generators and the tokenizer's settings are left as they were.
 
         Args:
             model: a causal language model, with nothing attached to it.
-            tokenizer: its tokenizer; its padding settings are neither used nor changed.
-            prompts: the texts to respond to.
-            decoding: how; the caller's random generators are left as they were.
+            tokenizer: its tokenizer.
+            prompts: the texts to respond to; none are a ValueError.
+            decoding: how.
             keywords: settings of `Decoding` by name, and options of `model.generate`. Logits processors among them follow the method's own.
-
-        Raises:
-            ValueError: no prompts, or an option that does not return one response a prompt.
         """
         decoding = Decoding.of(decoding, **keywords)
         options = dict(decoding.options)
@@ -136,10 +126,7 @@ class Together(Method):
     """Several methods at once, for example a prompt and control: the last writes the text first, the first changes the logits first.
 
     Args:
-        methods: at least one; none may have a `respond` of its own.
-
-    Raises:
-        ValueError: no methods, or one that chooses between responses (it can be given another method to choose from instead).
+        methods: at least one, and none that chooses between responses, else ValueError.
     """
 
     methods: Sequence[Method]

@@ -31,8 +31,7 @@ class BestOfN(Method):
         sampling: options of `model.generate` in the place of those that a comparison has for all methods, do_sample=True where it is greedy.
 
     Raises:
-        TypeError: `reward` is nothing that can be called, `inner` no method, a count no integer.
-        ValueError: n or rows_at_once below 1, or an `inner` that chooses between responses itself.
+        TypeError, ValueError: `reward` is no reward, `inner` no method or one that chooses between responses, a count no integer of at least 1.
 
     Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
     """
@@ -61,8 +60,7 @@ class BestOfN(Method):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How many samples, and the settings of the inner method."""
-        # Not "n", which are the steps of an ascent.
+        """How many samples ("n" are the steps of an ascent), and the settings of the inner method."""
         return {"samples": self.n, **self.inner.settings}
 
     @property

@@ -96,7 +96,8 @@ class CandidateStates(Attachment):
         if type(cache) is not DynamicCache or cache.offloading:
             return f"there is no plain key/value cache on the device, found {type(cache).__name__}"
         positions, attention = self._call.get("position_ids"), self.decoder.config._attn_implementation
-        others, length = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}, cache.get_seq_length()
+        others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        length = 0 if others else cache.get_seq_length()
         by_number = isinstance(positions, Tensor) and positions.dim() == 2 and not getattr(self.decoder.config, "alibi", False)
         reasons = (
             (others, f"the cache has layers of {', '.join(sorted(others))}"),

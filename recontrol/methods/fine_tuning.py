@@ -98,33 +98,22 @@ class FineTuning:
         targets = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
         return {"rank": self.rank, "alpha": 2 * self.rank if self.alpha is None else self.alpha, "dropout": self.dropout, "target_modules": targets}
 
-    def arguments(self, model: Any, options: dict[str, Any], **chosen: Any) -> dict[str, Any]:
-        """The fields of a trainer's config that the result depends on; `chosen` are those of one algorithm, `options` those of the caller."""
+    def arguments(self, model: Any, **others: Any) -> dict[str, Any]:
+        """The fields of a trainer's config that the result depends on; `others` are those of one algorithm and of the caller."""
         at_once = self.micro_batch_size or self.batch_size
-        fields = {
-            "learning_rate": self.learning_rate,
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": self.batch_size // at_once,
-            "gradient_checkpointing": self.gradient_checkpointing,
+        return dict(
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=self.batch_size // at_once,
+            gradient_checkpointing=self.gradient_checkpointing,
             # The dtype of the model's own weights; those of the adapter are float32.
-            "bf16": model.dtype == torch.bfloat16,
-            "fp16": model.dtype == torch.float16,
-            "disable_dropout": True,
-            "seed": self.seed,
-            "beta": self.beta,
-            **chosen,
-        }
-        taken = sorted(options.keys() & {*fields, *self.place(Path(), model, False)})
-        if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be among the options of the trainer: set here, or an argument under another name")
-        return {**fields, **options}
-
-    def place(self, folder: Path, model: Any, progress: bool) -> dict[str, Any]:
-        """The fields of a trainer's config that the result does not depend on; the second checkpoint is for the case that the newest is cut off."""
-        device = model.device.type
-        where = {"output_dir": str(folder), "use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda", "disable_tqdm": not progress}
-        return {**where, "save_strategy": "steps", "save_steps": self.save_steps, "save_total_limit": 2, "logging_steps": 1, "report_to": "none"}
+            bf16=model.dtype == torch.bfloat16,
+            fp16=model.dtype == torch.float16,
+            disable_dropout=True,
+            seed=self.seed,
+            beta=self.beta,
+            **others,
+        )
 
 
 def train_dpo(
@@ -158,8 +147,9 @@ def train_dpo(
 
     Raises:
         ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
+        TypeError: a field of the trainer's config that is set here.
         ValueError: no pairs, pairs of equal responses or whose prompts fill `max_length`, a tokenizer without end-of-sequence token, sizes that do not
-            divide, an option that is an argument here, a model with adapters or under control, or a folder that holds something else.
+            divide, a model with adapters or under control, or a folder that holds something else.
         RuntimeError: another run is writing into the folder, or this is one of several processes.
 
     Source: Rafailov et al. 2023, equation 7; Hu et al. 2021, section 4.1.
@@ -170,19 +160,18 @@ def train_dpo(
     pairs = [Preference(*pair) for pair in pairs]
     longest = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
     _check_pairs(tokenizer, pairs, longest)
-    fields = chosen.arguments(model, options, max_length=longest)
-    settings = {"algorithm": "dpo", **fields, "add_eos": add_eos, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}
+    fields = chosen.arguments(model, max_length=longest, num_train_epochs=chosen.epochs, **options)
+    settings = {"algorithm": "dpo", "add_eos": add_eos, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}
 
-    def make_trainer(twin: Any, tokenizer: Any, folder: Path, lora: Any) -> Any:
+    def make_trainer(twin: Any, **common: Any) -> Any:
         ends = [{f"{name}_ends": add_eos or getattr(pair, name).endswith(tokenizer.eos_token) for name in ("chosen", "rejected")} for pair in pairs]
         rows = required("datasets", EXTRA).Dataset.from_list([{**pair._asdict(), **end} for pair, end in zip(pairs, ends, strict=True)])
-        arguments = trl.DPOConfig(**fields, **chosen.place(folder, model, progress))
-        trainer = trl.DPOTrainer(twin, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        trainer = trl.DPOTrainer(twin, train_dataset=rows, **common)
         # TRL ends every response; one that was cut at max_new_tokens would teach the model to stop there.
         trainer.train_dataset = trainer.train_dataset.map(_without_added_eos)
         return trainer
 
-    return _fine_tune(model, tokenizer, out, chosen, settings, make_trainer, progress)
+    return _fine_tune(model, tokenizer, Path(out), chosen, trl.DPOConfig, fields, settings, make_trainer, progress)
 
 
 def train_rl(
@@ -203,8 +192,8 @@ def train_rl(
     r"""Train a LoRA adapter on the reward of the model's own responses by maximising the mean of r(x, y) - beta log(p(y|x) / p0(y|x)).
 
     The baseline of RLOO, the default, is the mean reward of the other responses to the prompt; GRPO takes the mean of all, divides by their standard
-    deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does, which TRL no longer has (pull request 7020 of huggingface/trl).
-    Sampling is from the whole distribution. Runs continue, and nothing of the caller's changes, as for `train_dpo`.
+    deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does. Sampling is from the whole distribution. Runs continue, and
+    nothing of the caller's changes, as for `train_dpo`.
 
     Args:
         model: a causal language model without adapters.
@@ -224,9 +213,8 @@ def train_rl(
         The run, with its cost; `FineTuned` makes a method of its folder.
 
     Raises:
-        ImportError, RuntimeError: as `train_dpo`.
-        ValueError: another algorithm, too few prompts, prompts that are empty or too long, sizes that do not divide, a reward that returns NaN, the wrong
-            count or several scores a response, or as `train_dpo`.
+        ImportError, TypeError, RuntimeError: as `train_dpo`.
+        ValueError: another algorithm, too few, empty or too long prompts, a reward that does not return one finite score a response, or as `train_dpo`.
 
     Source: Ahmadian et al. 2024, section 3 (RLOO); Shao et al. 2024, section 4.1 (GRPO); Hu et al. 2021, section 4.1.
     """
@@ -245,11 +233,12 @@ def train_rl(
         # TRL looks for the end-of-sequence token alone: with it as the padding, nothing that comes after a stop string is trained on.
         sampling["generation_kwargs"] = {"stop_strings": stops, "pad_token_id": tokenizer.eos_token_id}
     # All epochs are one to TRL, whose own order would begin again where a run continues.
-    fields = chosen.arguments(model, options, **sampling, num_train_epochs=1, shuffle_dataset=False)
-    settings = {"algorithm": algorithm, **fields, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score)}
+    fields = chosen.arguments(model, **sampling, num_train_epochs=1, shuffle_dataset=False, **options)
+    settings = {"algorithm": algorithm, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score)}
     settings |= {"prompts_sha256": texts_checksum(prompts), "num_prompts": len(prompts)}
+    config, trainer = (getattr(trl, name) for name in ONLINE[algorithm])
 
-    def make_trainer(twin: Any, tokenizer: Any, folder: Path, lora: Any) -> Any:
+    def make_trainer(twin: Any, **common: Any) -> Any:
         eos_ids = eos_tokens(twin, {}) | {tokenizer.eos_token_id}
         if stops:
             # `generate` needs the tokenizer to find stop strings.
@@ -261,22 +250,19 @@ def train_rl(
             responses = [make_response(tokenizer, ids, new, eos_ids, stops) for ids, new in zip(before, completion_ids, strict=True)]
             return single_scores(score, prompts, [response.text for response in responses]).tolist()
 
-        config, trainer = (getattr(trl, name) for name in ONLINE[algorithm])
         rows = required("datasets", EXTRA).Dataset.from_dict({"prompt": [prompts[index] for index in order]})
-        arguments = config(**fields, **chosen.place(folder, model, progress))
-        return trainer(twin, reward_funcs=of_tokens, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        return trainer(twin, reward_funcs=of_tokens, train_dataset=rows, **common)
 
-    return _fine_tune(model, tokenizer, out, chosen, settings, make_trainer, progress)
+    return _fine_tune(model, tokenizer, Path(out), chosen, config, fields, settings, make_trainer, progress)
 
 
 def _fine_tune(
-    model: Any, tokenizer: Any, out: str | os.PathLike, chosen: FineTuning, about: dict[str, Any], make_trainer: Callable[..., Any], progress: bool
+    model: Any, tokenizer: Any, out: Path, chosen: FineTuning, config: Any, fields: dict, about: dict, make_trainer: Callable[..., Any], progress: bool
 ) -> FineTuningRun:
     """Train an adapter on a copy of the model that shares its weights, or continue a run that was stopped, or read a finished one."""
-    out = Path(out)
-    folder, lora = out.with_name(f"{out.name}.training"), chosen.lora()
-    config = required("peft", EXTRA).LoraConfig
-    settings = json.loads(json.dumps({**model_settings(model, tokenizer), **about, "lora": lora}, default=str))
+    lora, device = chosen.lora(), model.device.type
+    folder = out.with_name(f"{out.name}.training")
+    settings = json.loads(json.dumps({**model_settings(model, tokenizer), **fields, **about, "lora": lora}, default=str))
     if (out / RECORD_NAME).is_file():
         run = FineTuningRun.read(out)
         _compare(run.settings, settings, model, out)
@@ -294,43 +280,46 @@ def _fine_tune(
         while (newest := get_last_checkpoint(str(folder))) is not None and not (Path(newest) / STATE_NAME).is_file():
             # Cut off while it was written.
             shutil.rmtree(newest)
-        cost = _Cost(memory)
         # Trainers put adapters, hooks and a new `forward` on the model that they train.
         twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        targets = {"r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"], "target_modules": lora["target_modules"]}
-        trainer = make_trainer(twin, copy.deepcopy(tokenizer), folder, config(**targets, task_type="CAUSAL_LM"))
-        trainer.add_callback(cost)
+        # What the result does not depend on. The second checkpoint is for the case that the newest is cut off while it is written.
+        beside = {"save_strategy": "steps", "save_steps": chosen.save_steps, "save_total_limit": 2, "logging_steps": 1, "report_to": "none"}
+        beside |= {"use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda", "disable_tqdm": not progress}
+        renamed = {"r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"], "target_modules": lora["target_modules"]}
+        trainer = make_trainer(
+            twin,
+            args=config(**{**beside, **fields, "output_dir": str(folder)}),
+            processing_class=copy.deepcopy(tokenizer),
+            peft_config=required("peft", EXTRA).LoraConfig(**renamed, task_type="CAUSAL_LM"),
+        )
+        trainer.add_callback(_Cost(memory))
         # Without a progress bar it would print each step.
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=newest)
-        history = [{name: step[name] for name in KEPT if name in step} for step in trainer.state.log_history if "loss" in step]
-        trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        run = FineTuningRun(out, settings, trainable, **cost.now(), history=history)
+        log, trainable = trainer.state.log_history, sum(each.numel() for each in trainer.model.parameters() if each.requires_grad)
+        history = [{name: step[name] for name in KEPT if name in step} for step in log if "loss" in step]
+        run = FineTuningRun(out, settings, trainable, **log[-1]["cost"], history=history)
         # Embeddings are never trained here; asked whether they were, PEFT would look for the base model on the hub.
         trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         run.write(folder / "adapter")
-        if out.exists():
-            out.rmdir()
+        # In the place of an empty folder too.
         os.replace(folder / "adapter", out)
         shutil.rmtree(folder)
     return run
 
 
 class _Cost(TrainerCallback):
-    """Time and memory over all sessions of a run, kept in the trainer's log and so in its checkpoints."""
+    """Writes time and memory over all sessions of a run into the trainer's log, and so into its checkpoints."""
 
     def __init__(self, memory: PeakMemory):
-        self._memory, self._start, self._before = memory, time.perf_counter(), {"seconds": 0.0, "peak_bytes": 0}
-
-    def now(self) -> dict[str, Any]:
-        seconds = self._before["seconds"] + time.perf_counter() - self._start
-        return {"seconds": seconds, "peak_bytes": max(self._before["peak_bytes"], self._memory.bytes)}
+        self._memory, self._start = memory, time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._before = next((step["cost"] for step in reversed(state.log_history) if "cost" in step), self._before)
+        self._before = next((step["cost"] for step in reversed(state.log_history) if "cost" in step), {"seconds": 0.0, "peak_bytes": 0})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.log_history[-1]["cost"] = self.now()
+        seconds = self._before["seconds"] + time.perf_counter() - self._start
+        state.log_history[-1]["cost"] = {"seconds": seconds, "peak_bytes": max(self._before["peak_bytes"], self._memory.bytes)}
 
 
 @contextlib.contextmanager
@@ -350,8 +339,7 @@ def _undisturbed(model: Any, seed: int, progress: bool) -> Iterator[None]:
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], model: Any, where: Path) -> None:
     check_same_settings(found, wanted, f"{where} is of a run with", ignored=IGNORED)
-    other = difference(found["base_model"], model)
-    if other:
+    if other := difference(found["base_model"], model):
         raise ValueError(f"{where} is of a run on another model: {other}; use another folder")
 
 

@@ -21,12 +21,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """The best and the worst of several responses to each prompt.
+    """The best and the worst of several responses to each prompt, in the order of the prompts, and their difference in reward, above 0.
 
-    Attributes:
-        pairs: one for each prompt that has a best and a worst response, in the order of the prompts.
-        margins: reward of the chosen response minus that of the rejected one, one a pair, above 0.
-        left_out: prompts without a pair, by the reason: "equal" (all rewards are the same) or "empty" (fewer than two responses have a token).
+    `left_out` counts prompts without a pair, by the reason: "equal" (all rewards are the same) or "empty" (fewer than two responses have a token).
     """
 
     pairs: list[Preference]
@@ -59,12 +56,9 @@ def make_preference_pairs(
         progress: show a progress bar.
         keywords: settings of `Decoding` by name, and options of `model.generate`.
 
-    Returns:
-        The pairs, at least one, and how many prompts have none.
-
     Raises:
-        ValueError: no prompts, prompts that are empty or too long, fewer than 2 samples, greedy decoding, an option that does not go with
-            batches, something attached to the model, a reward of several scores, or no prompt with two responses of different reward.
+        ValueError: no, empty or too long prompts, fewer than 2 samples, greedy decoding, an option that does not go with batches, something attached to
+            the model, a reward of several scores, or no prompt with two responses of different reward.
 
     Source: Rafailov et al. 2023, section 4 (pairs of responses of the initial model); the reward takes the place of the annotator.
     """
@@ -96,10 +90,8 @@ def make_preference_pairs(
             found.pairs.append(Preference(repeated[start], _as_written(tokenizer, responses[chosen]), _as_written(tokenizer, responses[rejected])))
             found.margins.append(best - worst)
     if not found.pairs:
-        raise ValueError(
-            f"no prompt has two responses of different reward: of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} "
-            "fewer than two responses with a token; take more samples, or another reward"
-        )
+        counts = f"of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} fewer than two responses with a token"
+        raise ValueError(f"no prompt has two responses of different reward: {counts}; take more samples, or another reward")
     if any(left_out.values()):
         logger.info("left out %d of %d prompts: %s", sum(left_out.values()), len(prompts), left_out)
     return found

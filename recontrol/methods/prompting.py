@@ -38,8 +38,7 @@ class Prompting(Method):
         name: of the template in tables; by default its first words.
 
     Raises:
-        TypeError: a text that is none.
-        ValueError: not exactly one "{prompt}", an example that is no pair of texts, an empty response, or neither template nor examples.
+        TypeError, ValueError: a text that is none, not exactly one "{prompt}", an example without a response, or neither template nor examples.
 
     Source: Kong et al. 2024, section 5 (baselines: prompt engineering).
     """
@@ -54,8 +53,7 @@ class Prompting(Method):
         for name, text in (("template", self.template), ("separator", self.separator), ("name", self.name or "")):
             if not isinstance(text, str):
                 raise TypeError(f"{name} must be a text, found {type(text).__name__}")
-        count = self.template.count(PLACE)
-        if count != 1:
+        if (count := self.template.count(PLACE)) != 1:
             raise ValueError(f"a template must have {PLACE} exactly once, found it {count} times in {self.template!r}")
         object.__setattr__(self, "examples", tuple(_checked(number, example) for number, example in enumerate(self.examples)))
         if self.template == PLACE and not self.examples:
@@ -100,32 +98,26 @@ class Prompting(Method):
 def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, head_weights: Sequence[float] | None = None) -> list[tuple[str, str]]:
     """The best-rewarded responses of rollouts, as in-context examples: of each prompt its best response, of these the best.
 
+    They are pairs (prompt, response), the best one last, where it is nearest to the prompt; of equals the earlier in the rollouts counts as the better.
+
     Args:
         rollouts: what `collect` made, or its folder; of other prompts than those of a comparison.
-        count: how many.
+        count: how many; more than there are prompts, or texts, are a ValueError.
         head_weights: one number a reward, where there are several: the best is that with the largest weighted sum.
-
-    Returns:
-        Pairs (prompt, response), the best one last, where it is nearest to the prompt; of equals the earlier in the rollouts counts as the better.
-
-    Raises:
-        ValueError: fewer prompts than `count`, rollouts without texts, or weights that do not go with the rewards.
     """
     rollouts = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
     prompts = len(rollouts.groups.unique())
     if not 1 <= count <= prompts:
         raise ValueError(f"count must be from 1 to {prompts}, the prompts of {rollouts.path}, found {count}")
-    chosen: dict[int, int] = {}
+    best: dict[int, int] = {}
     for index in one_score(rollouts.rewards, head_weights).argsort(descending=True, stable=True).tolist():
-        chosen.setdefault(int(rollouts.groups[index]), index)
-        if len(chosen) == count:
-            break
-    wanted = set(chosen.values())
-    found = {index: (record["prompt"], record["response"]) for index, record in enumerate(rollouts.records()) if index in wanted}
+        best.setdefault(int(rollouts.groups[index]), index)
+    chosen = list(best.values())[:count]
+    found = {index: (record["prompt"], record["response"]) for index, record in enumerate(rollouts.records()) if index in chosen}
     blank = [index for index, (_, response) in found.items() if not response.strip()]
     if blank:
         raise ValueError(f"the responses {blank} of {rollouts.path}, which are among the best, have no text")
-    return [found[index] for index in reversed(chosen.values())]
+    return [found[index] for index in reversed(chosen)]
 
 
 def _checked(number: int, example: Any) -> tuple[str, str]:

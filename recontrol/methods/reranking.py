@@ -22,10 +22,9 @@ from recontrol.value import ValueFunction
 
 
 class TopK(LogitsProcessor):
-    """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others.
+    """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others; before temperature, top-k and top-p.
 
-    `bonus` maps (rows, tokens) ids so far and (rows, k) candidates, the likeliest first, to (rows, k). `model.generate` calls this after repetition
-    penalties and before temperature, top-k and top-p: a temperature divides logit and bonus.
+    `bonus` maps (rows, tokens) ids so far and (rows, k) candidates, the likeliest first, to (rows, k).
     """
 
     def __init__(self, k: int, bonus: Callable[[Tensor, Tensor], Tensor]):
@@ -53,8 +52,7 @@ class ARGS(Method):
         weights: one number a score, r is the weighted sum; required where the reward returns several scores.
 
     Raises:
-        TypeError: `reward` is no reward, or a number is none.
-        ValueError: `k` is not positive, a number is not finite, or there are not as many weights as scores.
+        TypeError, ValueError: `reward` is no reward, a number is none or not finite, `k` is not positive, or there are not as many weights as scores.
 
     Source: Khanov et al. 2024 (ARGS: Alignment as Reward-Guided Search), sections 2.1 (score) and 2.2 (greedy and stochastic choice).
     """
@@ -115,12 +113,10 @@ class ARGS(Method):
 class PrefixScorer(Method):
     """score(v) = logit(v) + strength * V(o_{t+1} had v been chosen as y_t) for the k likeliest next tokens v, minus infinity for all others.
 
-    With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is the
-    value function of RE-Control in its own unit: where V is standardised, a strength of 1 is one logit for a standard deviation of the reward.
-
-    No state follows a token that ends the response: such a candidate gets V(o_t) of the state that it is sampled from, neither better nor worse than what
-    is expected of the others. A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k calls over the
-    whole text where the cache cannot be used (sliding windows, recurrent states).
+    With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is in its
+    own unit: where it is standardised, a strength of 1 is one logit for a standard deviation of the reward. A token that ends the response, which no state
+    follows, gets V(o_t). A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k calls over the whole
+    text where the cache cannot be used (sliding windows, recurrent states).
 
     Args:
         value: the value function, on the model's device.
@@ -131,8 +127,7 @@ class PrefixScorer(Method):
         trained: the cost of training the value function, where it is known.
 
     Raises:
-        TypeError: `value` is no value function, or a number is none.
-        ValueError: `k` is not positive, a number is not finite, `head_weights` missing or of the wrong length.
+        TypeError, ValueError: `value` is no value function, a number is none or not finite, `k` is not positive, or `head_weights` do not fit.
 
     Source: Mudgal et al. 2024 (Controlled Decoding from Language Models), token-wise control with a prefix scorer (CD-FUDGE).
     """

@@ -38,8 +38,7 @@ class Direction:
         provenance: where it comes from: `base_model`, as `model_fingerprint` describes it, and settings.
 
     Raises:
-        TypeError: `vector` is no tensor, `origin` no text.
-        ValueError: `vector` is no vector, is zero or is not finite.
+        TypeError, ValueError: `vector` is no tensor, no vector, zero or not finite, or `origin` no text.
     """
 
     vector: Tensor
@@ -89,9 +88,8 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
 
     min over w, b of  mean_t (w . s_t + b - r)^2 + lambda |w|^2,  lambda = ridge * (mean variance of a coordinate of s),
 
-    over all states of all responses; every token counts the same. One pass sums the normal equations in float64: memory is hidden_size^2 numbers. The effect
-    of `ridge` does not depend on the units; with a large one the direction is the covariance with the reward. `explained` in the provenance is the share of
-    the reward's variance over tokens that the regression explains on its own data.
+    over all states of all responses, in float64. With a large ridge the direction is the covariance with the reward. `explained` in the provenance is the
+    share of the reward's variance over tokens that the regression explains on its own data.
 
     Args:
         rollouts: of the uncontrolled model: what `collect` made, or its folder.
@@ -138,8 +136,7 @@ def mean_difference(rollouts: Rollouts | str | os.PathLike, *, share: float = 0.
         head_weights: one number a reward, where there are several: responses are ordered by the weighted sum.
 
     Raises:
-        TypeError, ValueError: a wrong share, weights that do not go with the rewards, rewards that are not finite or too often equal, states that are not
-            finite.
+        TypeError, ValueError: a wrong share, weights that do not go with the rewards, rewards too often equal, or rewards or states that are not finite.
     """
     began = time.perf_counter()
     if not 0 < number("share", share, 0) <= 0.5:
@@ -201,8 +198,7 @@ def _direction(vector: Tensor, norm: float, origin: str, rollouts: Rollouts, beg
 class StaticEditing(Method):
     """Representation editing by a constant: y_t ~ softmax(W_lm (o_t + strength * d)).
 
-    o_t is the state at the position whose logits sample y_t; only such positions are edited, that of the prompt's last token too. Rows that have ended
-    are edited as well, which changes no response.
+    o_t is the state at the position whose logits sample y_t; only such positions are edited, that of the prompt's last token too.
 
     Args:
         direction: d, whose norm is the mean norm of a state.
