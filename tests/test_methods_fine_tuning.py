@@ -19,8 +19,7 @@ import recontrol as rc
 from recontrol.data.pairs import Preference
 from recontrol.methods import fine_tuning
 from recontrol.methods.adapters import RECORD_NAME, FineTuningRun, adapter
-from recontrol.methods.fine_tuning import STATE_NAME, train_dpo, train_rl
-from recontrol.methods.preferences import make_preference_pairs
+from recontrol.methods.fine_tuning import STATE_NAME, make_preference_pairs, train_dpo, train_rl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +121,7 @@ def test_prompts_whose_responses_score_equally_have_no_pair(model, caplog):
     [
         ({"samples": 1}, "samples must be at least 2, found 1"),
         ({"do_sample": False}, "greedy decoding would write the same response 2 times"),
-        ({"num_return_sequences": 3}, "use samples"),
+        ({"num_return_sequences": 3}, "leave num_return_sequences at 1"),
         ({"reward": lambda prompts, responses: [[1.0, 2.0]] * len(prompts)}, "needs one score a response, found 2"),
         ({"prompts": []}, "no prompts"),
     ],

@@ -46,11 +46,10 @@ def evaluate(
     decoding: Decoding | None = None,
     **keywords: Any,
 ) -> list[Result]:
-    """Decode the same prompts by each method, and measure the responses.
+    """Decode the same prompts by each method, and measure the responses: one result for the uncontrolled model, then for each setting and each method.
 
     Every batch is decoded by all methods in turn from the same seed, each time beginning with another method, so that disturbances of the machine affect
-    all alike. With `out`, the same call continues with what is missing; one with more methods or seeds adds them (their speed is then compared with that
-    of the uncontrolled model at another time).
+    all alike. With `out`, the same call continues with what is missing; one with more methods or seeds adds them.
 
     Args:
         model: a causal language model with no controller attached.
@@ -69,14 +68,9 @@ def evaluate(
         decoding: how; `batch_size` is 16 unless given, `seed` is that of the first run.
         keywords: settings of `Decoding` by name (max_new_tokens=64), and options of `model.generate` (do_sample=True); without do_sample the model is greedy.
 
-    Returns:
-        One result for the uncontrolled model, then one for each setting, then one for each method, in order.
-
     Raises:
-        TypeError: `reward` is nothing that can be called.
-        ValueError: a controller is attached to the model, no prompts or too long ones, settings without a value function or with a negative or NaN
-            number in them, two methods of the same label, several rewards without `head_weights`, a reward that returns NaN or the wrong count, or a
-            folder with an evaluation of other settings.
+        TypeError, ValueError: something is attached to the model, no prompts or too long ones, settings that are no control, two methods of the same
+            label, several rewards without `head_weights`, a reward that returns NaN or the wrong count, or a folder of other settings.
 
     Source: Kong et al. 2024, section 5 (evaluation metrics).
     """

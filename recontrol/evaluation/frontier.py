@@ -1,8 +1,7 @@
 """Reward against divergence: which settings are worth their divergence, and how methods compare at the same one.
 
-A point is anything with `.reward`, a mean reward, and `.kl`, the divergence KL(controlled || uncontrolled) of a response, in nats. Lines between points
-are straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence by one in s^2, so the reward is linear
-in d near 0; and reward models that are climbed too far follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
+Lines between points are straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence by one in s^2, so
+the reward is linear in d near 0; and reward models that are climbed too far follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
 """
 
 import math
@@ -15,7 +14,7 @@ import numpy as np
 
 
 class Point(Protocol):
-    """A measured setting, for example a `Result`: `reward` is a mean, `kl` in nats a response.
+    """A measured setting, for example a `Result`: a mean `reward`, and `kl`, KL(controlled || uncontrolled) in nats a response.
 
     For intervals it also has `.rewards` and `.kls`, one number a response, in the same order at all points, seed after seed, with `.seeds` (1 if missing).
     """
@@ -29,12 +28,9 @@ AnyPoint = TypeVar("AnyPoint", bound=Point)
 
 @dataclass(frozen=True)
 class AtKL:
-    """A method at one level of divergence.
+    """A method's reward at one level of divergence, by interpolation, and its interval, (low, high), by percentile bootstrap over prompts.
 
-    Attributes:
-        kl: the level.
-        reward: by interpolation; None beyond the largest divergence at which the method was measured.
-        interval: (low, high), percentile bootstrap over prompts; None without `reward`, or where points have no numbers for each response.
+    The reward is None beyond the largest KL that was measured, the interval also where points have no numbers for each response.
     """
 
     kl: float
@@ -46,10 +42,7 @@ def pareto(points: Sequence[AnyPoint]) -> list[AnyPoint]:
     """The points that no other beats, by growing KL: none has a larger reward at no larger KL, or a smaller KL at no smaller reward.
 
     Args:
-        points: measured settings; of equal ones the first counts.
-
-    Raises:
-        ValueError: a reward that is not finite, or a KL that is not finite or is negative.
+        points: measured settings, of equal ones the first; ValueError for a reward that is not finite, or a KL that is not finite or is negative.
     """
     _check(points)
     kept: list[AnyPoint] = []
@@ -63,11 +56,8 @@ def choose_at_kl(points: Sequence[AnyPoint], max_kl: float) -> AnyPoint:
     """The largest reward within a divergence: argmax of reward over the points with KL <= max_kl; of equals the smallest KL, then the first.
 
     Args:
-        points: measured settings, the uncontrolled model among them if it may be chosen.
-        max_kl: the budget, in nats.
-
-    Raises:
-        ValueError: all points have a larger KL, or as for `pareto`.
+        points: measured settings, the uncontrolled model among them if it may be chosen; ValueError as for `pareto`.
+        max_kl: the budget, in nats; ValueError where all points have a larger KL.
     """
     affordable = [point for point in pareto(points) if point.kl <= max_kl]
     if not affordable:
@@ -86,11 +76,8 @@ def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
     of equals that of the largest reward. On a parabola R = d (a - b d) that is three quarters of the largest gain for a quarter of its KL.
 
     Args:
-        points: measured settings.
+        points: measured settings; ValueError as for `pareto`.
         uncontrolled: the uncontrolled model; its KL counts as 0. It is returned where no point has a larger reward.
-
-    Raises:
-        ValueError: as for `pareto`.
 
     Source: Satopaa et al. 2011 (Kneedle), for the distance to the chord.
     """
@@ -119,8 +106,8 @@ def at_equal_kl(
 
     It never falls: it is the reward within that divergence. It is constant from the frontier's last point to the largest KL measured, and None beyond.
 
-    Intervals: prompts are drawn with replacement, the same ones for all points of all methods, and means and lines are computed again; where a draw's
-    largest KL is below a level that was reached, its line continues constant. The seeds of a prompt are averaged first.
+    Intervals: prompts are drawn with replacement, the same ones for all points of all methods, and means and lines are computed again. The seeds of a
+    prompt are averaged first.
 
     Args:
         points: by method, its measured settings.
@@ -142,13 +129,13 @@ def at_equal_kl(
     at = np.sqrt(np.asarray(kl_levels, dtype=np.float64))
     start, seeds = getattr(uncontrolled, "rewards", None), getattr(uncontrolled, "seeds", 1)
     prompts = 0 if start is None else len(start) // seeds
-    draws = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts)) if prompts else []
+    draws = np.random.default_rng(seed).integers(0, max(prompts, 1), (resamples, prompts))
     table = {}
     for method, given in points.items():
         rewards = _line(np.array([[uncontrolled.reward, 0.0], *([point.reward, point.kl] for point in given)]), at)
         largest = max((point.kl for point in given), default=0.0)
         intervals: list[Any] = [None] * len(kl_levels)
-        if len(draws) and (responses := _responses(method, start, given, seeds)) is not None:
+        if prompts and (responses := _responses(method, start, given, seeds)) is not None:
             # A mean of estimated divergences may fall below 0 in a draw.
             lines = [_line(responses[:, :, draw].mean(-1).clip([-np.inf, 0.0]), at) for draw in draws]
             intervals = [(low, high) for low, high in np.quantile(lines, [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist()]

@@ -86,16 +86,14 @@ class PairwiseJudge:
 
         verdict = 1 if a(response, other) = 1 and a(other, response) = 0;  0 if a(response, other) = 0 and a(other, response) = 1;  else 0.5.
 
-    A judge that always prefers the first place thus gives ties. Equal responses are ties that are not asked about. Space around prompts
-    and responses is not shown. `name` has the model, and the start of the hash of the instructions when they are your own.
+    A judge that always prefers the first place thus gives ties. Equal responses are ties that are not asked about. Space around texts is not shown.
 
     Args:
         model: the name that the server knows the judge by.
         instructions: the question, with {prompt}, {first} and {second} in it. It must ask for A (the first is better), B (the second) or C
             (neither): alone, in brackets, in a JSON object, or so in the first or last line of the answer.
         price_per_million: (of tokens of questions, of tokens of answers), for `estimate` and the cost of a run.
-        unreadable: the share of different questions that may stay without a readable answer, for example because the judge refuses to read a
-            prompt; they count as "neither", are reported, and are asked again in the next run.
+        unreadable: the share of questions that may stay without a readable answer; they count as "neither", and are asked again in the next run.
         chat: settings of `ChatModel`: base_url and api_key of the server, cache (an SQLite file of answers), concurrency, max_retries, timeout, request.
 
     Raises:
@@ -117,10 +115,7 @@ class PairwiseJudge:
         self.name = marked(f"judge {model}, pairwise", instructions, INSTRUCTIONS)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> Judgement:
-        """One verdict a pair, 1 where the response wins; tokens and cost are those of this call, without what the cache knew.
-
-        ConnectionError where the server cannot be reached, refuses or fails after all retries; ValueError where too many answers cannot be read.
-        """
+        """One verdict a pair, 1 where the response wins; ConnectionError if the server fails, ValueError if too many answers cannot be read."""
         pairs = self._questions(prompts, responses, others)
         questions = [question for pair in pairs if pair for question in pair]
         answers, usage = self._chat.ask(questions, self._read, unreadable=int(self.unreadable * len(set(questions))))
@@ -199,7 +194,6 @@ def choices(answer: str) -> set[str]:
 
 
 def _named(written: str) -> set[str]:
-    """The choices among the values of a JSON object."""
     try:
         values = json.loads(written).values()
     except ValueError:

@@ -68,7 +68,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """The measurements, with settings that are the same for all methods of a comparison; V is recorded along responses where there is a `value`."""
+    """The measurements of all methods of a comparison; V is recorded along responses where there is a `value`."""
 
     model: Any
     tokenizer: Any
@@ -152,10 +152,7 @@ class Likelihood(NamedTuple):
 
 
 class NextTokenRecorder(LogitsProcessor):
-    """Records the distribution of each token before temperature and the like; goes after all other processors of a method.
-
-    `steps` has (rows, vocabulary) log-probabilities, float32, for each decode step; `seconds` is the time that the recording took.
-    """
+    """Records the (rows, vocabulary) log-probabilities of each decode step before temperature and the like, and the seconds that this took."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -169,10 +166,6 @@ class NextTokenRecorder(LogitsProcessor):
         self.seconds += time.perf_counter() - start
         return scores
 
-    def row(self, index: int, tokens: int) -> Tensor:
-        """(tokens, vocabulary), the distributions that the first tokens of a row were sampled from."""
-        return torch.stack([step[index] for step in self.steps[:tokens]])
-
 
 @torch.no_grad()
 def likelihoods(
@@ -181,7 +174,7 @@ def likelihoods(
     """Negative log-likelihood of each response under the uncontrolled model, and with the recorder of their generation, as one batch, the KL.
 
     The sum over tokens of KL(p || p0) along sampled responses is an unbiased estimate of the KL between the distributions of whole responses, for
-    sampling at temperature 1 without truncation, and has less variance than the log-ratio. Token y_t belongs to the logits at the position before it.
+    sampling at temperature 1 without truncation, and has less variance than the log-ratio.
     """
     if len(prompts) != len(token_ids):
         raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(token_ids)} responses")
@@ -193,8 +186,10 @@ def likelihoods(
         batch = rows[start : start + batch_size]
         for (index, _, ids), logits in zip(batch, _logits(model, batch), strict=True):
             nll = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(ids, device=logits.device), reduction="sum")
-            moved = None if recorder is None else divergence(recorder.row(index, len(ids)).to(logits.device), logits).double().sum()
-            found[index] = Likelihood(float(nll), None if moved is None else float(moved))
+            found[index] = Likelihood(float(nll), None)
+            if recorder is not None:
+                sampled_from = torch.stack([step[index] for step in recorder.steps[: len(ids)]]).to(logits.device)
+                found[index] = Likelihood(float(nll), float(divergence(sampled_from, logits).double().sum()))
     return found
 
 

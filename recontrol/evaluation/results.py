@@ -23,21 +23,15 @@ class Result:
     prompts: the seeds of a prompt are averaged first, since responses to the same prompt are not independent.
 
     Args:
-        method: its label, "uncontrolled" for the model alone.
-        kind: the name that methods of different settings share.
-        settings: by name.
-        step_size: alpha; 0 unless the method is RE-Control alone.
-        steps: n; 0 likewise.
+        method, kind, settings: its label ("uncontrolled" for the model alone), the name that methods of other settings share, and the settings by name.
+        step_size, steps: alpha and n; 0 unless the method is RE-Control alone.
         seeds: how many.
-        reward: mean over responses; with several rewards of their weighted sum.
-        reward_interval: of the reward.
+        reward, reward_interval: mean over responses; with several rewards of their weighted sum.
         head_rewards: mean of each reward, where there are several; else empty.
         diversity: mean over responses of prod_{n=2..4} (1 - rep_n).
         coherence: mean cosine of the sentence embeddings of prompt and response; None without an encoder.
-        nll: nats a response token under the uncontrolled model, at temperature 1; None where no response has a token.
-        perplexity: exp(nll).
-        kl: nats a response, mean of sum_t KL(p_t || p0_t) along responses; None where a method does not show its distributions.
-        kl_interval: of the KL; None with `kl`.
+        nll, perplexity: nats a response token under the uncontrolled model, at temperature 1, and exp(nll); None where no response has a token.
+        kl, kl_interval: nats a response, mean of sum_t KL(p_t || p0_t) along responses; None where a method does not show its distributions.
         length: mean number of tokens kept in a response, the end-of-sequence token included.
         tokens_per_second: response tokens kept over the seconds of generation, without scoring and warm-up.
         cost: time of a decode step over that of the uncontrolled model for the same batch, median over batches.
@@ -46,10 +40,7 @@ class Result:
         edit_norm: mean |u| over some responses' tokens, in units of the hidden state; None where no state is edited.
         value_end: mean of V at the states read for the last tokens, in the unit of the reward; None without V.
         training: the cost of training the method.
-        rewards: one a response.
-        kls: nats, one a response; empty with `kl` None.
-        responses: the texts.
-        answers: everything that is known of each response.
+        rewards, kls, responses, answers: of each response its reward, KL (empty with `kl` None), text, and everything that is known of it.
     """
 
     method: str

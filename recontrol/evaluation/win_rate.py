@@ -46,18 +46,17 @@ class WinRate:
     def __str__(self) -> str:
         """Two or three lines for a reader."""
         low, high = self.interval
-        lines = [
-            f"win rate {self.rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}]",
-            f"wins {self.wins}, ties {self.ties}, losses {self.losses}, by {self.judge}",
+        bias, asked = self.position_bias is not None, self.position_bias is not None or self.requests > 0
+        parts = [
+            (True, f"win rate {self.rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}]\n"),
+            (True, f"wins {self.wins}, ties {self.ties}, losses {self.losses}, by {self.judge}"),
+            (bias, f"; the order decided {self.position_bias or 0:.1%} of the pairs"),
+            (self.unreadable, f"; no readable answer: {self.unreadable} of the ties"),
+            (asked, f"\n{self.requests} requests"),
+            (asked and self.input_tokens is not None, f", {self.input_tokens} tokens of questions and {self.output_tokens} of answers"),
+            (asked and self.cost is not None, f", cost {self.cost or 0:.4g}"),
         ]
-        if self.position_bias is not None:
-            lines[-1] += f"; the order decided {self.position_bias:.1%} of the pairs"
-        if self.unreadable:
-            lines[-1] += f"; no readable answer: {self.unreadable} of the ties"
-        if self.position_bias is not None or self.requests:
-            tokens = "" if self.input_tokens is None else f", {self.input_tokens} tokens of questions and {self.output_tokens} of answers"
-            lines.append(f"{self.requests} requests{tokens}" + ("" if self.cost is None else f", cost {self.cost:.4g}"))
-        return "\n".join(lines)
+        return "".join(text for shown, text in parts if shown)
 
 
 def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[str], judge: Callable[..., Judgement | Sequence[float]]) -> WinRate:
@@ -70,8 +69,7 @@ def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[
         judge: a `PairwiseJudge`, a `RewardJudge`, or any function (prompts, responses, others) -> verdicts, one of 1, 0.5 and 0 a pair.
 
     Raises:
-        ValueError: no pairs, different counts, or not one such verdict a pair.
-        ConnectionError: see `PairwiseJudge`.
+        ValueError, ConnectionError: no pairs, different counts, not one such verdict a pair, or as the judge.
 
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
@@ -84,7 +82,6 @@ def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[
     if strange or len(verdicts) != len(prompts):
         wanted = f"1, 0.5 or 0 for each of {len(prompts)} pairs"
         raise ValueError(f"a judge must return {wanted}, found {len(verdicts)} verdicts, among them {strange or 'no other'}")
-    usage = judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None)
     rate = sum(verdicts) / len(verdicts)
     # One number a prompt, whose mean is the rate: the means of its verdicts, and where prompts have different numbers of pairs the linearised ratio.
     sums = dict.fromkeys(prompts, 0.0)
@@ -98,9 +95,7 @@ def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[
         losses=verdicts.count(0.0),
         position_bias=judgement.position_bias,
         unreadable=judgement.unreadable,
-        requests=usage.requests,
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
+        **asdict(judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None)),
         cost=judgement.cost,
         judge=str(reward_name(judge)),
         verdicts=verdicts,

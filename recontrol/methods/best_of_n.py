@@ -116,5 +116,5 @@ class BestOfN(Method):
 
 
 def _seed(seed: int, start: int) -> int:
-    """Of the round that begins with sample `start`: first the caller's own, then others than those of neighbouring batches."""
+    # First the caller's own, then others than those of neighbouring batches.
     return seed if start == 0 else zlib.crc32(f"{seed} {start}".encode())

@@ -71,7 +71,7 @@ class ReControl(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Attach a controller inside the block; rows that have ended are not edited."""
-        beside = {"backend": self.backend, "allow_other_model": self.allow_other_model}
+        beside: dict[str, Any] = {"backend": self.backend, "allow_other_model": self.allow_other_model}
         stops = finishing_tokens(model, tokenizer, dict(options))
         with Controller(**settings_of(self.control), stop_token_ids=stops, **beside).attach(model):
             yield []

@@ -183,14 +183,9 @@ def _direction(vector: Tensor, norm: float, origin: str, rollouts: Rollouts, beg
     if not vector.norm() > 0:
         raise ValueError(f"the {origin} of {rollouts.path} is zero: the states do not depend on the reward")
     manifest = cast(dict[str, Any], rollouts.manifest)
-    provenance = {
-        "base_model": manifest.get("base_model"),
-        "reward": manifest.get("reward"),
-        "data": {"responses": len(rollouts), "tokens": rollouts.num_tokens},
-        **settings,
-        "head_weights": None if head_weights is None else [float(weight) for weight in head_weights],
-        "training_seconds": time.perf_counter() - began,
-    }
+    provenance = {"data": {"responses": len(rollouts), "tokens": rollouts.num_tokens}, **settings, "training_seconds": time.perf_counter() - began}
+    provenance |= {name: manifest.get(name) for name in ("base_model", "reward")}
+    provenance["head_weights"] = None if head_weights is None else [float(weight) for weight in head_weights]
     return Direction(vector * (norm / float(vector.norm())), origin, provenance)
 
 
@@ -251,7 +246,6 @@ class StaticEditing(Method):
             yield []
 
     def _edit_of(self, states: Tensor) -> Tensor:
-        """(hidden_size,), float32, what is added, where the states are."""
         return (self.strength * self.direction.vector).to(states.device)
 
 
