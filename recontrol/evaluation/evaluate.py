@@ -13,8 +13,7 @@ from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, check_options
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
-from recontrol.evaluation.cells import Cells
-from recontrol.evaluation.measure import Measure
+from recontrol.evaluation.measure import Cells, Measure
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, summarise
 from recontrol.methods.base import Method, Uncontrolled, check_uncontrolled, one_score, tensors_checksum

@@ -1,29 +1,18 @@
 """Reward against divergence: which settings are worth their divergence, and how methods compare at the same one.
 
-Lines between points are straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence by one in s^2, so
-the reward is linear in d near 0; and reward models that are climbed too far follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
+A point is anything with `.reward`, a mean, and `.kl`, KL(controlled || uncontrolled) in nats a response, for example a `Result`. For intervals it also has
+`.rewards` and `.kls`, one number a response, in the same order at all points, seed after seed, with `.seeds` (1 if missing). Lines between points are
+straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence by one in s^2, so the reward is linear in d
+near 0; and reward models that are climbed too far follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
 """
 
 import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-
-
-class Point(Protocol):
-    """A measured setting, for example a `Result`: a mean `reward`, and `kl`, KL(controlled || uncontrolled) in nats a response.
-
-    For intervals it also has `.rewards` and `.kls`, one number a response, in the same order at all points, seed after seed, with `.seeds` (1 if missing).
-    """
-
-    reward: Any
-    kl: Any
-
-
-AnyPoint = TypeVar("AnyPoint", bound=Point)
 
 
 @dataclass(frozen=True)
@@ -38,21 +27,21 @@ class AtKL:
     interval: tuple[float, float] | None
 
 
-def pareto(points: Sequence[AnyPoint]) -> list[AnyPoint]:
+def pareto(points: Sequence[Any]) -> list[Any]:
     """The points that no other beats, by growing KL: none has a larger reward at no larger KL, or a smaller KL at no smaller reward.
 
     Args:
         points: measured settings, of equal ones the first; ValueError for a reward that is not finite, or a KL that is not finite or is negative.
     """
     _check(points)
-    kept: list[AnyPoint] = []
+    kept: list[Any] = []
     for point in sorted(points, key=lambda each: (each.kl, -each.reward)):
         if not kept or point.reward > kept[-1].reward:
             kept.append(point)
     return kept
 
 
-def choose_at_kl(points: Sequence[AnyPoint], max_kl: float) -> AnyPoint:
+def choose_at_kl(points: Sequence[Any], max_kl: float) -> Any:
     """The largest reward within a divergence: argmax of reward over the points with KL <= max_kl; of equals the smallest KL, then the first.
 
     Args:
@@ -66,7 +55,7 @@ def choose_at_kl(points: Sequence[AnyPoint], max_kl: float) -> AnyPoint:
     return affordable[-1]
 
 
-def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
+def knee(points: Sequence[Any], uncontrolled: Any) -> Any:
     """The point of the frontier furthest above its chord: from there on, divergence pays less than on average.
 
     The frontier runs from (d_0 = 0, R_0), the uncontrolled model, to its last point (d_m, R_m), d = sqrt(KL); the point chosen is
@@ -87,7 +76,7 @@ def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
         return frontier[-1] if frontier else uncontrolled
     last = frontier[-1]
 
-    def height(point: Point) -> float:
+    def height(point: Any) -> float:
         gain = (point.reward - uncontrolled.reward) / (last.reward - uncontrolled.reward)
         # Rounding must not decide between the points of a straight line.
         return round(gain - math.sqrt(point.kl / last.kl), 9)
@@ -96,7 +85,7 @@ def knee(points: Sequence[AnyPoint], uncontrolled: AnyPoint) -> AnyPoint:
 
 
 def at_equal_kl(
-    points: Mapping[str, Sequence[Point]], kl_levels: Sequence[float], uncontrolled: Point, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    points: Mapping[str, Sequence[Any]], kl_levels: Sequence[float], uncontrolled: Any, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> dict[str, list[AtKL]]:
     """The reward of each method at the same divergences, so that none wins by a larger one: by method, one entry for each level, in order.
 
@@ -117,8 +106,7 @@ def at_equal_kl(
         resamples: how many times the prompts are drawn.
         seed: of the draws.
 
-    Raises:
-        ValueError: a level that is negative or not finite, points with other numbers of responses than the uncontrolled model, or as for `pareto`.
+    Raises ValueError: a level that is negative or not finite, points with other numbers of responses than the uncontrolled model, or as for `pareto`.
     """
     if any(not math.isfinite(kl) or kl < 0 for kl in kl_levels):
         raise ValueError(f"levels of KL must be finite and 0 or more, found {list(kl_levels)}")
@@ -154,7 +142,7 @@ def _line(means: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.interp(at, np.sqrt(kls[kept]), rewards[kept])
 
 
-def _responses(method: str, start: Any, points: Sequence[Point], seeds: int) -> np.ndarray | None:
+def _responses(method: str, start: Any, points: Sequence[Any], seeds: int) -> np.ndarray | None:
     """(points, [reward, KL], prompts), the uncontrolled model first; None where a point has no numbers for each response."""
     found = [start, np.zeros(len(start))]
     for point, name in [(point, name) for point in points for name in ("rewards", "kls")]:
@@ -167,7 +155,7 @@ def _responses(method: str, start: Any, points: Sequence[Point], seeds: int) -> 
     return np.array(found, dtype=np.float64).reshape(-1, 2, seeds, len(start) // seeds).mean(2)
 
 
-def _check(points: Sequence[Point]) -> None:
+def _check(points: Sequence[Any]) -> None:
     for place, point in enumerate(points):
         # The KL of a method that does not show its distributions is None.
         if not all(isinstance(given, numbers.Real) and math.isfinite(given) for given in (point.reward, point.kl)) or point.kl < 0:

@@ -96,9 +96,7 @@ class PairwiseJudge:
         unreadable: the share of questions that may stay without a readable answer; they count as "neither", and are asked again in the next run.
         chat: settings of `ChatModel`: base_url and api_key of the server, cache (an SQLite file of answers), concurrency, max_retries, timeout, request.
 
-    Raises:
-        ImportError, ValueError: as `ChatModel`, instructions that lack a field, wrong prices, or a share outside [0, 1].
-
+    Raises ImportError, ValueError: as `ChatModel`, instructions that lack a field, wrong prices, or a share outside [0, 1].
     Source: Kong et al. 2024, section 5 (GPT-4 as the judge of win rates).
     """
 

@@ -1,10 +1,15 @@
-"""One method on one batch of prompts: its responses, their measurements, and the likelihood of their tokens under the uncontrolled model."""
+"""One method on one batch of prompts: its responses, their measurements, and the files that keep them."""
 
 import dataclasses
+import hashlib
 import inspect
+import json
+import os
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +25,16 @@ from recontrol.decoding.divergence import divergence
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.decoding.responses import Response, decode_after
 from recontrol.evaluation.metrics import diversity, similarities
+from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
 from recontrol.methods.base import Method
 from recontrol.methods.peak_memory import PeakMemory
 from recontrol.value import ValueFunction
 
 # For how many responses of a batch the edits are computed again, to measure them.
 EDITED_ROWS = 4
+FORMAT = "recontrol.evaluation"
+FORMAT_VERSION = 1
+LONGEST_NAME = 60
 
 
 @dataclass
@@ -206,3 +215,55 @@ def _logits(model: Any, rows: Sequence[tuple[int, list[int], list[int]]]) -> lis
     logits = model(input_ids=inputs, attention_mask=mask, use_cache=False, **options).logits[:, first - width :]
     starts = [len(prompt) - 1 - first for _, prompt, _ in rows]
     return [scores[start : start + len(ids)] for scores, start, (_, _, ids) in zip(logits, starts, rows, strict=True)]
+
+
+class Cells(dict[tuple[str, int, int], Cell]):
+    """The cells by label, seed and batch; with a folder, one file for each, and one with the settings that all have in common."""
+
+    def __init__(self, folder: str | os.PathLike | None, settings: dict[str, Any], methods: Sequence[Method]):
+        super().__init__()
+        self._folders = {} if folder is None else {method.label: Path(folder) / folder_name(method) for method in methods}
+        if folder is None:
+            return
+        wanted = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
+        path = Path(folder) / "settings.json"
+        if path.exists():
+            check_same_settings(read_json(path), wanted, f"{folder} has an evaluation with")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        if not path.exists():
+            write_json(path, wanted)
+
+    def known(self, label: str, seed: int, batch: int) -> bool:
+        """Whether a cell is there, or can be read; a damaged file is refused."""
+        path = self._path(label, seed, batch)
+        if (label, seed, batch) not in self and path is not None and path.exists():
+            content = read_json(path)
+            try:
+                self[label, seed, batch] = Cell(**{**content, "answers": [Answer(**answer) for answer in content["answers"]]})
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} is no cell of an evaluation ({error}); remove it to have it made again") from error
+        return (label, seed, batch) in self
+
+    def add(self, cell: Cell) -> None:
+        """Keep a cell, and write it whole or not at all."""
+        self[cell.label, cell.seed, cell.batch] = cell
+        path = self._path(cell.label, cell.seed, cell.batch)
+        if path is not None:
+            path.parent.mkdir(exist_ok=True)
+            with write_aside(path) as aside:
+                aside.write_text(json.dumps(asdict(cell), ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _path(self, label: str, seed: int, batch: int) -> Path | None:
+        return self._folders[label] / f"seed-{seed}-batch-{batch:05}.json" if self._folders else None
+
+
+def folder_name(method: Method) -> str:
+    """The label in characters that every file system takes, and a hash of label and identity."""
+    readable = re.sub(r"[^a-z0-9.]+", "-", method.label.lower()).strip("-")[:LONGEST_NAME]
+    return f"{readable}-{short_hash([method.label, method.identity])}"
+
+
+def short_hash(content: Any) -> str:
+    """The first eight digits of the SHA-256 of the content as JSON; what JSON cannot hold is hashed as its text."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]

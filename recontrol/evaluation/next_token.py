@@ -61,8 +61,7 @@ def path_of_steps(
         allow_other_model: accept a value function that was trained on the states of another model.
         settings: further ones of `Control`: radius, target, head_weights.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `Control` and `Controller.attach`, states of the wrong shape or none, or no steps.
+    Raises TypeError, ValueError, RuntimeError: as `Control` and `Controller.attach`, states of the wrong shape or none, or no steps.
     """
     controls = [Control(value, step_size, n, **settings) for n in steps]
     if not controls:

@@ -68,9 +68,7 @@ def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[
         others: what they are compared with: another method's, or the preferred ones from `load_prompts_with_preferred`.
         judge: a `PairwiseJudge`, a `RewardJudge`, or any function (prompts, responses, others) -> verdicts, one of 1, 0.5 and 0 a pair.
 
-    Raises:
-        ValueError, ConnectionError: no pairs, different counts, not one such verdict a pair, or as the judge.
-
+    Raises ValueError, ConnectionError: no pairs, different counts, not one such verdict a pair, or as the judge.
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
     if not prompts or not len(prompts) == len(responses) == len(others):

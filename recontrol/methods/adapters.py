@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,7 @@ from recontrol.checks import required
 from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import forget_compiled
-from recontrol.files import read_json, write_json
+from recontrol.files import read_json
 from recontrol.methods.base import Method, Training
 
 EXTRA = "fine-tuning"
@@ -54,10 +54,6 @@ class FineTuningRun:
         if found != FORMAT:
             raise ValueError(f"{file} is not the record of a run of fine-tuning: found format {found!r}, wanted {FORMAT!r}")
         return cls(path=Path(path), **content)
-
-    def write(self, folder: Path) -> None:
-        """Write the record beside an adapter."""
-        write_json(folder / RECORD_NAME, {"format": FORMAT, **{name: entry for name, entry in asdict(self).items() if name != "path"}})
 
 
 @contextlib.contextmanager

@@ -30,9 +30,7 @@ class BestOfN(Method):
         rows_at_once: decode at most this many responses at once, but one to each prompt; None for all. Another number gives other samples.
         sampling: options of `model.generate` in the place of those that a comparison has for all methods, do_sample=True where it is greedy.
 
-    Raises:
-        TypeError, ValueError: `reward` is no reward, `inner` no method or one that chooses between responses, a count no integer of at least 1.
-
+    Raises TypeError, ValueError: `reward` is no reward, `inner` no method or one that chooses between responses, a count no integer of at least 1.
     Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
     """
 
@@ -104,7 +102,9 @@ class BestOfN(Method):
         for start in range(0, self.n, at_once):
             count = min(at_once, self.n - start)
             repeated = [prompt for prompt in prompts for _ in range(count)]
-            rounds.append(self.inner.respond(model, tokenizer, repeated, dataclasses.replace(decoding, seed=_seed(decoding.seed, start))))
+            # First the caller's own seed, then others than those of neighbouring batches.
+            seed = zlib.crc32(f"{decoding.seed} {start}".encode()) if start else decoding.seed
+            rounds.append(self.inner.respond(model, tokenizer, repeated, dataclasses.replace(decoding, seed=seed)))
             for place, of_prompt in enumerate(samples):
                 of_prompt += rounds[-1].responses[place * count : (place + 1) * count]
         began = time.perf_counter()
@@ -113,8 +113,3 @@ class BestOfN(Method):
         best = one_score(rewards, self.head_weights).reshape(len(prompts), self.n).argmax(1).tolist()
         seconds = sum(made.seconds for made in rounds) + time.perf_counter() - began
         return Batch([of_prompt[choice] for of_prompt, choice in zip(samples, best, strict=True)], sum(made.steps for made in rounds), seconds)
-
-
-def _seed(seed: int, start: int) -> int:
-    # First the caller's own, then others than those of neighbouring batches.
-    return seed if start == 0 else zlib.crc32(f"{seed} {start}".encode())

@@ -32,9 +32,7 @@ class ReControl(Method):
         allow_other_model: accept a value function that was trained on the states of another model.
         trained: the cost of training the value function, where it is known.
 
-    Raises:
-        TypeError, ValueError: `control` is no `Control`, or an unknown backend.
-
+    Raises TypeError, ValueError: `control` is no `Control`, or an unknown backend.
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
 

@@ -35,7 +35,7 @@ from recontrol.decoding.config import Decoding
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.responses import listed_stop_strings, make_response
 from recontrol.files import LOCK_NAME, check_same_settings, read_json, write_json, writing_lock
-from recontrol.methods.adapters import EXTRA, RECORD_NAME, FineTuningRun, check_plain, flags_kept
+from recontrol.methods.adapters import EXTRA, FORMAT, RECORD_NAME, FineTuningRun, check_plain, flags_kept
 from recontrol.methods.base import check_uncontrolled
 from recontrol.methods.peak_memory import PeakMemory
 
@@ -297,9 +297,7 @@ def train_rl(
         progress: show a progress bar.
         keywords: settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further fields of the config of TRL's trainer.
 
-    Raises:
-        ImportError, TypeError, ValueError, RuntimeError: as `train_dpo`; another algorithm, too few, empty or too long prompts, or not one finite score each.
-
+    Raises ImportError, TypeError, ValueError, RuntimeError: as `train_dpo`; another algorithm, too few, empty or too long prompts, or no finite score.
     Source: Ahmadian et al. 2024, section 3 (RLOO); Shao et al. 2024, section 4.1 (GRPO); Hu et al. 2021, section 4.1.
     """
     trl = _trl(model, tokenizer)
@@ -353,18 +351,20 @@ def _fine_tune(
     lora["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     folder = out.with_name(f"{out.name}.training")
     settings = json.loads(json.dumps({**model_settings(model, tokenizer), **fields, **about, "lora": lora}, default=str))
-    if (out / RECORD_NAME).is_file():
-        run = FineTuningRun.read(out)
-        _compare(run.settings, settings, model, out)
-        return run
+    finished = (out / RECORD_NAME).is_file()
+    if finished or (folder / SETTINGS_NAME).is_file():
+        found = FineTuningRun.read(out).settings if finished else read_json(folder / SETTINGS_NAME)
+        check_same_settings(found, settings, f"{out if finished else folder} is of a run with", ignored=IGNORED)
+        if other := difference(found["base_model"], model):
+            raise ValueError(f"{out if finished else folder} is of a run on another model: {other}; use another folder")
+    if finished:
+        return FineTuningRun.read(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something else than an adapter of this package; use another folder")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RuntimeError(f"fine-tuning runs in one process, found {os.environ['WORLD_SIZE']}: start it without a launcher")
     with writing_lock(folder), _undisturbed(model, chosen.seed, progress), PeakMemory(model.device) as memory:
-        if (folder / SETTINGS_NAME).is_file():
-            _compare(read_json(folder / SETTINGS_NAME), settings, model, folder)
-        elif any(path.name != LOCK_NAME for path in folder.iterdir()):
+        if not (folder / SETTINGS_NAME).is_file() and any(path.name != LOCK_NAME for path in folder.iterdir()):
             raise ValueError(f"{folder} is needed for checkpoints and holds something else; move it away")
         write_json(folder / SETTINGS_NAME, settings)
         while (newest := get_last_checkpoint(str(folder))) is not None and not (Path(newest) / STATE_NAME).is_file():
@@ -388,14 +388,14 @@ def _fine_tune(
         trainer.train(resume_from_checkpoint=newest)
         log, trainable = trainer.state.log_history, sum(each.numel() for each in trainer.model.parameters() if each.requires_grad)
         history = [{name: step[name] for name in KEPT if name in step} for step in log if "loss" in step]
-        run = FineTuningRun(out, settings, trainable, **log[-1]["cost"], history=history)
+        record = {"format": FORMAT, "settings": settings, "trainable_parameters": trainable, **log[-1]["cost"], "history": history}
         # Embeddings are never trained here; asked whether they were, PEFT would look for the base model on the hub.
         trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        run.write(folder / "adapter")
+        write_json(folder / "adapter" / RECORD_NAME, record)
         # In the place of an empty folder too.
         os.replace(folder / "adapter", out)
         shutil.rmtree(folder)
-    return run
+    return FineTuningRun.read(out)
 
 
 class _Cost(TrainerCallback):
@@ -425,12 +425,6 @@ def _undisturbed(model: Any, seed: int, progress: bool) -> Iterator[None]:
             after.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
         yield
-
-
-def _compare(found: dict[str, Any], wanted: dict[str, Any], model: Any, where: Path) -> None:
-    check_same_settings(found, wanted, f"{where} is of a run with", ignored=IGNORED)
-    if other := difference(found["base_model"], model):
-        raise ValueError(f"{where} is of a run on another model: {other}; use another folder")
 
 
 def _trl(model: Any, tokenizer: Any) -> Any:

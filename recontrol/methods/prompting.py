@@ -37,9 +37,7 @@ class Prompting(Method):
         separator: written between an example and what follows it, but only once where the next prompt begins with it.
         name: of the template in tables; by default its first words.
 
-    Raises:
-        TypeError, ValueError: a text that is none, not exactly one "{prompt}", an example without a response, or neither template nor examples.
-
+    Raises TypeError, ValueError: a text that is none, not exactly one "{prompt}", an example without a response, or neither template nor examples.
     Source: Kong et al. 2024, section 5 (baselines: prompt engineering).
     """
 

@@ -59,9 +59,7 @@ class ARGS(Method):
         k: number of candidates.
         weights: one number a score, r is the weighted sum; required where the reward returns several scores.
 
-    Raises:
-        TypeError, ValueError: `reward` is no reward, a number is none or not finite, `k` is not positive, or there are not as many weights as scores.
-
+    Raises TypeError, ValueError: `reward` is no reward, a number is none or not finite, `k` is not positive, or there are not as many weights as scores.
     Source: Khanov et al. 2024 (ARGS: Alignment as Reward-Guided Search), sections 2.1 (score) and 2.2 (greedy and stochastic choice).
     """
 
@@ -134,9 +132,7 @@ class PrefixScorer(Method):
         allow_other_model: accept a value function that was trained on the states of another model.
         trained: the cost of training the value function, where it is known.
 
-    Raises:
-        TypeError, ValueError: `value` is no value function, a number is none or not finite, `k` is not positive, or `head_weights` do not fit.
-
+    Raises TypeError, ValueError: `value` is no value function, a number is none or not finite, `k` is not positive, or `head_weights` do not fit.
     Source: Mudgal et al. 2024 (Controlled Decoding from Language Models), token-wise control with a prefix scorer (CD-FUDGE).
     """
 
@@ -149,7 +145,6 @@ class PrefixScorer(Method):
     trained: Training | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        # The same checks of the value function and its heads as for an ascent.
         head_weights = Control(self.value, head_weights=self.head_weights).head_weights
         for name, checked in {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}.items():
             object.__setattr__(self, name, checked)

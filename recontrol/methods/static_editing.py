@@ -37,8 +37,7 @@ class Direction:
         origin: how it was found, in a few words, for tables.
         provenance: where it comes from: `base_model`, as `model_fingerprint` describes it, and settings.
 
-    Raises:
-        TypeError, ValueError: `vector` is no tensor, no vector, zero or not finite, or `origin` no text.
+    Raises TypeError, ValueError: `vector` is no tensor, no vector, zero or not finite, or `origin` no text.
     """
 
     vector: Tensor
@@ -96,9 +95,7 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
         ridge: above 0.
         head_weights: one number a reward, where there are several: their weighted sum is regressed.
 
-    Raises:
-        TypeError, ValueError: a wrong ridge, weights that do not go with the rewards, rewards that are all the same or not finite, states that are not.
-
+    Raises TypeError, ValueError: a wrong ridge, weights that do not go with the rewards, rewards that are all the same or not finite, states that are not.
     Source: Kong et al. 2024, section 5 (baselines: static representation editing).
     """
     began = time.perf_counter()
@@ -135,8 +132,7 @@ def mean_difference(rollouts: Rollouts | str | os.PathLike, *, share: float = 0.
         share: of the responses that count as the best, and as the worst: above 0, at most 0.5; at least one response each.
         head_weights: one number a reward, where there are several: responses are ordered by the weighted sum.
 
-    Raises:
-        TypeError, ValueError: a wrong share, weights that do not go with the rewards, rewards too often equal, or rewards or states that are not finite.
+    Raises TypeError, ValueError: a wrong share, weights that do not go with the rewards, rewards too often equal, or rewards or states that are not finite.
     """
     began = time.perf_counter()
     if not 0 < number("share", share, 0) <= 0.5:
@@ -200,9 +196,7 @@ class StaticEditing(Method):
         strength: the length of the edit over that norm; 0 edits nothing, a negative one lowers the reward.
         allow_other_model: accept a direction that was found in the states of another model.
 
-    Raises:
-        TypeError, ValueError: `direction` is no `Direction`, or `strength` no finite number.
-
+    Raises TypeError, ValueError: `direction` is no `Direction`, or `strength` no finite number.
     Source: Kong et al. 2024, section 5 (baselines: static representation editing).
     """
 
@@ -256,8 +250,7 @@ class StaticHandle(Editing):
         editing: what to add.
         model: the model.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `StaticEditing.attach`.
+    Raises TypeError, ValueError, RuntimeError: as `StaticEditing.attach`.
     """
 
     def __init__(self, editing: StaticEditing, model: Any):
