@@ -90,7 +90,10 @@ def evaluate(
     todo = [(method, batch, run, number) for run in runs for number, batch in batches for method in turns[number] if not cells.known(method.label, run, number)]
     if todo:
         measure = dataclasses.replace(measure, encoder=None if encoder is None else load_encoder(encoder))
-        _warm_up(measure, [method for method in compared if any(method is each[0] for each in todo)], batches[0][1])
+        # Every method decodes a little: errors of a method or a reward show before the work, and threads and caches are ready.
+        few, first = dataclasses.replace(decoding, max_new_tokens=min(WARM_UP_TOKENS, decoding.max_new_tokens), seed=0), batches[0][1]
+        warm = [method.respond(model, tokenizer, first, few) for method in compared if any(method is each[0] for each in todo)]
+        one_score(checked_rewards(measure.reward, first, [response.text for response in warm[0].responses]), head_weights)
     done = len(prompts) * len(compared) * seeds - sum(len(batch) for _, batch, _, _ in todo)
     with tqdm(total=len(prompts) * len(compared) * seeds, initial=done, unit="response", disable=not progress) as bar:
         for method, batch, run, number in todo:
@@ -145,10 +148,3 @@ def _check(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) 
         if written != list(prompts):
             check_lengths(measure.model, measure.tokenizer, written, measure.decoding.max_new_tokens)
     check_uncontrolled(measure.model)
-
-
-def _warm_up(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) -> None:
-    """Let every method decode a little: errors of a method or a reward show before the work, and threads and caches are ready."""
-    few = dataclasses.replace(measure.decoding, max_new_tokens=min(WARM_UP_TOKENS, measure.decoding.max_new_tokens), seed=0)
-    made = [method.respond(measure.model, measure.tokenizer, prompts, few) for method in methods]
-    one_score(checked_rewards(measure.reward, prompts, [response.text for response in made[0].responses]), measure.head_weights)

@@ -59,8 +59,7 @@ class Judgement:
         verdicts: one a pair: 1 the response is better, 0 the other one is, 0.5 neither.
         position_bias: the share of the pairs with both answers that the order decided: both name the same place. None without an order or such pairs.
         unreadable: pairs that are ties because an answer could not be read.
-        usage: requests and tokens; None for a judge that sends nothing.
-        cost: in the currency of the prices; None without prices, or where the server does not count tokens.
+        usage, cost: requests and tokens, None for a judge that sends nothing, and their price, None without prices or counts of tokens.
     """
 
     verdicts: Sequence[float]

@@ -120,7 +120,11 @@ class Measure:
             for index, response in enumerate(made.responses)
         ]
         seconds = made.seconds - (0 if recorder is None else recorder.seconds)
-        norm = _edit_norm(method, rows[:EDITED_ROWS])
+        read = torch.cat(rows[:EDITED_ROWS]) if rows else torch.zeros(0)
+        with torch.no_grad():
+            edited = method.edit(read) if len(read) else None
+        # In the precision of the tensors.
+        norm = None if edited is None else float(np.float32((edited.float() - read.float()).norm(dim=-1).mean().item()))
         return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
 
     @torch.no_grad()
@@ -130,14 +134,6 @@ class Measure:
         weights = torch.ones(values.shape[-1]) if self.head_weights is None else torch.tensor(self.head_weights)
         # Five digits are more than a plot shows.
         return [float(f"{value:.5g}") for value in (values @ weights.to(values)).tolist()]
-
-
-@torch.no_grad()
-def _edit_norm(method: Method, rows: Sequence[Tensor]) -> float | None:
-    """Mean norm of what a method adds to states."""
-    states = torch.cat(list(rows)) if rows else torch.zeros(0)
-    edited = method.edit(states) if len(states) else None
-    return None if edited is None else float(np.float32((edited.float() - states.float()).norm(dim=-1).mean().item()))
 
 
 def _pieces(tokenizer: Any, prompt: str, response: Response) -> list[str]:

@@ -98,13 +98,13 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
     kls = [answer.kl for answer in answers if answer.kl is not None]
     kls = kls if len(kls) == len(answers) else []
     step, base_step = (np.array([cell.seconds / cell.steps for cell in each]) for each in (cells, base))
-    control = method.control if isinstance(method, ReControl) else None
+    step_size, steps = (method.control.step_size, method.control.steps) if isinstance(method, ReControl) else (0.0, 0)
     return Result(
         method=method.label,
         kind=method.kind,
         settings=method.settings,
-        step_size=0.0 if control is None else control.step_size,
-        steps=0 if control is None else control.steps,
+        step_size=step_size,
+        steps=steps,
         seeds=seeds,
         reward=float(rewards.mean()),
         reward_interval=bootstrap_interval(by_prompt(rewards, seeds)),
@@ -138,11 +138,10 @@ def by_prompt(numbers: np.ndarray, seeds: int) -> np.ndarray:
 def choose(results: Sequence[Result]) -> Result:
     """The setting with the largest coherence + diversity + average reward: the paper's rule (Kong et al. 2024, section 5), for validation prompts.
 
-    The three are added as they are, so the scale of the reward decides how much of the others is given up for it. A coherence that was not measured
-    counts as 0. The first of equals is returned; ValueError where there is none.
+    The scale of the reward decides how much of the others is given up for it. A coherence that was not measured counts as 0.
 
     Args:
-        results: from `evaluate`, of one kind of method and the uncontrolled model, which is no candidate.
+        results: from `evaluate`, of one kind of method and the uncontrolled model, which is no candidate; ValueError where there is no other.
     """
     candidates = [result for result in results if result.kind != UNCONTROLLED]
     if not candidates:

@@ -19,8 +19,7 @@ class WinRate:
         interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts: the pairs of one prompt are drawn together.
         wins, ties, losses: pairs whose response is better, where neither is, whose other response is better.
         position_bias, unreadable, cost: as in `Judgement`.
-        requests: that were sent and answered in this run; 0 where the judge sends none.
-        input_tokens, output_tokens: of these requests and of the answers; None where the judge or its server does not say.
+        requests, input_tokens, output_tokens: sent and answered in this run, and their tokens; None where the judge or its server does not say.
         judge: its name.
         verdicts: one a pair, 1 for a win, 0.5 for a tie, 0 for a loss.
     """
@@ -85,16 +84,8 @@ def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[
     sums = dict.fromkeys(prompts, 0.0)
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         sums[prompt] += verdict - rate
-    return WinRate(
-        rate=rate,
-        interval=bootstrap_interval([rate + each * len(sums) / len(prompts) for each in sums.values()]),
-        wins=verdicts.count(1.0),
-        ties=verdicts.count(0.5),
-        losses=verdicts.count(0.0),
-        position_bias=judgement.position_bias,
-        unreadable=judgement.unreadable,
-        **asdict(judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None)),
-        cost=judgement.cost,
-        judge=str(reward_name(judge)),
-        verdicts=verdicts,
-    )
+    interval = bootstrap_interval([rate + each * len(sums) / len(prompts) for each in sums.values()])
+    wins, ties, losses = (verdicts.count(each) for each in (1.0, 0.5, 0.0))
+    told: dict[str, Any] = {name: getattr(judgement, name) for name in ("position_bias", "unreadable", "cost")}
+    told |= asdict(judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None))
+    return WinRate(rate, interval, wins, ties, losses, **told, judge=str(reward_name(judge)), verdicts=verdicts)

@@ -30,11 +30,9 @@ class FineTuningRun:
     """A finished run; in its folder as `fine_tuning.json`, beside the adapter.
 
     Attributes:
-        path: the folder of the adapter, as `peft.PeftModel.from_pretrained` takes it.
-        settings: all that the result depends on.
+        path, settings: the folder of the adapter, as `peft.PeftModel.from_pretrained` takes it, and all that the result depends on.
         trainable_parameters: how many numbers were trained.
-        seconds: wall-clock time of training, over all sessions of a run that was stopped; without sampling the pairs of DPO.
-        peak_bytes: peak memory beyond that in use before (`PeakMemory`).
+        seconds, peak_bytes: of training, over all sessions of a run that was stopped, without sampling the pairs of DPO; memory beyond that before.
         history: one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
     """
 
@@ -107,13 +105,12 @@ class FineTuned(Method):
     @property
     def kind(self) -> str:  # type: ignore[override]
         """The algorithm of the fine-tuning."""
-        algorithm = str(self.run.settings.get("algorithm"))
-        return NAMES.get(algorithm, algorithm)
+        return NAMES[self.run.settings["algorithm"]]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The price of divergence, and the learning rate."""
-        return {"beta": self.run.settings.get("beta"), "learning rate": self.run.settings.get("learning_rate")}
+        return {"beta": self.run.settings["beta"], "learning rate": self.run.settings["learning_rate"]}
 
     @property
     def identity(self) -> Any:

@@ -59,11 +59,9 @@ class Prompting(Method):
 
     @classmethod
     def for_dialogues(cls, goal: str = "helpful and harmless", examples: Sequence[tuple[str, str]] = ()) -> "Prompting":
-        r"""An instruction before a dialogue such as "\n\nHuman: ...\n\nAssistant:" (HH-RLHF) or "Human: ...\nAssistant:" (SHP).
+        r"""An instruction before a dialogue such as "\n\nHuman: ...\n\nAssistant:" (HH-RLHF) or "Human: ...\nAssistant:" (SHP), by its goal.
 
-        Args:
-            goal: what the assistant should be: "helpful", "harmless" or "helpful and harmless"; another is a ValueError.
-            examples: pairs (dialogue, response).
+        The goal is "helpful", "harmless" or "helpful and harmless", else ValueError; examples are pairs (dialogue, response).
         """
         if goal not in INSTRUCTIONS:
             raise ValueError(f"unknown goal {goal!r}; choose one of {', '.join(map(repr, INSTRUCTIONS))}")

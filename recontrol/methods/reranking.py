@@ -256,12 +256,9 @@ class CandidateStates(Attachment):
             raise ValueError(f"wanted an attention mask of shape {tuple(input_ids.shape)}, found one {found}: static caches are not taken here")
         return mask.bool()
 
-    def _cache(self) -> tuple[str, Any]:
-        return next(((name, self._call[name]) for name in CACHE_NAMES if self._call.get(name) is not None), ("", None))
-
     def _why_not(self, input_ids: Tensor) -> str | None:
         """Why the cache cannot be used; None where it can."""
-        _, cache = self._cache()
+        cache = next((self._call[name] for name in CACHE_NAMES if self._call.get(name) is not None), None)
         if type(cache) is not DynamicCache or cache.offloading:
             return f"there is no plain key/value cache on the device, found {type(cache).__name__}"
         positions, attention = self._call.get("position_ids"), self.decoder.config._attn_implementation
@@ -297,7 +294,7 @@ class CandidateStates(Attachment):
         if self.decoder.config._attn_implementation == "eager":
             dtype = self.dtype()
             seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-        name, cache = self._cache()
+        name, cache = next((name, self._call[name]) for name in CACHE_NAMES if self._call.get(name) is not None)
         # Layers replace their key and value tensors, so those of the generation do not change.
         beside = copy.copy(cache)
         beside.layers = [copy.copy(layer) for layer in cache.layers]

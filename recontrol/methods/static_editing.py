@@ -87,8 +87,7 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
 
     min over w, b of  mean_t (w . s_t + b - r)^2 + lambda |w|^2,  lambda = ridge * (mean variance of a coordinate of s),
 
-    over all states of all responses, in float64. With a large ridge the direction is the covariance with the reward. `explained` in the provenance is the
-    share of the reward's variance over tokens that the regression explains on its own data.
+    over all states of all responses, in float64. `explained` in the provenance is the share of the reward's variance that the regression explains.
 
     Args:
         rollouts: of the uncontrolled model: what `collect` made, or its folder.
