@@ -67,10 +67,8 @@ def evaluate(
         decoding: how; `batch_size` is 16 unless given, `seed` is that of the first run.
         keywords: settings of `Decoding` by name (max_new_tokens=64), and options of `model.generate` (do_sample=True); without do_sample the model is greedy.
 
-    Raises:
-        TypeError, ValueError: something is attached to the model, no prompts or too long ones, settings that are no control, two methods of the same
-            label, several rewards without `head_weights`, a reward that returns NaN or the wrong count, or a folder of other settings.
-
+    Raises TypeError, ValueError: something is attached to the model, no prompts or too long ones, settings that are no control, two methods of the same
+    label, several rewards without `head_weights`, a reward that returns NaN or the wrong count, or a folder of other settings.
     Source: Kong et al. 2024, section 5 (evaluation metrics).
     """
     decoding = Decoding.of(decoding, **keywords)

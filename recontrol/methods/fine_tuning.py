@@ -148,10 +148,8 @@ def make_preference_pairs(
         progress: show a progress bar.
         keywords: settings of `Decoding` by name, and options of `model.generate`.
 
-    Raises:
-        ValueError: no, empty or too long prompts, fewer than 2 samples, greedy decoding, an option that does not go with batches, a model under control,
-            a reward of several scores, or no prompt with two responses of different reward.
-
+    Raises ValueError: no, empty or too long prompts, fewer than 2 samples, greedy decoding, an option that does not go with batches, a model under
+    control, a reward of several scores, or no prompt with two responses of different reward.
     Source: Rafailov et al. 2023, section 4 (pairs of responses of the initial model); the reward takes the place of the annotator.
     """
     if samples < 2:
@@ -223,13 +221,9 @@ def train_dpo(
         progress: show a progress bar.
         keywords: settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`.
 
-    Raises:
-        ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
-        TypeError: a field of the trainer's config that is set here.
-        ValueError: no pairs, pairs of equal responses or whose prompts fill `max_length`, a tokenizer without end-of-sequence token, sizes that do not
-            divide, a model with adapters or under control, or a folder that holds something else.
-        RuntimeError: another run is writing into the folder, or this is one of several processes.
-
+    Raises ImportError: the extra `fine-tuning` (trl and peft) is not installed. TypeError: a field of the trainer's config that is set here. ValueError: no
+    pairs, pairs of equal responses or whose prompts fill `max_length`, a tokenizer without end-of-sequence token, sizes that do not divide, a model with
+    adapters or under control, or a folder of something else. RuntimeError: another run is writing into the folder, or this is one of several processes.
     Source: Rafailov et al. 2023, equation 7; Hu et al. 2021, section 4.1.
     """
     trl = _trl(model, tokenizer)

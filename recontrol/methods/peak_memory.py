@@ -9,9 +9,6 @@ import torch
 
 from recontrol.checks import required
 
-# Seconds between two readings of the memory of the process.
-INTERVAL = 0.01
-
 
 class PeakMemory:
     """Peak memory inside a block, beyond that in use before it: allocated on a CUDA device, else the resident memory of the process, read every 10 ms."""
@@ -46,7 +43,7 @@ class PeakMemory:
         self._peak = max(self._peak, _resident() if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda))
 
     def _watch(self) -> None:
-        while self._cuda is None and not self._done.wait(INTERVAL):
+        while self._cuda is None and not self._done.wait(0.01):
             self._read()
 
 

@@ -236,7 +236,6 @@ class CandidateStates(Attachment):
             self.state = args[0][:, -1] if args[0].dim() == 3 else args[0]
 
     def _listening(self) -> bool:
-        # One model may run in several threads at once.
         return not self._paused and threading.get_ident() == self._thread
 
     def _check_output(self) -> None:
