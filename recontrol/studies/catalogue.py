@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from recontrol.data.rewards import Reward, checked_rewards, reward_name
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.control import Control
-from recontrol.evaluation.cells import short_hash
+from recontrol.evaluation.measure import short_hash
 from recontrol.methods import (
     ARGS,
     BestOfN,
