@@ -12,9 +12,7 @@ from torch import Tensor
 
 from recontrol.checks import first_few
 from recontrol.data.batches import MemoryRollouts, ScoredResponses
-from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
-from recontrol.decoding.fingerprint import difference
 from recontrol.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -30,7 +28,7 @@ Make = Callable[[int], ScoredResponses]
 
 @dataclass
 class TrainingData:
-    """What to train on, made by `stored` or `sampled`.
+    """What to train on: `stored` rollouts, or those that `make` samples with the settings `online`.
 
     `held_in` are the responses (of `online` rollouts the batches) to train on, `held_out` the responses of `rollouts` to validate on. `rewards`,
     (responses, num_heads), in the dtype of the weights, say in what unit V counts; with `normalise_rewards` it stays in that unit. `no_states`
@@ -45,7 +43,7 @@ class TrainingData:
     normalise_rewards: bool
     no_states: Tensor
     provenance: dict[str, Any]
-    online: OnlineRollouts | None = None
+    online: dict[str, Any] | None = None
     make: Make | None = None
 
     def units(self, epoch: int) -> Tensor:
@@ -73,7 +71,7 @@ class TrainingData:
         found = digest(self.rollouts, *labels) if self.rollouts is not None else None
         if self.online is None:
             return {"rollouts": found}
-        online = {name: entry for name, entry in self.online.settings.items() if name not in ("base_model", "made_with", "tokenizer")}
+        online = {name: entry for name, entry in self.online.items() if name not in ("base_model", "made_with", "tokenizer")}
         return {"online": online, "validation": found, "batch_size": None, "validation_fraction": 0.0}
 
 
@@ -89,28 +87,6 @@ def stored(
     provenance, rewards = {**origin(rollouts.manifest), "data": counts}, rollouts.rewards.to(dtype)[held_in]
     no_states = torch.empty(0, rollouts.hidden_size, dtype=getattr(torch, rollouts.manifest["dtype"]))
     return TrainingData(processes, rollouts, held_in, held_out, rewards, normalise_rewards, no_states, provenance)
-
-
-def sampled(online: OnlineRollouts, make: Make, validation: Rollouts | None, processes: Processes, dtype: torch.dtype, normalise_rewards: bool) -> TrainingData:
-    """`OnlineRollouts`, whose batches are the mini-batches and `make` samples them; `validation` rollouts, if any, are held out.
-
-    Rewards are standardised by those of `validation`, or without it by those of the first batch, which is sampled once more for that.
-    """
-    if validation is not None:
-        check_rewards(validation)
-        recorded = validation.manifest.get("base_model")
-        if recorded and (other := difference(recorded, online.model)):
-            raise ValueError(f"{validation.path} holds rollouts of another model: {other}")
-        for name, wanted in {"hidden_size": online.hidden_size, **{name: online.settings[name] for name in ("reward", "tokenizer_sha256")}}.items():
-            if (found := validation.manifest.get(name)) not in (None, wanted):
-                raise ValueError(f"{validation.path} has another {name} than what is trained on: found {found!r}, wanted {wanted!r}")
-    # How many heads there are shows in the rewards only.
-    rewards = (make(0).batch() if validation is None else validation).rewards.to(dtype)
-    if not len(rewards):
-        raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
-    held_in, held_out, judged = torch.arange(len(online)), torch.arange(0 if validation is None else len(validation)), cast(Rollouts, validation)
-    provenance, no_states = origin(online.settings), torch.empty(0, online.hidden_size, dtype=online.dtype)
-    return TrainingData(processes, judged, held_in, held_out, rewards, normalise_rewards, no_states, provenance, online, make)
 
 
 def origin(manifest: dict[str, Any]) -> dict[str, Any]:

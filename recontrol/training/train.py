@@ -5,16 +5,17 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from recontrol.checks import renamed
 from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
+from recontrol.decoding.fingerprint import difference
 from recontrol.training.checkpoint import Progress, RunFolder
 from recontrol.training.config import TrainConfig, config_of
-from recontrol.training.data import Standardisation, TrainingData, check_states, sampled, stored
+from recontrol.training.data import Make, Standardisation, TrainingData, check_rewards, check_states, origin, stored
 from recontrol.training.distributed import Processes
 from recontrol.training.fused import chosen_kernel, evaluation
 from recontrol.training.loop import Learner, run
@@ -149,12 +150,34 @@ def _opened(rollouts: Stored | OnlineRollouts, validation: Stored | None, config
             raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
         with rollouts.opened() as make:
             judged = validation if validation is None or isinstance(validation, Rollouts) else Rollouts(validation)
-            yield sampled(rollouts, make, judged, processes, **options)
+            yield _sampled(rollouts, make, judged, processes, **options)
     elif validation is not None:
         raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
     else:
         found = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
         yield stored(found, processes, config.validation_fraction, config.seed, **options)
+
+
+def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, processes: Processes, dtype: torch.dtype, normalise_rewards: bool) -> TrainingData:
+    """`OnlineRollouts`, whose batches are the mini-batches and `make` samples them; `judged` rollouts, if any, are held out.
+
+    Rewards are standardised by those of `judged`, or without it by those of the first batch, which is sampled once more for that.
+    """
+    if judged is not None:
+        check_rewards(judged)
+        recorded = judged.manifest.get("base_model")
+        if recorded and (other := difference(recorded, online.model)):
+            raise ValueError(f"{judged.path} holds rollouts of another model: {other}")
+        for name, wanted in {"hidden_size": online.hidden_size, **{name: online.settings[name] for name in ("reward", "tokenizer_sha256")}}.items():
+            if (found := judged.manifest.get(name)) not in (None, wanted):
+                raise ValueError(f"{judged.path} has another {name} than what is trained on: found {found!r}, wanted {wanted!r}")
+    # How many heads there are shows in the rewards only.
+    rewards = (make(0).batch() if judged is None else judged).rewards.to(dtype)
+    if not len(rewards):
+        raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
+    held_in, held_out = torch.arange(len(online)), torch.arange(0 if judged is None else len(judged))
+    provenance, no_states = origin(online.settings), torch.empty(0, online.hidden_size, dtype=online.dtype)
+    return TrainingData(processes, cast(Rollouts, judged), held_in, held_out, rewards, normalise_rewards, no_states, provenance, online.settings, make)
 
 
 def initial_value(data: TrainingData, config: TrainConfig) -> ValueFunction:
