@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recontrol.data.collect import collect, collect_pairs, collect_texts
 from recontrol.data.pairs import Preference, load_pairs
-from recontrol.training.pairs import preference_pairs
+from recontrol.training.objectives.preference import preference_pairs
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
@@ -158,7 +158,7 @@ def test_pairs_are_side_by_side_and_training_finds_them(model, tokenizer, tmp_pa
         assert chosen["pair"] == rejected["pair"] and (chosen["prompt"], chosen["response"], rejected["response"]) == pair
         # Two pairs with one prompt are one group.
         assert chosen["index"] == rejected["index"] == (1 if chosen["pair"] == 1 else 0)
-    found = {(records[chosen]["response"], records[rejected]["response"]) for chosen, rejected, _ in preference_pairs(rollouts).margin.tolist()}
+    found = {(records[chosen]["response"], records[rejected]["response"]) for chosen, rejected, _ in preference_pairs(rollouts)[0].tolist()}
     assert found == {pair[1:] for pair in PAIRS}
 
 
