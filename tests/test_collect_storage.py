@@ -5,8 +5,7 @@ import torch
 from safetensors import safe_open
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.data.shards import RolloutWriter
-from recontrol.data.storage import decode, encode
+from recontrol.data.shards import RolloutWriter, decode, encode
 
 LENGTHS = [3, 1, 5, 2]
 

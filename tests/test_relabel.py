@@ -256,7 +256,7 @@ def test_an_unfinished_relabelling_with_another_reward_is_not_mixed_in(rollouts)
 )
 def test_broken_rewards_leave_the_old_ones(rollouts, reward, message):
     before = content(rollouts.path)
-    with pytest.raises(ValueError, match=f"{message}.*the shards scored before stay in"):
+    with pytest.raises(ValueError, match=f"{message}.*the shards before it stay in"):
         rc.relabel(rollouts, reward, progress=False)
     now = content(rollouts.path)
     assert {name: now[name] for name in before} == before and torch.equal(rc.Rollouts(rollouts.path).rewards, rollouts.rewards)

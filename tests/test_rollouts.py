@@ -63,14 +63,12 @@ def test_a_batch_holds_no_more_memory_than_its_rows(folder):
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 40, -1])
-def test_a_shard_cut_in_the_middle_is_named_with_its_bytes(folder, size):
+def test_a_shard_cut_in_the_middle_is_named(folder, size):
     shard = folder / "shard-00001.safetensors"
     whole = shard.stat().st_size
     os.truncate(shard, size if size >= 0 else whole + size)
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors") as raised:
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged or not a shard of rollouts .*; delete it and collect again"):
         Rollouts(folder)
-    if size == -1:
-        assert f"found {whole - 1} bytes, wanted {whole}" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,8 @@ class MemoryRollouts:
 class ScoredResponses:
     """The responses to some prompts, with all that a shard keeps of them.
 
-    Tensors:
-        states: (tokens, hidden_size), floating point, packed one response after the other, on the CPU.
-        token_ids: (tokens,), int64; entry t was sampled from row t of `states`.
-        lengths: tokens of each response.
-        records: one dict a response: index (of the prompt), prompt, response, reward (list of floats), finish.
-        left_out: how many responses were dropped, by reason.
+    `states` (tokens, hidden_size), packed, on the CPU, and `token_ids` (tokens,), int64, entry t sampled from row t; the tokens of each response;
+    one record a response: index (of the prompt), prompt, response, reward (list of floats), finish; how many responses were dropped, by reason.
     """
 
     states: Tensor
@@ -67,10 +63,7 @@ class ScoredResponses:
 class Source(Protocol):
     """Makes rollouts batch by batch; a batch depends on its number alone, not on the batches before.
 
-    Attributes:
-        settings: all that the result depends on, for the manifest.
-        batches: the entries (prompts or texts) of each batch, as places in the caller's list.
-        model: the language model.
+    `settings` is all that the result depends on, for the manifest, and `batches` the entries (prompts or texts) of each batch, as places in a list.
     """
 
     settings: dict[str, Any]

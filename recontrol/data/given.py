@@ -1,7 +1,6 @@
 """Responses that exist already, run through the model batch by batch: the states at their positions, and their rewards."""
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.checks import first_few
+from recontrol.checks import first_few, integer
 from recontrol.data.batches import ScoredResponses, named
+from recontrol.data.pairs import check_equal
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
 from recontrol.decoding.hooks import Attachment
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
-
-logger = logging.getLogger(__name__)
 
 
 class GivenResponses:
@@ -49,17 +47,19 @@ class GivenResponses:
             raise ValueError(f"found {len(responses)} responses to {len(prompts)} prompts, wanted one prompt a response")
         if (reward is None) == (rewards is None):
             raise ValueError("give either reward, which scores the responses, or rewards, their scores")
-        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+        if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens must be an integer of at least 1, found {max_new_tokens!r}")
         self.score = None if reward is None else as_reward(reward)
-        self.rewards = None if rewards is None else _checked_scores(rewards, prompts, responses)
+        self.rewards = None if rewards is None else checked_rewards(lambda *_: rewards, prompts, responses)
         check_lengths(model, tokenizer, prompts, 1)
         others = [row for row, response in enumerate(responses) if not isinstance(response, str)]
         if others:
             raise TypeError(f"responses must be a list of texts, found {type(responses[others[0]]).__name__} at {first_few(others)}")
         self.eos, self.max_new_tokens = _end_of_sequence(model, tokenizer) if append_eos else None, max_new_tokens
         lengths, equal = self._checked_lengths()
-        kept = _without(equal, len(lengths) // self.rows_per_entry, skip_equal)
+        left_out = set(equal)
+        kept = [entry for entry in range(len(lengths) // self.rows_per_entry) if entry not in left_out]
+        check_equal("tokens of the responses", equal, kept, skip_equal)
         longest = [max(lengths[entry * self.rows_per_entry : (entry + 1) * self.rows_per_entry]) for entry in kept]
         self.batches = packing.batches(model, kept, lambda: longest, self.rows_per_entry)
         first: dict[str, int] = {}
@@ -92,15 +92,15 @@ class GivenResponses:
         prompts = [self.prompts[row] for row in rows]
         prompt_ids, new_ids, texts = self._tokens(rows)
         states = recorder.record(list(zip(prompt_ids, new_ids, strict=True)))
-        try:
-            if self.score is None:
-                rewards = self.rewards[rows]  # type: ignore[index]
-            else:
+        if self.score is None:
+            rewards = self.rewards[rows]  # type: ignore[index]
+        else:
+            try:
                 # Seeded batch by batch, so that a reward that draws random numbers gives the same in a run that was resumed.
                 with seeded(number):
                     rewards = checked_rewards(self.score, prompts, texts)
-        except ValueError as error:
-            raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {named(entries)}): {error}") from error
+            except ValueError as error:
+                raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {named(entries)}): {error}") from error
         records = [
             {
                 "index": self.groups[row],
@@ -131,7 +131,6 @@ class GivenResponses:
 
     def _checked_lengths(self) -> tuple[list[int], list[int]]:
         """Tokens of each row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         lengths: list[int] = []
         empty: list[int] = []
         equal: list[int] = []
@@ -145,6 +144,7 @@ class GivenResponses:
                 equal += [rows[place] // 2 for place in range(0, len(rows), 2) if new[place] == new[place + 1]]
         if empty:
             raise ValueError(f"{len(empty)} responses have no tokens: {first_few(empty)}")
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         too_long = [f"{row} ({length} tokens)" for row, length in enumerate(lengths) if context is not None and length > context]
         if too_long:
             raise ValueError(f"{len(too_long)} prompts with their responses are longer than the model's context of {context}: {first_few(too_long)}")
@@ -157,13 +157,15 @@ class _PositionRecorder(Attachment):
     def __init__(self, model: Any):
         super().__init__(model)
         self._seen: list[Tensor] = []
-        self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
+
+        def keep(embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            self._seen.append(args[0].detach())
+            return args[0][:, -1:], *args[1:]
+
+        self._hooks.append(self.embedding.register_forward_pre_hook(keep, prepend=True))
 
     def record(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Run rows of (prompt, new tokens) in one forward call: (new tokens, hidden_size) states, row after row, on the CPU.
-
-        The state that reads position t - 1 goes with token t.
-        """
+        """Run rows of (prompt, new tokens) at once: the states that read the position before each new token, (new tokens, hidden_size), on the CPU."""
         ids = [(prompt + new)[:-1] for prompt, new in rows]
         width = max(map(len, ids))
         # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
@@ -182,38 +184,12 @@ class _PositionRecorder(Attachment):
         hidden = self._seen.pop()
         return torch.cat([hidden[place, len(prompt) - 1 : len(prompt) + len(new) - 1].cpu() for place, (prompt, new) in enumerate(rows)])
 
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._seen.append(args[0].detach())
-        return args[0][:, -1:], *args[1:]
-
-
-def _without(equal: list[int], count: int, skip_equal: bool) -> list[int]:
-    """The entries but for the pairs of equal responses, which are refused unless they are to be skipped."""
-    if equal and not skip_equal:
-        raise ValueError(
-            f"the tokens of the chosen and the rejected response are the same in {len(equal)} pairs: {first_few(equal)}; there is nothing to prefer"
-        )
-    if len(equal) == count:
-        raise ValueError("no pair is left: the two responses of each are the same")
-    if equal:
-        logger.warning("left out %d pairs whose two responses have the same tokens", len(equal))
-    left_out = set(equal)
-    return [entry for entry in range(count) if entry not in left_out]
-
-
-def _checked_scores(rewards: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    try:
-        return checked_rewards(lambda *_: rewards, prompts, responses)
-    except ValueError as error:
-        raise ValueError(f"rewards must be as a reward returns them: {error}") from error
-
 
 def _end_of_sequence(model: Any, tokenizer: Any) -> int:
     """The token that ends a response: the tokenizer's own where the model stops at it, else the first that the model stops at."""
-    eos = effective(model, {}, "eos_token_id")
-    stops = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
-    if not stops or tokenizer.eos_token_id in stops:
-        stops = [tokenizer.eos_token_id]
-    if stops[0] is None:
+    stops = effective(model, {}, "eos_token_id")
+    stops = [] if stops is None else torch.as_tensor(stops).reshape(-1).tolist()
+    eos = tokenizer.eos_token_id if not stops or tokenizer.eos_token_id in stops else stops[0]
+    if eos is None:
         raise ValueError("neither the model nor its tokenizer has an end-of-sequence token to put behind the responses; use append_eos=False")
-    return stops[0]
+    return eos

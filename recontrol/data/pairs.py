@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from recontrol.checks import first_few
@@ -11,13 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Preference(NamedTuple):
-    """Two responses to one prompt.
-
-    Attributes:
-        prompt: what both respond to.
-        chosen: the response that was preferred, as it follows the prompt.
-        rejected: the other one.
-    """
+    """Two responses to one prompt, as they follow it: the one that was preferred, and the other one."""
 
     prompt: str
     chosen: str
@@ -34,7 +29,7 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
       begins with a space, and A is chosen where the label is 1.
 
     Args:
-        source: a data set of the hub, a folder that `datasets` can load, or a .jsonl, .jsonl.gz or .json file.
+        source: as for `load_prompts`.
         split: which split; a local file has one, and `split` is ignored.
         skip_equal: leave out pairs of equal responses, which are refused otherwise; how many is logged.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
@@ -43,19 +38,23 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
         The pairs; at least one.
 
     Raises:
-        FileNotFoundError: the source is neither here nor on the hub.
-        ValueError: as for `load_prompts`, the source has none of these sets of columns, rows have no text or no shared prompt, or pairs are
-            equal (their lines are named).
+        FileNotFoundError, ImportError: as for `load_prompts`.
+        ValueError: as for `load_prompts`, the source has none of these sets of columns, rows have no text or no shared prompt, or pairs are equal.
     """
     equal: list[str] = []
     entries = read_entries(source, split, 2, equal, **options)
+    check_equal(str(source), equal, entries, skip_equal)
+    return [Preference(*entry) for entry in entries]
+
+
+def check_equal(where: str, equal: Sequence[Any], others: Sequence[Any], skip_equal: bool) -> None:
+    """Refuse pairs of equal responses, which are named, unless they are to be left out and there are others."""
     if equal and not skip_equal:
         raise ValueError(
-            f"{source} has {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer: {first_few(equal)}; "
+            f"{where}: found {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer: {first_few(equal)}; "
             "correct them, or leave them out with skip_equal=True"
         )
+    if not others:
+        raise ValueError(f"{where}: no pair of different responses is left")
     if equal:
-        logger.warning("left out %d pairs of %s whose two responses are the same", len(equal), source)
-    if not entries:
-        raise ValueError(f"{source} has no pair of different responses")
-    return [Preference(*entry) for entry in entries]
+        logger.warning("left out %d pairs whose two responses are the same", len(equal))

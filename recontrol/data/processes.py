@@ -1,35 +1,31 @@
-"""The processes of `accelerate launch` (or `torchrun`) that do one job together."""
+"""The processes of `accelerate launch` (or `torchrun`) that make the shards of one folder together."""
 
 import contextlib
 import datetime
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
+from tqdm.auto import tqdm
 
 from recontrol.checks import required
 from recontrol.files import writing_lock
 
+logger = logging.getLogger(__name__)
+
 # Processes finish hours apart, and a collective operation gives up after minutes. One that dies is noticed at once all the same.
 PATIENCE = datetime.timedelta(days=30)
-
-
 Result = TypeVar("Result")
 
 
 @dataclass
 class Peers:
-    """This process among those of the job.
-
-    Attributes:
-        index: from 0; process 0 does what is done once.
-        count: how many there are.
-        group: what `wait` goes by, None for a process on its own.
-    """
+    """This process among those of the job: its number, 0 for the one that does what is done once, their count, and what `wait` goes by."""
 
     index: int = 0
     count: int = 1
@@ -58,12 +54,36 @@ class Peers:
         if self.group is not None:
             distributed.barrier(group=self.group)
 
+    def make_shards(
+        self, has: Callable[[int], bool], make: Callable[[int], None], sizes: Sequence[int], where: Path, *, unit: str = "shard", progress: bool = True
+    ) -> None:
+        """Make this process's share of the shards that are missing, of `sizes` in units of the progress bar; return when all processes have."""
+        missing = [number for number in range(len(sizes)) if not has(number)]
+        # Nobody may write before all have counted.
+        self.wait()
+        share = missing[self.index :: self.count]
+        to_do = sum(sizes[number] for number in share)
+        total = sum(sizes) if self.count == 1 else to_do
+        try:
+            with tqdm(total=total, initial=total - to_do, unit=unit, disable=not progress or not self.first) as bar:
+                for number in share:
+                    try:
+                        make(number)
+                    except ValueError as error:
+                        raise ValueError(f"{error}; the shards before it stay in {where}") from error
+                    bar.update(sizes[number])
+        except KeyboardInterrupt:
+            kept = sum(map(has, range(len(sizes))))
+            logger.warning("interrupted: %d of %d shards are in %s; the same call goes on from there", kept, len(sizes), where)
+            raise
+        self.wait()
+
 
 @contextlib.contextmanager
 def writing_together(folder: Path, set_up: Callable[[bool], Result]) -> Iterator[tuple[Peers, Result]]:
     """Hold a folder's lock with all processes of this run inside the block; RuntimeError if another run is writing into the folder.
 
-    Each process calls `set_up` (with whether it is the first), the first one before all others.
+    Each process calls `set_up` (with whether it is the first), the first one before all others; at the end all wait for the first one.
     """
     peers = Peers.current()
     if not peers.first:
@@ -75,3 +95,4 @@ def writing_together(folder: Path, set_up: Callable[[bool], Result]) -> Iterator
             share()
             peers.wait()
         yield peers, result
+        peers.wait()

@@ -10,11 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from recontrol.checks import first_few
+from recontrol.data import shards
 from recontrol.data.batches import RolloutBatch
-from recontrol.data.checksums import CHECKSUMS_NAME, changed_files
-from recontrol.data.reward_files import read_rewards
-from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_lines, read_manifest, read_offsets, read_scores, shard_checksums, shard_paths, with_lines
-from recontrol.data.storage import STORED, check_storage, decode
+from recontrol.data.shards import CHECKSUMS_NAME, MANIFEST_NAME, RolloutWriter
 from recontrol.files import interrupts_wait, writing_lock
 
 # Earlier releases kept new lines here while they put them in place of the old ones.
@@ -24,9 +22,8 @@ OLD_REPLACEMENT = ".relabelled"
 class Rollouts:
     """A rollout folder, opened: lengths, rewards and groups in memory, hidden states read from disk as they are asked for.
 
-    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0
-    that is the last prompt position. The last state is the one that sampled the end-of-sequence token, or the last
-    token where the response was cut.
+    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0 that is the last prompt
+    position. The last state is the one that sampled the end-of-sequence token, or the last token where the response was cut.
 
     Args:
         path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`.
@@ -55,31 +52,32 @@ class Rollouts:
                 f"the rewards of {self.path} were being replaced by an earlier release when it was killed: "
                 f"move shard-*.jsonl, {CHECKSUMS_NAME} and {MANIFEST_NAME} from {OLD_REPLACEMENT} into {self.path}, and delete {OLD_REPLACEMENT}"
             )
-        self.manifest = read_manifest(self.path)
+        self.manifest = shards.read_manifest(self.path)
         self.hidden_size: int = self.manifest["hidden_size"]
         self.num_heads: int = self.manifest["num_heads"] or 1
         total = self.manifest["num_shards"]
-        self.shards = shard_paths(self.path, total)
+        self.shards = shards.shard_paths(self.path, total)
         if len(self.shards) < total and not allow_partial:
             raise ValueError(
                 f"{self.path} is not complete: found {len(self.shards)} of {total} shards; collect again into it with the same settings to finish it, "
                 "or open it with Rollouts(path, allow_partial=True)"
             )
-        if self.hidden_size is None:
+        if not self.shards:
             raise ValueError(f"{self.path} has no shard yet")
-        self.checksums = shard_checksums(self.path, self.manifest)
-        self._replaced = read_rewards(self.path, self.manifest)
+        self.checksums = shards.shard_checksums(self.path, self.manifest)
+        self._replaced = shards.read_rewards(self.path, self.manifest)
         heads = self.num_heads if self._replaced is None else None
-        offsets = [read_offsets(shard, self.manifest) for shard in self.shards]
-        counts = [len(of_shard) - 1 for of_shard in offsets]
+        offsets = [shards.read_offsets(shard, self.manifest) for shard in self.shards]
+        counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets])
         scores = [
-            read_scores(shard, count, heads, self.checksums.get(shard.with_suffix(".jsonl").name)) for shard, count in zip(self.shards, counts, strict=True)
+            shards.read_scores(shard, count, heads, self.checksums.get(shard.with_suffix(".jsonl").name))
+            for shard, count in zip(self.shards, counts.tolist(), strict=True)
         ]
-        self.lengths = torch.cat([torch.empty(0, dtype=torch.int64), *(of_shard.diff() for of_shard in offsets)])
-        self._starts = torch.cat([torch.empty(0, dtype=torch.int64), *(of_shard[:-1] for of_shard in offsets)])
-        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
-        self.groups = torch.cat([torch.empty(0, dtype=torch.int64), *(groups for groups, _ in scores)])
-        self.rewards = torch.cat([rewards for _, rewards in scores] or [torch.empty(0, self.num_heads)]) if self._replaced is None else self._replaced
+        self.lengths = torch.cat([of_shard.diff() for of_shard in offsets])
+        self._starts = torch.cat([of_shard[:-1] for of_shard in offsets])
+        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self.groups = torch.cat([groups for groups, _ in scores])
+        self.rewards = torch.cat([rewards for _, rewards in scores]) if self._replaced is None else self._replaced
         self.num_tokens = int(self.lengths.sum())
         if len(self.rewards) != len(self.lengths):
             raise ValueError(f"{self.path} has new rewards of {len(self.rewards)} responses, its shards have {len(self.lengths)}")
@@ -99,46 +97,40 @@ class Rollouts:
             indices: which responses, in the order wanted.
 
         Returns:
-            states (tokens, hidden_size), packed one response after the other, in the dtype that they were stored in (those of 8
-            bits as float32); lengths (len(indices),), int64; rewards (len(indices), num_heads), float32.
+            As `RolloutBatch` says, in the dtype that the states were stored in (those of 8 bits as float32).
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         scales = self._rows(indices, "scales") if self.storage == "int8" else None
-        return RolloutBatch(decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
+        return RolloutBatch(shards.decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
 
     def token_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The tokens of some responses, packed: (tokens,), int64. Entry t was sampled from row t of `batch(indices)`.
-
-        Args:
-            indices: which responses, in the order wanted.
-        """
+        """The tokens of some responses, packed: (tokens,), int64. Entry t was sampled from row t of `batch(indices)`."""
         return self._rows(torch.as_tensor(indices, dtype=torch.int64), "token_ids")
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish.
-
-        Those of `collect` have `sample` too, those of `collect_pairs` `pair` and `preference`, "chosen" or "rejected".
-        """
+        """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish; `sample` too, or `pair` and `preference`."""
         for number in range(len(self.shards)):
             yield from self.shard_records(number)
 
     def shard_records(self, number: int) -> Iterator[dict[str, Any]]:
         """The lines of one shard, as `records` gives them."""
-        lines = read_lines(self.shards[number])
-        if self._replaced is None:
-            yield from lines
-            return
-        for record, rewards in zip(lines, self._replaced[self._shard_of == number].tolist(), strict=True):
-            yield {**record, "reward": rewards}
+        lines = shards.read_lines(self.shards[number])
+        rewards = [record["reward"] for record in lines] if self._replaced is None else self._replaced[self._shard_of == number].tolist()
+        for record, reward in zip(lines, rewards, strict=True):
+            yield {**record, "reward": reward}
 
     def verify(self) -> None:
-        """Read every file of the shards and compare it with its checksum; a file of new rewards was compared when the rollouts were opened.
-
-        Raises:
-            ValueError: files have changed, are missing or have no checksum (those of format version 1 have none); they are named.
-        """
-        names = with_lines(self.shards)
-        wrong = changed_files(self.path, self.checksums, names)
+        """Compare every file of the shards with its checksum; ValueError names those that changed, are missing or have none (format version 1)."""
+        names = shards.with_lines(self.shards)
+        wrong = []
+        for name in names:
+            wanted = self.checksums.get(name)
+            if not (self.path / name).is_file():
+                wrong.append(f"{name} is missing")
+            elif wanted is None:
+                wrong.append(f"{name} has no checksum")
+            elif (found := shards.checksum(self.path / name)) != wanted:
+                wrong.append(f"{name} has changed (found SHA-256 {found[:12]}..., wanted {wanted[:12]}...)")
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(names)} files of {self.path} are not those that were written: {first_few(wrong)}")
 
@@ -150,12 +142,12 @@ class Rollouts:
     @property
     def disk_bytes(self) -> int:
         """Bytes of the shards on disk, texts and rewards included."""
-        return sum((self.path / name).stat().st_size for name in with_lines(self.shards))
+        return sum((self.path / name).stat().st_size for name in shards.with_lines(self.shards))
 
     def describe(self) -> str:
         """One line: how much there is, and what a token takes on disk."""
         total = self.disk_bytes
-        states = self.hidden_size * STORED[self.storage].itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
+        states = self.hidden_size * getattr(torch, self.storage).itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
         return (
             f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
             f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
@@ -163,18 +155,16 @@ class Rollouts:
 
     def _rows(self, indices: Tensor, name: str) -> Tensor:
         parts: list[Tensor] = [torch.empty(0)] * len(indices)
-        shards = self._shard_of[indices]
-        for number in shards.unique().tolist():
+        numbers = self._shard_of[indices]
+        for number in numbers.unique().tolist() or [0]:
             # Opened and closed here: a handle costs a tenth of a millisecond, and thousands of open ones would not do.
             with interrupts_wait(), safe_open(self.shards[number], "pt") as file:
                 rows = file.get_slice(name)
-                for place in (shards == number).nonzero()[:, 0].tolist():
+                none = rows[:0]
+                for place in (numbers == number).nonzero()[:, 0].tolist():
                     start = int(self._starts[indices[place]])
                     parts[place] = rows[start : start + int(self.lengths[indices[place]])]
-        if not parts:
-            empty = {"token_ids": ((0,), torch.int64), "scales": ((0,), torch.float32), "states": ((0, self.hidden_size), STORED[self.storage])}
-            return torch.empty(empty[name][0], dtype=empty[name][1])
-        return torch.cat(parts)
+        return torch.cat([none, *parts])
 
     @classmethod
     def write(
@@ -211,12 +201,10 @@ class Rollouts:
             The rollouts, opened.
 
         Raises:
-            OSError: the folder cannot be written.
-            RuntimeError: another run is writing into the folder.
-            ValueError: no response, counts that differ, rewards that are not finite, an empty response, an unknown storage, or a
-                folder that holds rollouts already.
+            OSError, RuntimeError: the folder cannot be written, or another run is writing into it.
+            ValueError: no response, an empty one, counts that differ, rewards that are not finite, an unknown storage, or a folder that has rollouts.
         """
-        check_storage(storage)
+        shards.check_storage(storage)
         count = len(states)
         if not count:
             raise ValueError("there are no responses to write")

@@ -34,11 +34,7 @@ REFUSED = {
 
 
 class SampledResponses:
-    """A `Source` of responses that the model samples; see `collect` for the arguments.
-
-    Attributes:
-        duplicates: how many prompts repeat others.
-    """
+    """A `Source` of responses that the model samples; see `collect` for the arguments. `duplicates` is how many prompts repeat others."""
 
     def __init__(
         self,
@@ -69,20 +65,16 @@ class SampledResponses:
         self.batches = packing.batches(
             model, chosen, lambda: [count + max_new_tokens for count in token_counts(tokenizer, [prompts[index] for index in chosen])], samples
         )
-        self.settings = self._settings(packing)
-
-    def _settings(self, packing: Packing) -> dict[str, Any]:
-        """All that the result depends on, as JSON reads it back."""
         settings = {
-            **model_settings(self.model, self.tokenizer),
+            **model_settings(model, tokenizer),
             "reward": reward_name(self.score),
             "generation": self.options,
-            "generation_defaults": self.model.generation_config.to_diff_dict() | {"transformers_version": None},
-            "num_samples": self.collection.num_samples,
+            "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
+            "num_samples": samples,
             "stop_strings": self.decoding.stop_strings,
             "seed": self.decoding.seed,
-            "prompts_sha256": texts_checksum(self.prompts),
-            "num_prompts": len(self.prompts),
+            "prompts_sha256": texts_checksum(prompts),
+            "num_prompts": len(prompts),
             "duplicate_prompts": self.duplicates,
             "unique_prompts": self.collection.unique_prompts,
             "unique_responses": self.collection.unique_responses,
@@ -90,7 +82,7 @@ class SampledResponses:
             "cache_budget": packing.cache_budget,
             "num_shards": len(self.batches),
         }
-        return json.loads(json.dumps(settings, default=_describe))
+        self.settings = json.loads(json.dumps(settings, default=_describe))
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
@@ -104,27 +96,23 @@ class SampledResponses:
     def _make(self, recorder: HiddenStateRecorder, number: int) -> ScoredResponses:
         entries = self.batches[number % len(self.batches)]
         prompts = [self.prompts[index] for index in entries]
+        options = {**self.options, "num_return_sequences": self.collection.num_samples}
         with seeded(self.decoding.seed + number):
             recorder.clear()
-            responses, states = self._respond(prompts, recorder)
+            batch = respond(self.model, self.tokenizer, prompts, list(self.decoding.stop_strings), options)
+            rows, shapes = len(batch.responses), [tuple(step.shape) for step in recorder.steps]
+            if len(shapes) != batch.steps or any(shape[0] != rows for shape in shapes):
+                raise RuntimeError(
+                    f"the model ran {len(shapes)} times, with hidden states {set(shapes)}, to sample {batch.steps} tokens for {rows} rows; wanted one run a "
+                    "token: an option of generate samples in another way"
+                )
+            # (steps, rows, hidden_size); state t sampled token t.
+            states = torch.stack(list(recorder.steps)).cpu()
             recorder.clear()
             try:
-                return self._score(entries, prompts, responses, states)
+                return self._score(entries, prompts, batch.responses, states)
             except ValueError as error:
                 raise ValueError(f"batch {number} (prompts {named(entries)}): {error}") from error
-
-    def _respond(self, prompts: list[str], recorder: HiddenStateRecorder) -> tuple[list[Response], Tensor]:
-        """Generate one batch: the responses, row by row, and the states (steps, rows, hidden_size); state t sampled token t."""
-        options = {**self.options, "num_return_sequences": self.collection.num_samples}
-        batch = respond(self.model, self.tokenizer, prompts, list(self.decoding.stop_strings), options)
-        rows = len(batch.responses)
-        if len(recorder.steps) != batch.steps or any(len(step) != rows for step in recorder.steps):
-            shapes = {tuple(step.shape) for step in recorder.steps}
-            raise RuntimeError(
-                f"the model ran {len(recorder.steps)} times, with hidden states {shapes}, to sample {batch.steps} tokens for {rows} rows; wanted one run a "
-                "token: an option of generate samples in another way"
-            )
-        return batch.responses, torch.stack(list(recorder.steps)).cpu()
 
     def _score(self, entries: list[int], prompts: list[str], responses: list[Response], states: Tensor) -> ScoredResponses:
         """Score one batch, and pack what is kept of it."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from recontrol.data.rewards.chat import ChatModel, marked, quoted
-from recontrol.data.rewards.templates import check_fields
+from recontrol.data.rewards.checks import check_fields
 
 INSTRUCTIONS = """\
 Rate how helpful, correct and harmless the assistant's response to the user's prompt is, from {minimum} (worst) to {maximum} (best). \
@@ -24,7 +24,7 @@ NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
 
 
 class Judge:
-    """Asks a chat model for a score of each response; see `ChatModel` for how requests are sent and answers kept.
+    """Asks a chat model for a score of each response: one number between `minimum` and `maximum`. Equal requests are sent once.
 
     Args:
         model: the judge's name on the server.
@@ -35,13 +35,10 @@ class Judge:
             default OPENAI_API_KEY), cache (an SQLite file for the answers), concurrency (requests at a time), max_retries, timeout (seconds),
             request (further fields of each request; by default {"temperature": 0}).
 
-    Attributes:
-        name: the model and the range, and the start of the hash of the instructions when they are your own.
-
     Raises:
         ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: an empty range, instructions that lack a field, or what `ChatModel` refuses: a `concurrency` below 1, no key for OpenAI's
-            server, or a cache that is not an SQLite file.
+        ValueError: an empty range, instructions that lack a field, what `ChatModel` refuses, or, when called, an answer that is no score; it is quoted.
+        ConnectionError: when called, the server cannot be reached, refuses the request, or fails after all retries.
 
     Source: Kong et al. 2024, section 5 (win rates judged by GPT-4), here as a score.
     """
@@ -55,19 +52,7 @@ class Judge:
         self.name = marked(f"judge {model}, {minimum:g} to {maximum:g}", instructions, INSTRUCTIONS)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """Score each response.
-
-        Args:
-            prompts: one a response.
-            responses: the texts that follow the prompts.
-
-        Returns:
-            One number between `minimum` and `maximum` a response. Equal requests are sent once.
-
-        Raises:
-            ConnectionError: the server cannot be reached, refuses the request, or fails after all retries.
-            ValueError: the judge answers with something else than a number in the range; its answer is quoted.
-        """
+        """Score each response, the text that follows its prompt."""
         bounds = {"minimum": f"{self.minimum:g}", "maximum": f"{self.maximum:g}"}
         questions = [self.instructions.format(prompt=prompt, response=response, **bounds) for prompt, response in zip(prompts, responses, strict=True)]
         scores, _ = self._chat.ask(questions, self._score, context=[self.minimum, self.maximum])

@@ -1,15 +1,71 @@
-"""Rewards by name, as the command line and studies give them."""
+"""What a user gives as the reward, made one callable; several rewards become the heads of one. By name too, for the command line and studies."""
 
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recontrol.data.rewards.checks import Reward
-from recontrol.data.rewards.combined import as_reward
+import torch
+from torch import nn
+
+from recontrol.data.rewards.checks import Reward, checked_rewards, head_names
 from recontrol.data.rewards.judge import Judge
 from recontrol.data.rewards.model import RewardModel
+
+
+class CombinedReward:
+    """Several rewards of the same responses, side by side: the scores of the first, then those of the second, and so on.
+
+    A reward that returns several scores a response must name them in an attribute `head_names`. The names of the result, one a score, are
+    `head_names`: with `names`, each after the name of its reward; equal ones are numbered.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], names: Sequence[str] | None = None):
+        if not rewards:
+            raise ValueError("found an empty list of rewards, wanted at least one")
+        self.rewards = list(rewards)
+        prefixes = [""] * len(self.rewards) if names is None else [f"{name}: " for name in names]
+        seen: Counter[str] = Counter()
+        self.head_names: list[str] = []
+        for name in [f"{prefix}{name}" for prefix, reward in zip(prefixes, self.rewards, strict=True) for name in head_names(reward)]:
+            seen[name] += 1
+            self.head_names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[list[float]]:
+        """Score each response with every reward; a reward that breaks is named."""
+        columns = []
+        for reward in self.rewards:
+            names = head_names(reward)
+            try:
+                table = checked_rewards(reward, prompts, responses)
+            except ValueError as error:
+                raise ValueError(f"reward {names[0]!r}: {error}") from error
+            if len(table) and table.shape[1] != len(names):
+                raise ValueError(
+                    f"reward {names[0]!r} returned {table.shape[1]} scores a response; among several rewards it must return one, or name them in head_names"
+                )
+            columns.append(table.expand(-1, len(names)))
+        return torch.cat(columns, dim=1).tolist()
+
+
+def as_reward(reward: Any) -> Reward:
+    """Make a callable `(prompts, responses) -> scores` of what a user gives as the reward, see `collect`; TypeError for anything else."""
+    if isinstance(reward, str | os.PathLike):
+        return RewardModel.from_pretrained(reward)
+    if isinstance(reward, tuple) and len(reward) == 2 and isinstance(reward[0], nn.Module):
+        return RewardModel(*reward)
+    if isinstance(reward, Mapping):
+        return CombinedReward([as_reward(part) for part in reward.values()], [str(name) for name in reward])
+    if isinstance(reward, list | tuple):
+        return CombinedReward([as_reward(part) for part in reward])
+    if callable(reward) and not isinstance(reward, nn.Module):
+        return reward
+    raise TypeError(
+        "reward must be a callable (prompts, responses) -> scores, a pair (model, tokenizer), the name of a sequence classifier, or a list of these; "
+        f"found {type(reward).__name__}"
+    )
 
 
 def load_reward(
@@ -30,8 +86,7 @@ def load_reward(
     def load(name: str) -> Reward:
         kind, _, rest = name.partition(":")
         if kind == "judge" and rest:
-            lowest, highest = judge_range
-            return Judge(rest, minimum=lowest, maximum=highest, **(judge or {}))
+            return Judge(rest, minimum=judge_range[0], maximum=judge_range[1], **(judge or {}))
         if kind == "python" and rest:
             return _function(rest)
         where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}

@@ -10,17 +10,12 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 # How its training data were written.
 TEMPLATE = "Human: {prompt}\nAssistant: {response}"
-# This weight marks such a checkpoint, whatever its config calls the class.
+# This weight, (1, hidden_size), marks such a checkpoint, whatever its config calls the class.
 HEAD = "regression_head.weight"
 
 
 class LlamaRegressionModel(LlamaPreTrainedModel):
-    """r(text) = w . o_T, with o_T the last hidden state (after the final norm) of the last token that is not padding.
-
-    Checkpoints name their weights `model.*`, as `LlamaModel` does, and `regression_head.weight`, (1, hidden_size), without bias.
-
-    Source: Cui et al. 2023, UltraFeedback (UltraRM).
-    """
+    """r(text) = w . o_T, with o_T the last hidden state (after the final norm) of the last token that is not padding (Cui et al. 2023, UltraFeedback)."""
 
     def __init__(self, config: Any):
         # Its checkpoints do not say so, and two is what a config says by default.
