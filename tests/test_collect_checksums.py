@@ -153,11 +153,11 @@ def test_a_shard_that_is_made_anew_may_differ_and_a_kill_while_that_is_noted_is_
     writer = RolloutWriter(folder, settings)
     writer.write(1, torch.ones(1, 8), torch.zeros(1), [1], [RECORD])
 
-    def killed(path, checksums):
+    def killed(path, content):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("recontrol.data.shards.write_checksums", killed)
+        patch.setattr("recontrol.data.shards.write_bytes", killed)
         writer.finish()
     assert torch.equal(Rollouts(folder).batch([1]).states, torch.ones(1, 8))
     RolloutWriter(folder, settings).finish()

@@ -205,12 +205,10 @@ def test_other_settings_are_named(tmp_path):
     assert RolloutWriter(tmp_path, {"num_shards": 1, "seed": 1, "free": 2}, ignored=("free",)).has(0)
 
 
-def test_shards_without_a_manifest_and_a_file_in_place_of_the_folder_are_refused(tmp_path):
+def test_shards_without_a_manifest_are_refused(tmp_path):
     (tmp_path / "shard-00000.safetensors").touch()
     with pytest.raises(ValueError, match=r"no manifest\.json"):
         RolloutWriter(tmp_path, {"num_shards": 1})
-    with pytest.raises(ValueError, match="is a file"):
-        RolloutWriter(tmp_path / "shard-00000.safetensors", {"num_shards": 1})
 
 
 def test_only_the_temporary_files_of_dead_processes_are_removed(tmp_path):

@@ -1,9 +1,8 @@
 """What passes between those who make rollouts, those who keep them, and those who train on them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,20 +57,6 @@ class ScoredResponses:
         heads = len(self.records[0]["reward"]) if self.records else 1
         rewards = torch.tensor([record["reward"] for record in self.records], dtype=torch.float32).reshape(-1, heads)
         return RolloutBatch(self.states, torch.tensor(self.lengths, dtype=torch.int64), rewards)
-
-
-class Source(Protocol):
-    """Makes rollouts batch by batch; a batch depends on its number alone, not on the batches before.
-
-    `settings` is all that the result depends on, for the manifest, and `batches` the entries (prompts or texts) of each batch, as places in a list.
-    """
-
-    settings: dict[str, Any]
-    batches: list[list[int]]
-    model: Any
-
-    def opened(self) -> AbstractContextManager[Callable[[int], ScoredResponses]]:
-        """Get the model ready inside the block, for a function from the number of a batch to its responses."""
 
 
 def named(entries: Sequence[int]) -> str:

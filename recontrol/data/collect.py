@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from recontrol.data.batches import Source
 from recontrol.data.config import Collection
 from recontrol.data.given import GivenResponses
 from recontrol.data.pairs import Preference
@@ -67,9 +66,8 @@ def collect(
         The rollouts, opened.
 
     Raises:
-        TypeError: `reward` is not callable, or a prompt is not text.
-        ValueError: no prompts, prompts that are empty, too long or over the budget alone (they are named), an option of `generate` that does not go with
-            recording, a folder with other settings or of another model or tokenizer, or a reward that returns NaN or the wrong count (the batch is named).
+        TypeError, ValueError: what is given is not of this kind: prompts that are empty, too long or over the budget alone, an option of `generate` that
+            does not go with recording, a folder of other settings or models, or a reward that returns NaN or the wrong count (the batch is named).
         RuntimeError, OSError: another run is writing into the folder, or the disk is full; as after every error, the shards before stay.
 
     Source: Kong et al. 2024, section 4.2 (training data of the value function).
@@ -101,9 +99,7 @@ def collect_texts(
         tokens = tokenizer(prompt) + tokenizer(response, without special tokens) + EOS if asked for
 
     Time index: as in `collect`, state t of a response is the hidden state at the position before its token t, the one whose logits would have sampled
-    it. Prompt and response are tokenised on their own, as in decoding, where the prompt's tokens are fixed before the first new one.
-
-    A batch is one forward call, without logits except at one position. It is written, resumed and shared between processes as in `collect`.
+    it. Prompt and response are tokenised on their own, as in decoding. A batch is one forward call, written, resumed and shared as in `collect`.
 
     Args:
         model: a causal language model, on any device, of any dtype.
@@ -124,10 +120,8 @@ def collect_texts(
         The rollouts, opened.
 
     Raises:
-        TypeError: a prompt or response is not text, or `reward` is not callable.
-        ValueError: counts that differ, rewards that are not finite, texts without tokens or too long for the model's context (they are named),
-            no end-of-sequence token, or a folder with other settings or of another model or tokenizer.
-        RuntimeError, OSError: as for `collect`.
+        TypeError, RuntimeError, OSError: as for `collect`.
+        ValueError: as for `collect`, counts that differ, texts without tokens or too long for the model's context, or no end-of-sequence token.
 
     Source: Kong et al. 2024, section 4.2, for responses of another origin.
     """
@@ -148,7 +142,7 @@ def collect_pairs(
     progress: bool = True,
     **options: Any,
 ) -> Rollouts:
-    """Run chosen and rejected responses through the model, for training by preference. As `collect_texts` otherwise.
+    """Run chosen and rejected responses through the model, as `collect_texts` does, for training by preference.
 
     The two responses of a pair are next to each other, in one shard. Their lines have `pair`, the pair's number, and `preference`, "chosen" or
     "rejected"; `index` is the number of the first pair with the same prompt.
@@ -169,7 +163,7 @@ def collect_pairs(
         The rollouts, opened.
 
     Raises:
-        ValueError: no pairs, pairs of equal responses, perhaps only when cut to `max_new_tokens` (they are named), and what `collect_texts` refuses.
+        ValueError: pairs of equal responses, perhaps only when cut to `max_new_tokens`, and as for `collect_texts`.
     """
     listed = [Preference(*pair) for pair in pairs]
     prompts = [pair.prompt for pair in listed for _ in range(2)]
@@ -179,7 +173,9 @@ def collect_pairs(
     return write_rollouts(source, out, storage=storage, unit="pair", progress=progress)
 
 
-def write_rollouts(source: Source, out: str | os.PathLike, *, storage: str | None = None, unit: str = "prompt", progress: bool = True) -> Rollouts:
+def write_rollouts(
+    source: SampledResponses | GivenResponses, out: str | os.PathLike, *, storage: str | None = None, unit: str = "prompt", progress: bool = True
+) -> Rollouts:
     """Make the batches of a source that a folder does not have yet, one shard each, and open the folder; several processes share them."""
     check_storage(storage)
     out = Path(out)

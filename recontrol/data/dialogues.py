@@ -14,11 +14,11 @@ def end_of_prompt(dialogue: str, other: str, where: str) -> int:
     """Where the last turn of the assistant begins, after its mark, up to which two dialogues are the same; ValueError if there is none."""
     # Most pairs part in the last turn, a few earlier.
     ends = [mark.end() for mark in TURN.finditer(dialogue) if mark[1] == "Assistant" and other.startswith(dialogue[: mark.end()])]
-    if not ends and other != dialogue:
-        raise ValueError(f"{where}: two dialogues must begin alike, up to a turn of the assistant; found {dialogue[:40]!r} and {other[:40]!r}")
-    if not ends:
+    if ends:
+        return ends[-1]
+    if other == dialogue:
         raise ValueError(f"{where}: a dialogue must have a turn of the assistant, found {dialogue[-80:]!r}")
-    return ends[-1]
+    raise ValueError(f"{where}: two dialogues must begin alike, up to a turn of the assistant; found {dialogue[:40]!r} and {other[:40]!r}")
 
 
 def rename_user(text: str, human: str) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from recontrol.data.pairs import check_equal
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
-from recontrol.decoding.hooks import Attachment
+from recontrol.decoding.hooks import output_embedding
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
 
 
 class GivenResponses:
-    """A `Source` of responses that exist already; see `collect_texts` for the arguments.
+    """Responses that exist already, as `SampledResponses` are sampled: batch by batch; see `collect_texts` for the arguments.
 
     With `paired`, an entry is two rows, the chosen and the rejected response; `skip_equal` leaves out pairs whose responses have the same tokens.
     """
@@ -42,7 +41,6 @@ class GivenResponses:
         skip_equal: bool = False,
     ):
         self.model, self.tokenizer, self.prompts, self.responses, self.paired = model, tokenizer, prompts, responses, paired
-        self.rows_per_entry = 2 if paired else 1
         if len(prompts) != len(responses):
             raise ValueError(f"found {len(responses)} responses to {len(prompts)} prompts, wanted one prompt a response")
         if (reward is None) == (rewards is None):
@@ -56,12 +54,11 @@ class GivenResponses:
         if others:
             raise TypeError(f"responses must be a list of texts, found {type(responses[others[0]]).__name__} at {first_few(others)}")
         self.eos, self.max_new_tokens = _end_of_sequence(model, tokenizer) if append_eos else None, max_new_tokens
+        self.rows_per_entry = 2 if paired else 1
         lengths, equal = self._checked_lengths()
-        left_out = set(equal)
-        kept = [entry for entry in range(len(lengths) // self.rows_per_entry) if entry not in left_out]
+        kept = sorted(set(range(len(lengths))) - set(equal))
         check_equal("tokens of the responses", equal, kept, skip_equal)
-        longest = [max(lengths[entry * self.rows_per_entry : (entry + 1) * self.rows_per_entry]) for entry in kept]
-        self.batches = packing.batches(model, kept, lambda: longest, self.rows_per_entry)
+        self.batches = packing.batches(model, kept, lambda: [lengths[entry] for entry in kept], self.rows_per_entry)
         first: dict[str, int] = {}
         self.groups = [first.setdefault(prompt, row // self.rows_per_entry) for row, prompt in enumerate(prompts)]
         self.settings = {
@@ -82,16 +79,15 @@ class GivenResponses:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
-        """Attach a recorder inside the block, for a function from a batch's number to its responses."""
-        with evaluation_mode(self.model), _PositionRecorder(self.model) as recorder:
-            yield partial(self._make, recorder)
+        """Put the model into evaluation mode inside the block, for a function from a batch's number to its responses."""
+        with evaluation_mode(self.model):
+            yield self._make
 
-    def _make(self, recorder: "_PositionRecorder", number: int) -> ScoredResponses:
+    def _make(self, number: int) -> ScoredResponses:
         entries = self.batches[number]
         rows = [entry * self.rows_per_entry + place for entry in entries for place in range(self.rows_per_entry)]
         prompts = [self.prompts[row] for row in rows]
         prompt_ids, new_ids, texts = self._tokens(rows)
-        states = recorder.record(list(zip(prompt_ids, new_ids, strict=True)))
         if self.score is None:
             rewards = self.rewards[rows]  # type: ignore[index]
         else:
@@ -113,7 +109,7 @@ class GivenResponses:
             for row, prompt, text, reward, new in zip(rows, prompts, texts, rewards.tolist(), new_ids, strict=True)
         ]
         token_ids = torch.tensor([token for new in new_ids for token in new], dtype=torch.int64)
-        return ScoredResponses(states, token_ids, list(map(len, new_ids)), records, {})
+        return ScoredResponses(states_of(self.model, prompt_ids, new_ids), token_ids, list(map(len, new_ids)), records, {})
 
     def _tokens(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[str]]:
         """The tokens of prompts and responses, and the responses as they are scored, for some rows."""
@@ -130,7 +126,7 @@ class GivenResponses:
         return prompts, new, texts
 
     def _checked_lengths(self) -> tuple[list[int], list[int]]:
-        """Tokens of each row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
+        """Tokens of each entry's longest row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
         lengths: list[int] = []
         empty: list[int] = []
         equal: list[int] = []
@@ -148,41 +144,35 @@ class GivenResponses:
         too_long = [f"{row} ({length} tokens)" for row, length in enumerate(lengths) if context is not None and length > context]
         if too_long:
             raise ValueError(f"{len(too_long)} prompts with their responses are longer than the model's context of {context}: {first_few(too_long)}")
-        return lengths, equal
+        return [max(lengths[row : row + self.rows_per_entry]) for row in range(0, len(lengths), self.rows_per_entry)], equal
 
 
-class _PositionRecorder(Attachment):
-    """Keeps the input of the output embedding at the positions of given responses, and lets logits be made at one position only."""
+def states_of(model: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
+    """Run rows of tokens in one forward call: the states that read the position before each new token, (new tokens, hidden_size), on the CPU."""
+    ids = [(prompt + new)[:-1] for prompt, new in zip(prompts, responses, strict=True)]
+    width = max(map(len, ids))
+    # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
+    inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)
+    seen: list[Tensor] = []
 
-    def __init__(self, model: Any):
-        super().__init__(model)
-        self._seen: list[Tensor] = []
+    def keep(embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(args[0].detach())
+        # Logits are made at one position only.
+        return args[0][:, -1:], *args[1:]
 
-        def keep(embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            self._seen.append(args[0].detach())
-            return args[0][:, -1:], *args[1:]
-
-        self._hooks.append(self.embedding.register_forward_pre_hook(keep, prepend=True))
-
-    def record(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Run rows of (prompt, new tokens) at once: the states that read the position before each new token, (new tokens, hidden_size), on the CPU."""
-        ids = [(prompt + new)[:-1] for prompt, new in rows]
-        width = max(map(len, ids))
-        # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
-        inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.model.device)
-        self._seen.clear()
-        # Compiled code would not run the hook; where nothing is compiled, asking for it would load the compiler.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    hook = output_embedding(model).register_forward_pre_hook(keep, prepend=True)
+    # Compiled code would not run the hook; where nothing is compiled, asking for it would load the compiler.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    try:
         with torch.no_grad(), eager:
-            self.model(input_ids=inputs, attention_mask=mask, use_cache=False)
-        if len(self._seen) != 1 or self._seen[0].shape[:2] != inputs.shape:
-            shapes = [tuple(seen.shape) for seen in self._seen]
-            raise RuntimeError(
-                f"the model ran its output embedding on states of shapes {shapes} in one forward call, wanted once on {tuple(inputs.shape)} positions"
-            )
-        hidden = self._seen.pop()
-        return torch.cat([hidden[place, len(prompt) - 1 : len(prompt) + len(new) - 1].cpu() for place, (prompt, new) in enumerate(rows)])
+            model(input_ids=inputs, attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    shapes = [tuple(states.shape[:2]) for states in seen]
+    if shapes != [tuple(inputs.shape)]:
+        raise RuntimeError(f"the model ran its output embedding on {shapes} positions in one forward call, wanted once on {tuple(inputs.shape)}")
+    return torch.cat([row[len(prompt) - 1 : len(prompt) + len(new) - 1].cpu() for row, prompt, new in zip(seen[0], prompts, responses, strict=True)])
 
 
 def _end_of_sequence(model: Any, tokenizer: Any) -> int:

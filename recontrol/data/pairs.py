@@ -20,13 +20,11 @@ class Preference(NamedTuple):
 
 
 def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: bool = False, **options: Any) -> list[Preference]:
-    r"""Read preferences, in the order of the source. The columns tell how:
+    """Read preferences, in the order of the source. The columns tell how:
 
     - `prompt`, `chosen`, `rejected`: taken as they are; the responses do not repeat the prompt;
-    - `chosen`, `rejected` (HH-RLHF): two dialogues; the prompt is what they share, up to and including the last mark of a turn
-      of the assistant, "Assistant:";
-    - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): the prompt is f"{human}: {history}\nAssistant:", a response
-      begins with a space, and A is chosen where the label is 1.
+    - `chosen`, `rejected` (HH-RLHF): two dialogues; the prompt is what they share, up to and including the last mark of the assistant, "Assistant:";
+    - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): a response begins with a space, and A is chosen where the label is 1.
 
     Args:
         source: as for `load_prompts`.
@@ -38,8 +36,7 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
         The pairs; at least one.
 
     Raises:
-        FileNotFoundError, ImportError: as for `load_prompts`.
-        ValueError: as for `load_prompts`, the source has none of these sets of columns, rows have no text or no shared prompt, or pairs are equal.
+        FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.
     """
     equal: list[str] = []
     entries = read_entries(source, split, 2, equal, **options)

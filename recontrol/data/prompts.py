@@ -41,13 +41,11 @@ def load_prompts(
     - `history` (SHP): f"{human}: {history}\nAssistant:".
 
     Args:
-        source: "Anthropic/hh-rlhf", "stanfordnlp/SHP" or another data set of the hub, a folder that `datasets` can load,
-            or a .jsonl, .jsonl.gz or .json file.
+        source: "Anthropic/hh-rlhf" or another data set of the hub, a folder that `datasets` can load, or a .jsonl, .jsonl.gz or .json file.
         split: which split; a local file has one, and `split` is ignored.
         limit: keep at most this many prompts, the first ones.
         tokenizer: the language model's, for `chat_template` and `max_prompt_tokens`.
-        chat_template: turn the turns of the dialogue into messages and render them with the tokenizer's chat template,
-            ready for the assistant's next turn.
+        chat_template: render the turns of the dialogue with the tokenizer's chat template, ready for the assistant's next turn.
         human: what the user's turns are marked with; a chat template has its own marks.
         max_prompt_tokens: leave out longer prompts (special tokens count); how many is logged.
 
@@ -55,15 +53,13 @@ def load_prompts(
         The prompts; at least one.
 
     Raises:
-        FileNotFoundError: the source is neither here nor on the hub.
-        ImportError: the package `datasets` is not installed; it is in the extra `train`.
-        ValueError: the source is empty or damaged, has none of these columns, a prompt is blank, no prompt is short
-            enough, or a tokenizer is needed and missing or has no chat template.
+        FileNotFoundError, ImportError: the source is neither here nor on the hub, or the package `datasets` (extra `train`) is not installed.
+        ValueError: the source is empty or damaged, has none of these columns, a prompt is blank, no prompt is short enough, or a tokenizer is
+            needed and missing or has no chat template.
 
     Source: Kong et al. 2024, section 5 and appendix (data sets; prompts of at most 512 tokens).
     """
-    options = {"limit": limit, "tokenizer": tokenizer, "chat_template": chat_template, "human": human, "max_prompt_tokens": max_prompt_tokens}
-    return [prompt for (prompt,) in read_entries(source, split, 0, **options)]
+    return [prompt for (prompt,) in read_entries(source, split, 0, None, limit, tokenizer, chat_template, human, max_prompt_tokens)]
 
 
 def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
@@ -82,8 +78,7 @@ def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train",
         (prompts, responses), the prompts being those that `load_prompts` returns for the same arguments.
 
     Raises:
-        FileNotFoundError: the source is neither here nor on the hub.
-        ValueError: as for `load_prompts`, the source has no preferred responses, or a row has none.
+        FileNotFoundError, ImportError, ValueError: as for `load_prompts`; the source has no preferred responses, or a row has none.
 
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
@@ -98,13 +93,8 @@ def load_prompts_with_references(source: str | os.PathLike, split: str = "train"
 
 
 def turn_marks(source: str | None, human: str = "Human", chat_template: bool = False) -> list[str]:
-    """Where responses to a data set's prompts end by default: the mark of a further turn of the user, as models write it.
-
-    Empty for a data set without dialogues, and with a chat template, whose turns end with a token.
-    """
-    if chat_template or source not in DIALOGUES:
-        return []
-    return [f"\n\n{human}:", f"\n{human}:", f"{human}:"]
+    """Where responses to a data set's prompts end by default: the mark of a further turn of the user; a chat template ends turns with a token."""
+    return [] if chat_template or source not in DIALOGUES else [f"\n\n{human}:", f"\n{human}:", f"{human}:"]
 
 
 def read_entries(
@@ -112,7 +102,6 @@ def read_entries(
     split: str,
     responses: int,
     equal: list[str] | None = None,
-    *,
     limit: int | None = None,
     tokenizer: Any = None,
     chat_template: bool = False,
@@ -127,7 +116,13 @@ def read_entries(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
     rows = load_rows(str(source), split)
-    columns = _columns(source, rows.column_names, responses)
+    names = rows.column_names
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(f"{source} has no column prompt, chosen or history; found {names}")
+    columns = COLUMNS[column][responses]
+    if not set(columns) <= set(names):
+        raise ValueError(f"{source} has no {CALLED[responses]}: beside {column} it must have the columns {', '.join(columns[1:])}; found {names}")
     # Lines of a file are counted from 1, as editors do.
     base, called = (1, "line") if Path(source).is_file() else (0, "row")
     entries: list[tuple[str, ...]] = []
@@ -135,8 +130,7 @@ def read_entries(
     for number, row in enumerate(rows.select_columns(list(columns)), start=base):
         if len(entries) == limit:
             break
-        where = f"{source}: {called} {number}"
-        prompt, *further = _entry(row, columns, responses, "Human" if chat_template else human, where)
+        prompt, *further = _entry(row, columns, responses, "Human" if chat_template else human, f"{source}: {called} {number}")
         if equal is not None and len(set(further)) == 1:
             equal.append(f"{called} {number}")
             continue
@@ -154,17 +148,6 @@ def read_entries(
     return entries
 
 
-def _columns(source: str | os.PathLike, names: Sequence[str], responses: int) -> tuple[str, ...]:
-    """The columns to read, the prompt's first."""
-    column = next((name for name in COLUMNS if name in names), None)
-    if column is None:
-        raise ValueError(f"{source} has no column prompt, chosen or history; found {names}")
-    columns = COLUMNS[column][responses]
-    if not set(columns) <= set(names):
-        raise ValueError(f"{source} has no {CALLED[responses]}: beside {column} it must have the columns {', '.join(columns[1:])}; found {names}")
-    return columns
-
-
 def _entry(row: dict[str, Any], columns: Sequence[str], responses: int, human: str, where: str) -> tuple[str, ...]:
     """The prompt of a row and so many responses, as they follow the prompt."""
     missing = [name for name in columns if name != "labels" and not isinstance(row[name], str)]
@@ -173,21 +156,17 @@ def _entry(row: dict[str, Any], columns: Sequence[str], responses: int, human: s
     text = row[columns[0]]
     if not text.strip():
         raise ValueError(f"{where} must have text in its column {columns[0]}, found {text!r}")
-    if columns[0] == "history":
-        return (f"{human}: {text}\nAssistant:", *(_better_and_worse(row, where)[:responses] if responses else ()))
     if columns[0] == "prompt":
         return (rename_user(text, human), *(row[name] for name in columns[1:]))
+    if columns[0] == "history":
+        if responses and row["labels"] not in (0, 1):
+            raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
+        # The preferred one first.
+        order = ("human_ref_A", "human_ref_B") if row.get("labels") else ("human_ref_B", "human_ref_A")
+        return (f"{human}: {text}\nAssistant:", *(" " + row[name] for name in order[:responses]))
     end = end_of_prompt(text, row.get("rejected", text), where)
     dialogue = (text[:end], text[end:], row.get("rejected", "")[end:])
     return tuple(rename_user(part, human) for part in dialogue[: responses + 1])
-
-
-def _better_and_worse(row: dict[str, Any], where: str) -> tuple[str, str]:
-    """The two answers of a row of SHP, the preferred one first."""
-    if row["labels"] not in (0, 1):
-        raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
-    first, second = " " + row["human_ref_A"], " " + row["human_ref_B"]
-    return (first, second) if row["labels"] else (second, first)
 
 
 def load_rows(source: str, split: str) -> Any:
@@ -195,18 +174,17 @@ def load_rows(source: str, split: str) -> Any:
     datasets = required("datasets", "train")
     path = Path(source)
     try:
+        if path.is_file() and not source.endswith(FILE_ENDINGS):
+            raise ValueError(f"prompts are read from {', '.join(FILE_ENDINGS)}")
         if path.is_file():
-            if not source.endswith(FILE_ENDINGS):
-                raise ValueError(f"{source}: prompts are read from {', '.join(FILE_ENDINGS)}")
             return datasets.load_dataset("json", data_files=str(path), split="train")
         if source.endswith(FILE_ENDINGS):
             raise FileNotFoundError(f"no prompts at {source!r}: there is no such file")
         return datasets.load_dataset(source, split=split)
     # An empty file ends the reader's own iteration; a blank one leaves it without a split.
-    except StopIteration:
-        raise ValueError(f"{source} is empty: it has no prompt") from None
-    except ValueError as error:
-        raise ValueError(f"{source} is empty: it has no prompt" if "corresponds to no data" in str(error) else f"{source}: {error}") from error
+    except (StopIteration, ValueError) as error:
+        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
+        raise ValueError(f"{source} is empty: it has no prompt" if empty else f"{source}: {error}") from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{source} is damaged or not JSON lines: {error.__cause__ or error}") from error
     except ConnectionError as error:

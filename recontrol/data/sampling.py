@@ -34,7 +34,11 @@ REFUSED = {
 
 
 class SampledResponses:
-    """A `Source` of responses that the model samples; see `collect` for the arguments. `duplicates` is how many prompts repeat others."""
+    """Responses that the model samples, batch by batch; a batch depends on its number alone, not on the batches before. See `collect` for the arguments.
+
+    `settings` is all that the result depends on, for the manifest, `batches` the places of the prompts of each batch, and `duplicates` how many
+    prompts repeat others.
+    """
 
     def __init__(
         self,
@@ -46,8 +50,7 @@ class SampledResponses:
         collection: Collection | None = None,
         **keywords: Any,
     ):
-        names = {each.name for each in dataclasses.fields(Collection)}
-        own = {name: keywords.pop(name) for name in list(keywords) if name in names}
+        own = {each.name: keywords.pop(each.name) for each in dataclasses.fields(Collection) if each.name in keywords}
         self.collection = dataclasses.replace(collection or Collection(), **own)
         self.decoding = Decoding.of(decoding, **keywords)
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
@@ -57,14 +60,13 @@ class SampledResponses:
         packing = Packing(self.decoding.batch_size, self.collection.cache_budget)
         _check_options(model, self.options, samples)
         check_lengths(model, tokenizer, prompts, max_new_tokens, self.collection.max_prompt_tokens)
-        first: dict[str, int] = {}
-        for index, prompt in enumerate(prompts):
-            first.setdefault(prompt, index)
-        self.duplicates = len(prompts) - len(first)
-        chosen = list(first.values()) if self.collection.unique_prompts else list(range(len(prompts)))
-        self.batches = packing.batches(
-            model, chosen, lambda: [count + max_new_tokens for count in token_counts(tokenizer, [prompts[index] for index in chosen])], samples
-        )
+        chosen = list(range(len(prompts)))
+        # The first place of each.
+        distinct = sorted(dict(zip(reversed(prompts), reversed(chosen), strict=True)).values())
+        self.duplicates = len(prompts) - len(distinct)
+        chosen = distinct if self.collection.unique_prompts else chosen
+        counts = token_counts(tokenizer, [prompts[index] for index in chosen]) if packing.cache_budget else []
+        self.batches = packing.batches(model, chosen, lambda: [count + max_new_tokens for count in counts], samples)
         settings = {
             **model_settings(model, tokenizer),
             "reward": reward_name(self.score),
@@ -86,10 +88,7 @@ class SampledResponses:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
-        """Attach a recorder inside the block, for a function from a batch's number to its responses.
-
-        Numbers beyond the last batch go over the prompts again, with seeds of their own.
-        """
+        """Attach a recorder inside the block, for a function from a batch's number to its responses; numbers from len(batches) are further passes."""
         with evaluation_mode(self.model), record_hidden_states(self.model) as recorder:
             yield partial(self._make, recorder)
 
@@ -124,20 +123,13 @@ class SampledResponses:
             distinct = {(row // samples, tuple(responses[row].token_ids)): row for row in reversed(rows)}
             left_out["repeated"] = len(rows) - len(distinct)
             rows = sorted(distinct.values())
-        rewards = torch.empty(0, 1)
-        if rows:
-            rewards = checked_rewards(self.score, [prompts[row // samples] for row in rows], [responses[row].text for row in rows])
-        records = [
-            {
-                "index": entries[row // samples],
-                "sample": row % samples,
-                "prompt": prompts[row // samples],
-                "response": responses[row].text,
-                "reward": reward,
-                "finish": responses[row].finish,
-            }
-            for row, reward in zip(rows, rewards.tolist(), strict=True)
+        records: list[dict[str, Any]] = [
+            {"index": entries[row // samples], "sample": row % samples, "prompt": prompts[row // samples], "response": responses[row].text} for row in rows
         ]
+        if rows:
+            rewards = checked_rewards(self.score, *([record[name] for record in records] for name in ("prompt", "response"))).tolist()
+            for record, row, reward in zip(records, rows, rewards, strict=True):
+                record |= {"reward": reward, "finish": responses[row].finish}
         lengths = [len(responses[row].token_ids) for row in rows]
         packed = torch.cat([states[:0, 0], *(states[:length, row] for row, length in zip(rows, lengths, strict=True))])
         token_ids = torch.tensor([token for row in rows for token in responses[row].token_ids], dtype=torch.int64)

@@ -22,15 +22,10 @@ def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
         "base_model": model_fingerprint(model),
         "model_dtype": dtype_name(model.dtype),
         "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
-        "tokenizer_sha256": tokenizer_checksum(tokenizer),
+        # Of the vocabulary and of how it cuts one text: two with the same one read texts as the same tokens.
+        "tokenizer_sha256": texts_checksum([sorted((token, int(number)) for token, number in tokenizer.get_vocab().items()), tokenizer(PROBE).input_ids]),
         "made_with": {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(model.device)},
     }
-
-
-def tokenizer_checksum(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary and of how it cuts one text: two with the same one read texts as the same tokens."""
-    vocabulary = sorted((token, int(number)) for token, number in tokenizer.get_vocab().items())
-    return texts_checksum([vocabulary, tokenizer(PROBE).input_ids])
 
 
 def texts_checksum(texts: Sequence[Any]) -> str:

@@ -72,10 +72,10 @@ def checksum(content: bytes | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(path: Path, listing: bytes) -> None:
-    """Write a list of checksums, whole or not at all."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
     with write_aside(path) as aside:
-        aside.write_bytes(listing)
+        aside.write_bytes(content)
 
 
 def read_checksums(path: Path) -> tuple[dict[str, str], str]:
@@ -135,8 +135,6 @@ class RolloutWriter:
 
     def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; rollouts are written into a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         # As JSON reads it back: tuples become lists.
         self.manifest: dict[str, Any] = json.loads(
@@ -178,11 +176,9 @@ class RolloutWriter:
         """Write one shard whose tensors are bytes already, those of a shard of other rollouts of the same kind."""
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records).encode()
         path = shard_path(self.path, number)
-        with write_aside(path.with_suffix(".jsonl")) as aside:
-            aside.write_bytes(lines)
-        write_checksums(path.with_suffix(".sha256"), _listing({path.name: checksum(content), path.with_suffix(".jsonl").name: checksum(lines)}))
-        with write_aside(path) as aside:
-            aside.write_bytes(content)
+        write_bytes(path.with_suffix(".jsonl"), lines)
+        write_bytes(path.with_suffix(".sha256"), _listing({path.name: checksum(content), path.with_suffix(".jsonl").name: checksum(lines)}))
+        write_bytes(path, content)
 
     def finish(self) -> None:
         """Once all shards are there, by one process: join their checksums into one list, and note its checksum in the manifest."""
@@ -201,7 +197,7 @@ class RolloutWriter:
             if recorded is not None:
                 # A kill between the two files must not leave a manifest that refuses the list.
                 self._update({"checksums_sha256": None})
-            write_checksums(self.path / CHECKSUMS_NAME, listing)
+            write_bytes(self.path / CHECKSUMS_NAME, listing)
             self._update({"checksums_sha256": listed})
         for shard in shards:
             shard.with_suffix(".sha256").unlink(missing_ok=True)
@@ -212,16 +208,13 @@ class RolloutWriter:
 
     def _measure(self, encoded: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
         """Put what the data show into the manifest, or compare it with what is there."""
-        counts = {len(record["reward"]) for record in records}
-        if len(counts) > 1:
-            raise ValueError(f"every response must have the same number of rewards, found {sorted(counts)}")
         if any(self.manifest[name] is None for name in MEASURED):
             # Another process may have been faster.
             self.manifest.update({name: entry for name, entry in read_manifest(self.path).items() if name in MEASURED})
         states = encoded["states"]
         # States in 8 bits are read back as float32.
         dtype = "float32" if "scales" in encoded else dtype_name(states.dtype)
-        measured = {"hidden_size": states.shape[-1], "dtype": dtype, "num_heads": counts.pop() if counts else self.manifest["num_heads"]}
+        measured = {"hidden_size": states.shape[-1], "dtype": dtype, "num_heads": len(records[0]["reward"]) if records else self.manifest["num_heads"]}
         for name, value in measured.items():
             if self.manifest[name] not in (None, value):
                 raise ValueError(f"{self.path} holds rollouts with another {name}: found {self.manifest[name]!r}, wanted {value!r}")
@@ -304,8 +297,7 @@ def write_rewards(folder: Path, manifest: dict[str, Any], rewards: Tensor) -> No
     """Write (responses, num_heads) rewards, and then the manifest that names them: readers see the old rewards or the new ones, never a mixture."""
     name = f"rewards-{len(manifest['relabelled'])}.safetensors"
     content = save({"rewards": rewards.contiguous()}, metadata={"format": REWARDS_FORMAT})
-    with write_aside(folder / name) as aside:
-        aside.write_bytes(content)
+    write_bytes(folder / name, content)
     entry = {"file": name, "sha256": checksum(content)}
     write_json(folder / MANIFEST_NAME, {**manifest, "version": RELABELLED_VERSION, "num_heads": rewards.shape[1], "rewards": entry})
     for path in folder.glob("rewards-*.safetensors"):

@@ -37,24 +37,10 @@ class Usage:
 
 
 class ChatModel:
-    """A chat model that is asked many questions.
+    """A chat model that is asked many questions, `concurrency` at a time; see `Judge` for the arguments.
 
-    Requests run side by side; one that fails (rate limit, server error, no connection) is sent again with growing delays by the `openai` client.
-    Answers are kept under the hash of the request, so a run that was stopped pays for none of them again.
-
-    Args:
-        model: the model's name on the server.
-        base_url: of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI.
-        api_key: by default OPENAI_API_KEY; a server of your own may need none.
-        cache: an SQLite file for the answers, made if absent; None keeps them while the object lives. Threads and processes may share it.
-        concurrency: requests at a time.
-        max_retries: how often a request that failed is sent again.
-        timeout: seconds to wait for an answer.
-        request: further fields of each request, those that only some servers know inside "extra_body"; by default {"temperature": 0}.
-
-    Raises:
-        ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: a `concurrency` below 1, no key for OpenAI's server, or a cache that is not an SQLite file.
+    The `openai` client sends a request that failed again, with growing delays. Answers are kept under the hash of the request, so a run that was
+    stopped pays for none of them again; threads and processes may share the cache.
     """
 
     def __init__(
@@ -93,9 +79,8 @@ class ChatModel:
     ) -> tuple[list[Answer | None], Usage]:
         """Ask each question, in a conversation of its own: one answer a question, None where it was given up, and what this call has cost.
 
-        `read` turns the text of an answer into what is returned, or raises ValueError: the question is then asked again, up to `TRIES` times in
-        all, and a ValueError quotes the answer if more than `unreadable` questions were given up. An answer is kept for its `context` alone.
-        ConnectionError if the server cannot be reached, refuses the request, or fails after all retries.
+        `read` turns an answer into what is returned, or raises ValueError: the question is then asked again, up to `TRIES` times in all. ValueError if
+        more than `unreadable` questions were given up, ConnectionError if the server fails. An answer is kept for its `context` alone.
         """
         keys = [self._key(question, context) for question in questions]
         known = self._known(keys)

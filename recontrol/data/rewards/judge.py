@@ -31,13 +31,14 @@ class Judge:
         instructions: the question, with {prompt} and {response} in it, and {minimum} and {maximum} where you want them.
         minimum: the lowest score.
         maximum: the highest score; the answer must be a number between the two, alone.
-        server: arguments of `ChatModel`: base_url (of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI), api_key (by
-            default OPENAI_API_KEY), cache (an SQLite file for the answers), concurrency (requests at a time), max_retries, timeout (seconds),
-            request (further fields of each request; by default {"temperature": 0}).
+        server: base_url (of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI), api_key (by default OPENAI_API_KEY), cache
+            (an SQLite file for the answers; None keeps them while the object lives), concurrency (requests at a time, 8), max_retries (5), timeout
+            (120 seconds), request (further fields of each request, those that only some servers know inside "extra_body"; {"temperature": 0}).
 
     Raises:
         ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: an empty range, instructions that lack a field, what `ChatModel` refuses, or, when called, an answer that is no score; it is quoted.
+        ValueError: an empty range, instructions that lack a field, a `concurrency` below 1, no key for OpenAI's server, a cache that is not an SQLite
+            file, or, when called, an answer that is no score; it is quoted.
         ConnectionError: when called, the server cannot be reached, refuses the request, or fails after all retries.
 
     Source: Kong et al. 2024, section 5 (win rates judged by GPT-4), here as a score.
