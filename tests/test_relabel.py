@@ -10,7 +10,6 @@ import torch
 
 import recontrol as rc
 from recontrol.data.relabel import SCORES_NAME
-from recontrol.data.rollouts import OLD_REPLACEMENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, SHARD = 7, 2
@@ -201,13 +200,6 @@ def test_scores_that_a_finished_call_left_are_not_in_the_way_of_another_reward(r
         patch.setattr("recontrol.data.relabel.shutil.rmtree", failing_remove)
         rc.relabel(rollouts, length, progress=False)
     assert torch.equal(rc.relabel(rollouts.path, minus, progress=False).rewards, -LENGTHS)
-
-
-def test_a_replacement_that_an_earlier_release_did_not_finish_is_refused(rollouts):
-    (rollouts.path / OLD_REPLACEMENT).mkdir()
-    message = r"were being replaced by an earlier release when it was killed: move shard-\*\.jsonl, checksums\.sha256 and manifest\.json"
-    with pytest.raises(ValueError, match=message):
-        rc.Rollouts(rollouts.path)
 
 
 def test_new_rewards_that_have_changed_or_are_missing_are_refused(rollouts):

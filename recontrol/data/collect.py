@@ -36,7 +36,7 @@ def collect(
     progress: bool = True,
     **keywords: Any,
 ) -> Rollouts:
-    r"""Let the uncontrolled model respond to prompts, and store its hidden states and the rewards of the responses.
+    r"""Let the uncontrolled model respond to prompts, store its hidden states and the rewards of the responses, and open the rollouts.
 
         rc.collect(model, tokenizer, prompts, reward, "rollouts", max_new_tokens=64, batch_size=32, do_sample=True, temperature=1.0)
 
@@ -62,9 +62,6 @@ def collect(
         keywords: settings of `Decoding` and `Collection` by name, in place of those objects or on top of them; all others are passed on to
             `model.generate`, for example do_sample=True. Without do_sample the model is greedy, whatever its own default.
 
-    Returns:
-        The rollouts, opened.
-
     Raises:
         TypeError, ValueError: what is given is not of this kind: prompts that are empty, too long or over the budget alone, an option of `generate` that
             does not go with recording, a folder of other settings or models, or a reward that returns NaN or the wrong count (the batch is named).
@@ -75,7 +72,7 @@ def collect(
     source = SampledResponses(model, tokenizer, prompts, reward, decoding, collection, **keywords)
     if source.duplicates and source.collection.unique_prompts:
         logger.warning("%d of %d prompts repeat others and are responded to once; num_samples asks for several responses", source.duplicates, len(prompts))
-    return write_rollouts(source, out, storage=source.collection.storage, progress=progress)
+    return write_rollouts(source, out, source.collection.storage, "prompt", progress)
 
 
 def collect_texts(
@@ -94,7 +91,7 @@ def collect_texts(
     storage: str | None = None,
     progress: bool = True,
 ) -> Rollouts:
-    """Run given responses through the model, and store the hidden states at their positions with their rewards.
+    """Run given responses through the model, store the hidden states at their positions with their rewards, and open the rollouts.
 
         tokens = tokenizer(prompt) + tokenizer(response, without special tokens) + EOS if asked for
 
@@ -116,9 +113,6 @@ def collect_texts(
         storage: how states are kept, as in `Collection`.
         progress: show a progress bar.
 
-    Returns:
-        The rollouts, opened.
-
     Raises:
         TypeError, RuntimeError, OSError: as for `collect`.
         ValueError: as for `collect`, counts that differ, texts without tokens or too long for the model's context, or no end-of-sequence token.
@@ -127,7 +121,7 @@ def collect_texts(
     """
     how = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
     source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **how)
-    return write_rollouts(source, out, storage=storage, unit="text", progress=progress)
+    return write_rollouts(source, out, storage, "text", progress)
 
 
 def collect_pairs(
@@ -142,25 +136,19 @@ def collect_pairs(
     progress: bool = True,
     **options: Any,
 ) -> Rollouts:
-    """Run chosen and rejected responses through the model, as `collect_texts` does, for training by preference.
+    """Run chosen and rejected responses through the model, as `collect_texts` does, for training by preference, and open the rollouts.
 
     The two responses of a pair are next to each other, in one shard. Their lines have `pair`, the pair's number, and `preference`, "chosen" or
     "rejected"; `index` is the number of the first pair with the same prompt.
 
     Args:
-        model: a causal language model, on any device, of any dtype.
-        tokenizer: its tokenizer.
+        model, tokenizer: as for `collect_texts`.
         pairs: (prompt, chosen, rejected) each, as from `load_pairs`.
         out: the folder of the rollouts.
         batch_size: pairs in a batch and a shard; None is 16, or no limit with a `cache_budget`.
-        cache_budget: pack pairs of similar length, as in `Collection`.
-        storage: how states are kept, as in `Collection`.
-        progress: show a progress bar.
+        cache_budget, storage, progress: as for `collect_texts`.
         options: reward (None gives 1 to chosen and 0 to rejected responses), append_eos and max_new_tokens as for `collect_texts`, and skip_equal=True
             to leave out pairs whose two responses have the same tokens, which are refused otherwise.
-
-    Returns:
-        The rollouts, opened.
 
     Raises:
         ValueError: pairs of equal responses, perhaps only when cut to `max_new_tokens`, and as for `collect_texts`.
@@ -170,12 +158,10 @@ def collect_pairs(
     responses = [response for pair in listed for response in pair[1:]]
     rewards = [1.0, 0.0] * len(listed) if options.get("reward") is None else None
     source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), rewards=rewards, paired=True, **options)
-    return write_rollouts(source, out, storage=storage, unit="pair", progress=progress)
+    return write_rollouts(source, out, storage, "pair", progress)
 
 
-def write_rollouts(
-    source: SampledResponses | GivenResponses, out: str | os.PathLike, *, storage: str | None = None, unit: str = "prompt", progress: bool = True
-) -> Rollouts:
+def write_rollouts(source: SampledResponses | GivenResponses, out: str | os.PathLike, storage: str | None, unit: str, progress: bool) -> Rollouts:
     """Make the batches of a source that a folder does not have yet, one shard each, and open the folder; several processes share them."""
     check_storage(storage)
     out = Path(out)

@@ -15,7 +15,7 @@ SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")
 
 
 def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> Rollouts:
-    """Copy the shards of several folders into one. Responses to equal prompts become one group, whichever folder they are from.
+    """Copy the shards of several folders into one, and open it. Responses to equal prompts become one group, whichever folder they are from.
 
     The same call goes on with a copy that was interrupted. Every file is compared with its checksum on the way.
 
@@ -23,12 +23,9 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
         folders: complete rollout folders, at least one.
         out: the folder to write.
 
-    Returns:
-        The joined rollouts, opened.
-
     Raises:
-        ValueError: no folder, one that is not complete or damaged, or folders that disagree: in the language model, its tokenizer, the width
-            or dtype of the states, how they are stored, or the rewards. What disagrees is named, with what each folder has.
+        ValueError: no folder, one that is not complete or damaged, or folders that disagree in the language model, its tokenizer, the width or dtype of
+            the states, how they are stored, or the rewards; what disagrees is named.
         RuntimeError, OSError: another run is writing into `out`, or the disk is full.
     """
     if not folders:

@@ -20,20 +20,16 @@ class Preference(NamedTuple):
 
 
 def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: bool = False, **options: Any) -> list[Preference]:
-    """Read preferences, in the order of the source. The columns tell how:
+    """Read preferences, at least one, in the order of the source. The columns tell how:
 
     - `prompt`, `chosen`, `rejected`: taken as they are; the responses do not repeat the prompt;
     - `chosen`, `rejected` (HH-RLHF): two dialogues; the prompt is what they share, up to and including the last mark of the assistant, "Assistant:";
     - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): a response begins with a space, and A is chosen where the label is 1.
 
     Args:
-        source: as for `load_prompts`.
-        split: which split; a local file has one, and `split` is ignored.
+        source, split: as for `load_prompts`.
         skip_equal: leave out pairs of equal responses, which are refused otherwise; how many is logged.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
-
-    Returns:
-        The pairs; at least one.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.

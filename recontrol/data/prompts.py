@@ -34,7 +34,7 @@ def load_prompts(
     human: str = "Human",
     max_prompt_tokens: int | None = None,
 ) -> list[str]:
-    r"""Read prompts, in the order of the source. The columns tell how:
+    r"""Read prompts, at least one, in the order of the source. The columns tell how:
 
     - `prompt`: taken as it is;
     - `chosen` (HH-RLHF): the dialogue up to and including the mark of its last turn, "Assistant:"; the response is left out;
@@ -49,9 +49,6 @@ def load_prompts(
         human: what the user's turns are marked with; a chat template has its own marks.
         max_prompt_tokens: leave out longer prompts (special tokens count); how many is logged.
 
-    Returns:
-        The prompts; at least one.
-
     Raises:
         FileNotFoundError, ImportError: the source is neither here nor on the hub, or the package `datasets` (extra `train`) is not installed.
         ValueError: the source is empty or damaged, has none of these columns, a prompt is blank, no prompt is short enough, or a tokenizer is
@@ -63,19 +60,15 @@ def load_prompts(
 
 
 def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
-    r"""Read prompts as `load_prompts` does, each with the response that the data set prefers. The columns tell how:
+    r"""Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers. The columns tell how:
 
     - `prompt`, `chosen`: the response as it is;
     - `chosen` (HH-RLHF): what follows the mark of the last turn, "Assistant:";
     - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): " " and the answer with the higher score, which is A where the label is 1.
 
     Args:
-        source: as for `load_prompts`.
-        split: which split.
+        source, split: as for `load_prompts`.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
-
-    Returns:
-        (prompts, responses), the prompts being those that `load_prompts` returns for the same arguments.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as for `load_prompts`; the source has no preferred responses, or a row has none.

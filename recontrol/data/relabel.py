@@ -27,27 +27,21 @@ def relabel(
     add: bool = False,
     progress: bool = True,
 ) -> Rollouts:
-    """Score stored prompts and responses again. Hidden states and tokens are neither read nor changed.
+    """Score stored prompts and responses again, and open the rollouts with the new rewards. Hidden states and tokens are neither read nor changed.
 
-    The new rewards are written to one file beside the shards, once all of them are there, and replace those in the lines. A run that was
-    killed leaves the old rewards, or no rollouts in `out`, and the same call resumes with the shards that it had not scored.
-    Launched in several processes (`accelerate launch`), each scores its share of the shards.
+    The new rewards are written to one file beside the shards, once all of them are there, and replace those in the lines. A run that was killed
+    leaves the old rewards, or no rollouts in `out`, and the same call resumes. In several processes (`accelerate launch`), each scores its share.
 
     Args:
         rollouts: what `collect` made, or its folder.
         reward: as for `collect`; a list of rewards, or a dictionary of them by name, becomes several heads.
-        out: folder for a copy with the new rewards, which shares the files of the shards with the old one where the file system
-            has hard links; None replaces the rewards in the folder itself.
+        out: folder for a copy with the new rewards, which shares the files of the shards by hard links if it can; None changes the folder itself.
         add: put the new rewards after the old ones, as further heads, instead of replacing them.
         progress: show a progress bar.
 
-    Returns:
-        The rollouts with the new rewards, opened. An object that was opened before keeps the old ones.
-
     Raises:
-        TypeError: `reward` is not callable.
-        ValueError: rollouts without texts, or that are not complete; a reward that returns NaN or the wrong count (the shard is
-            named; the shards before it stay); with `add`, a reward that is there already; a folder with other rollouts.
+        TypeError, ValueError: `reward` is not callable, returns NaN or the wrong count (the shard is named), or, with `add`, is there already; rollouts
+            that are not complete or without texts; a folder with other rollouts.
         RuntimeError, OSError: another run is writing into the folder, or the disk is full; the shards before stay.
     """
     source = rollouts.path if isinstance(rollouts, Rollouts) else Path(rollouts)
@@ -87,8 +81,8 @@ def _set_up(source: Path, target: Path, score: Reward, add: bool) -> tuple[Rollo
     reward = [*before, *new] if add else reward_name(score)
     manifest = {**old.manifest, "reward": reward, "relabelled": [*old.manifest.get("relabelled", []), step]}
     if target != source and (target / MANIFEST_NAME).exists():
-        ignored = {"version", "rewards", "checksums_sha256", "num_heads"}
-        check_same_settings(read_manifest(target), manifest, f"{target} holds rollouts with", ignored=ignored)
+        made = {"version", "rewards", "checksums_sha256", "num_heads"}
+        check_same_settings(read_manifest(target), manifest, f"{target} holds rollouts with", ignored=made)
         if all(shard_path(target, number).exists() for number in range(len(old.shards))):
             return None
     return old, manifest
@@ -116,8 +110,6 @@ def _finish(old: Rollouts, target: Path, files: list[Path], manifest: dict[str, 
     """Put the scores of all shards into one file, and into the copy the files of the shards, by hard links if possible; the manifest comes last."""
     remove_leftovers(target)
     rows = [row for file in files for row in read_json(file)]
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"the reward did not return the same number of scores for all responses; delete {target / SCORES_NAME} to score again")
     new = torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(rows[0]) if rows else old.num_heads)
     if target != old.path:
         for name in [*with_lines(old.shards), *([CHECKSUMS_NAME] if old.manifest.get("checksums_sha256") else [])]:

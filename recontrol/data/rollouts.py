@@ -12,11 +12,8 @@ from torch import Tensor
 from recontrol.checks import first_few
 from recontrol.data import shards
 from recontrol.data.batches import RolloutBatch
-from recontrol.data.shards import CHECKSUMS_NAME, MANIFEST_NAME, RolloutWriter
+from recontrol.data.shards import MANIFEST_NAME, RolloutWriter
 from recontrol.files import interrupts_wait, writing_lock
-
-# Earlier releases kept new lines here while they put them in place of the old ones.
-OLD_REPLACEMENT = ".relabelled"
 
 
 class Rollouts:
@@ -47,11 +44,6 @@ class Rollouts:
 
     def __init__(self, path: str | os.PathLike, *, allow_partial: bool = False):
         self.path = Path(path)
-        if (self.path / OLD_REPLACEMENT).exists():
-            raise ValueError(
-                f"the rewards of {self.path} were being replaced by an earlier release when it was killed: "
-                f"move shard-*.jsonl, {CHECKSUMS_NAME} and {MANIFEST_NAME} from {OLD_REPLACEMENT} into {self.path}, and delete {OLD_REPLACEMENT}"
-            )
         self.manifest = shards.read_manifest(self.path)
         self.hidden_size: int = self.manifest["hidden_size"]
         self.num_heads: int = self.manifest["num_heads"] or 1
@@ -69,10 +61,8 @@ class Rollouts:
         heads = self.num_heads if self._replaced is None else None
         offsets = [shards.read_offsets(shard, self.manifest) for shard in self.shards]
         counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets])
-        scores = [
-            shards.read_scores(shard, count, heads, self.checksums.get(shard.with_suffix(".jsonl").name))
-            for shard, count in zip(self.shards, counts.tolist(), strict=True)
-        ]
+        checksums = [self.checksums.get(shard.with_suffix(".jsonl").name) for shard in self.shards]
+        scores = [shards.read_scores(shard, count, heads, wanted) for shard, count, wanted in zip(self.shards, counts.tolist(), checksums, strict=True)]
         self.lengths = torch.cat([of_shard.diff() for of_shard in offsets])
         self._starts = torch.cat([of_shard[:-1] for of_shard in offsets])
         self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -91,14 +81,7 @@ class Rollouts:
         return f"Rollouts({str(self.path)!r}, responses={len(self)}, num_tokens={self.num_tokens}, hidden_size={self.hidden_size})"
 
     def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
-        """Read some responses, and nothing else, from disk.
-
-        Args:
-            indices: which responses, in the order wanted.
-
-        Returns:
-            As `RolloutBatch` says, in the dtype that the states were stored in (those of 8 bits as float32).
-        """
+        """Read some responses, in the order of `indices`, and nothing else, from disk; states in the dtype of the storage, those of 8 bits as float32."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         scales = self._rows(indices, "scales") if self.storage == "int8" else None
         return RolloutBatch(shards.decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
@@ -124,13 +107,9 @@ class Rollouts:
         names = shards.with_lines(self.shards)
         wrong = []
         for name in names:
-            wanted = self.checksums.get(name)
-            if not (self.path / name).is_file():
-                wrong.append(f"{name} is missing")
-            elif wanted is None:
-                wrong.append(f"{name} has no checksum")
-            elif (found := shards.checksum(self.path / name)) != wanted:
-                wrong.append(f"{name} has changed (found SHA-256 {found[:12]}..., wanted {wanted[:12]}...)")
+            found = shards.checksum(self.path / name) if (self.path / name).is_file() else None
+            if found is None or found != self.checksums.get(name):
+                wrong.append(f"{name} {'is missing' if found is None else 'has changed' if name in self.checksums else 'has no checksum'}")
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(names)} files of {self.path} are not those that were written: {first_few(wrong)}")
 
@@ -146,11 +125,10 @@ class Rollouts:
 
     def describe(self) -> str:
         """One line: how much there is, and what a token takes on disk."""
-        total = self.disk_bytes
         states = self.hidden_size * getattr(torch, self.storage).itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
         return (
-            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
-            f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
+            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {self.disk_bytes / 1e6:.1f} MB on disk, "
+            f"{self.disk_bytes / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
         )
 
     def _rows(self, indices: Tensor, name: str) -> Tensor:
@@ -182,7 +160,7 @@ class Rollouts:
         storage: str | None = None,
         shard_size: int = 256,
     ) -> "Rollouts":
-        """Write rollouts that are in memory, for pipelines that have their own way of generating.
+        """Write rollouts that are in memory, for pipelines that have their own way of generating, and open them.
 
         Args:
             path: the folder, which must not hold rollouts yet.
@@ -194,11 +172,8 @@ class Rollouts:
             token_ids: one (tokens,) integer tensor a response; -1, for unknown, by default.
             finish: why each response ended, "eos", "length" or "stop"; "eos" by default.
             base_model: `model_fingerprint` of the language model.
-            storage: how states are kept: a dtype ("bfloat16", "float32", ...) or "int8", with a scale for each token; None is the dtype they have.
+            storage: how states are kept, as in `Collection`; None is the dtype they have.
             shard_size: responses in a file.
-
-        Returns:
-            The rollouts, opened.
 
         Raises:
             OSError, RuntimeError: the folder cannot be written, or another run is writing into it.
@@ -213,16 +188,17 @@ class Rollouts:
         if not table.isfinite().all():
             raise ValueError(f"the rewards of responses {(~table.isfinite().all(1)).nonzero()[:, 0].tolist()} are not finite")
         columns: dict[str, list[Any]] = {
-            "index": [int(group) for group in (range(count) if groups is None else groups)],
-            "prompt": [""] * count if prompts is None else list(prompts),
-            "response": [""] * count if responses is None else list(responses),
+            "index": list(map(int, range(count) if groups is None else groups)),
+            "prompt": list(prompts or [""] * count),
+            "response": list(responses or [""] * count),
             "reward": table.tolist(),
-            "finish": ["eos"] * count if finish is None else list(finish),
+            "finish": list(finish or ["eos"] * count),
         }
         ids = [torch.full((len(rows),), -1) for rows in states] if token_ids is None else list(token_ids)
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:
                 raise ValueError(f"found {len(column)} entries of {name}, wanted {count}, one a response")
+        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         starts = range(0, count, shard_size)
         manifest = {"base_model": base_model, "num_prompts": len(set(columns["index"])), "num_shards": len(starts)}
         with writing_lock(Path(path)):
@@ -231,7 +207,6 @@ class Rollouts:
             writer = RolloutWriter(path, manifest, storage=storage)
             for number, start in enumerate(starts):
                 part = slice(start, start + shard_size)
-                records = [dict(zip(columns, row, strict=True)) for row in zip(*(column[part] for column in columns.values()), strict=True)]
-                writer.write(number, torch.cat(list(states[part])), torch.cat(ids[part]), [len(rows) for rows in states[part]], records)
+                writer.write(number, torch.cat(list(states[part])), torch.cat(ids[part]), list(map(len, states[part])), records[part])
             writer.finish()
         return cls(path)

@@ -127,10 +127,9 @@ def with_lines(shards: Sequence[Path]) -> list[str]:
 
 
 class RolloutWriter:
-    """Writes a rollout folder one shard at a time, so that a kill loses at most the shard being written. Hold `writing_lock` meanwhile.
+    """Writes a rollout folder one shard at a time: its tensors last, so that it exists if and only if they do. Hold `writing_lock` meanwhile.
 
-    The lines of a shard are renamed into place first, then its checksums, and its tensors last: a shard exists if and only if its `.safetensors`
-    does. `manifest` is compared with that of an existing folder, but for the names in `ignored`. The first process sets the folder up, others join it.
+    `manifest` is compared with that of an existing folder, but for the names in `ignored`. The first process sets the folder up, others join it.
     """
 
     def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
@@ -158,9 +157,7 @@ class RolloutWriter:
         return shard_path(self.path, number).exists()
 
     def write(self, number: int, states: Tensor, token_ids: Tensor, lengths: Sequence[int], records: Sequence[dict[str, Any]]) -> None:
-        """Write one shard, whole or not at all: packed (tokens, hidden_size) states, the token sampled from each, the tokens of each response, and
-        one record a response: index (of the prompt), prompt, response, reward (list of floats), finish.
-        """
+        """Write one shard, whole or not at all; the arguments are as in `ScoredResponses`."""
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         if len(lengths) != len(records) or min(lengths, default=1) < 1 or not len(states) == len(token_ids) == offsets[-1]:
             raise ValueError(
@@ -276,21 +273,19 @@ def read_scores(shard: Path, responses: int, num_heads: int | None, wanted: str 
 
     `num_heads` is None where the rewards of the lines were replaced, and `wanted` the checksum of the lines, where it is known.
     """
-    path = shard.with_suffix(".jsonl")
-    try:
-        scores = [(int(record["index"]), [float(score) for score in record["reward"]]) for record in read_lines(shard)]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the lines of a shard: every line needs an index and a list of rewards ({error!r})") from error
-    if len(scores) != responses:
-        raise ValueError(f"{path} and its shard disagree: found {len(scores)} lines, wanted {responses}, one a response")
-    for line, (_, reward) in enumerate(scores, start=1):
-        if num_heads is not None and (len(reward) != num_heads or not all(map(math.isfinite, reward))):
-            raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards, found {reward}")
+    path, records = shard.with_suffix(".jsonl"), read_lines(shard)
+    if len(records) != responses:
+        raise ValueError(f"{path} and its shard disagree: found {len(records)} lines, wanted {responses}, one a response")
+    for line, record in enumerate(records, start=1):
+        rewards = record.get("reward") if num_heads is not None else [0.0]
+        finite = isinstance(rewards, list) and all(isinstance(reward, int | float) and math.isfinite(reward) for reward in rewards)
+        if not finite or len(rewards) != (num_heads or 1) or not isinstance(record.get("index"), int):
+            raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards and the index of the prompt, found {rewards} and {record.get('index')}")
     # Last, since the errors above say more.
     check_unchanged(f"{path} has changed since it was written", checksum(path), wanted)
-    indices = torch.tensor([index for index, _ in scores], dtype=torch.int64)
+    indices = torch.tensor([record["index"] for record in records], dtype=torch.int64)
     heads = num_heads or 0
-    return indices, torch.tensor([reward[:heads] for _, reward in scores], dtype=torch.float32).reshape(len(scores), heads)
+    return indices, torch.tensor([record["reward"][:heads] for record in records], dtype=torch.float32).reshape(len(records), heads)
 
 
 def write_rewards(folder: Path, manifest: dict[str, Any], rewards: Tensor) -> None:

@@ -102,7 +102,7 @@ class ChatModel:
         finally:
             # After an error or Ctrl-C nothing more is asked for; answers that are under way still reach the cache.
             pool.shutdown(cancel_futures=True)
-        counts = [[getattr(usage, name, None) for usage in spent] for name in ("prompt_tokens", "completion_tokens")]
+        counts: list[list[Any]] = [[getattr(usage, name, None) for usage in spent] for name in ("prompt_tokens", "completion_tokens")]
         return [answers[key] for key in keys], Usage(len(spent), *(None if None in tokens else sum(tokens) for tokens in counts))
 
     def missing(self, questions: Iterable[str], *, context: Sequence[Any] = ()) -> list[str]:

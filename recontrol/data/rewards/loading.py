@@ -16,10 +16,9 @@ from recontrol.data.rewards.model import RewardModel
 
 
 class CombinedReward:
-    """Several rewards of the same responses, side by side: the scores of the first, then those of the second, and so on.
+    """Several rewards of the same responses, side by side; one that returns several scores a response must name them in an attribute `head_names`.
 
-    A reward that returns several scores a response must name them in an attribute `head_names`. The names of the result, one a score, are
-    `head_names`: with `names`, each after the name of its reward; equal ones are numbered.
+    The names of the result are `head_names`: with `names`, each after the name of its reward; equal ones are numbered.
     """
 
     def __init__(self, rewards: Sequence[Reward], names: Sequence[str] | None = None):
@@ -87,22 +86,18 @@ def load_reward(
         kind, _, rest = name.partition(":")
         if kind == "judge" and rest:
             return Judge(rest, minimum=judge_range[0], maximum=judge_range[1], **(judge or {}))
-        if kind == "python" and rest:
-            return _function(rest)
-        where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}
-        return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, **where)
+        if kind != "python" or not rest:
+            where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}
+            return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, **where)
+        module, _, attribute = rest.partition(":")
+        if not (module and attribute):
+            raise ValueError(f"a function is named MODULE:FUNCTION, found {rest!r}")
+        if os.getcwd() not in sys.path:
+            # Found there too, as by `python -m`.
+            sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except AttributeError:
+            raise ValueError(f"the module {module} has no {attribute}") from None
 
     return load(names[0]) if len(names) == 1 else as_reward([load(name) for name in names])
-
-
-def _function(name: str) -> Reward:
-    """The function that MODULE:FUNCTION names; modules in the current folder are found too, as by `python -m`."""
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
-        raise ValueError(f"a function is named MODULE:FUNCTION, found {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise ValueError(f"the module {module} has no {attribute}") from None

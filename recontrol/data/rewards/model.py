@@ -68,9 +68,7 @@ class RewardModel:
 
         Args:
             name_or_path: a local folder, or `owner/name` on the hub.
-            batch_size: texts in one forward call.
-            max_length: tokens of a text at most.
-            template: as for the class; for UltraRM's architecture None is "Human: {prompt}\nAssistant: {response}".
+            batch_size, max_length, template: as for the class; for UltraRM, the template None is "Human: {prompt}\nAssistant: {response}".
             device: where to put the model; the CPU by default.
             dtype: of the weights; by default the one they were saved in.
             kwargs: passed on to the model's `from_pretrained`, for example `device_map`.
