@@ -43,7 +43,7 @@ def test_states_that_have_changed_are_found_and_named(folder):
     flip(folder / "shard-00002.safetensors")
     # Of the right size: only reading it all can tell.
     rollouts = Rollouts(folder)
-    with pytest.raises(ValueError, match=r"2 of 6 files of .* shard-00001\.safetensors has changed .*shard-00002\.safetensors has changed"):
+    with pytest.raises(ValueError, match=r"2 of 6 files of .* shard-00001\.safetensors has changed, shard-00002\.safetensors has changed"):
         rollouts.verify()
     (folder / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recontrol.data.collect import collect, collect_pairs, collect_texts
-from recontrol.data.pairs import Preference, load_pairs
+from recontrol.data.prompts import Preference, load_pairs
 from recontrol.training.pairs import preference_pairs
 
 ROOT = Path(__file__).parent.parent

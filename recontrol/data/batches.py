@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recontrol.checks import first_few
-
 
 class RolloutBatch(NamedTuple):
     """Some responses, as training reads them: from disk (`Rollouts.batch`) or straight from the model (`OnlineRollouts`).
 
     Tensors:
-        states: (tokens, hidden_size), floating point, packed one response after the other; row t of a response is the state
-            whose logits sampled its token t.
+        states: (tokens, hidden_size), packed one response after the other; row t of a response is the state whose logits sampled its token t.
         lengths: (responses,), int64, tokens of each response, at least 1 each, adding up to `tokens`.
         rewards: (responses, num_heads), float32.
     """
@@ -57,10 +54,3 @@ class ScoredResponses:
         heads = len(self.records[0]["reward"]) if self.records else 1
         rewards = torch.tensor([record["reward"] for record in self.records], dtype=torch.float32).reshape(-1, heads)
         return RolloutBatch(self.states, torch.tensor(self.lengths, dtype=torch.int64), rewards)
-
-
-def named(entries: Sequence[int]) -> str:
-    """Which entries, for a message: "4 to 7", or the first few of them."""
-    if list(entries) == list(range(entries[0], entries[0] + len(entries))):
-        return f"{entries[0]} to {entries[-1]}"
-    return first_few(entries)

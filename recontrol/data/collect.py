@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from recontrol.data.config import Collection
 from recontrol.data.given import GivenResponses
-from recontrol.data.pairs import Preference
 from recontrol.data.processes import writing_together
+from recontrol.data.prompts import Preference
 from recontrol.data.rollouts import Rollouts
 from recontrol.data.sampling import SampledResponses
-from recontrol.data.settings import IGNORED
+from recontrol.data.settings import IGNORED, Collection
 from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, check_storage, read_manifest
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.fingerprint import difference
@@ -44,9 +43,8 @@ def collect(
     whose logits sampled y_t; for the first new token that is the last prompt position. The step that samples the end-of-sequence token is kept and is
     the last. A response is cut before the first token that touches a stop string, and is dropped if nothing is left; the reward is that of the cut text.
 
-    Each batch is one shard and has its own seed, so memory does not grow, and the same call resumes a run that was killed: the result is the same, bit
-    for bit, as without a break. In several processes (`accelerate launch`), each makes its share of the shards, with the same result on the same kind
-    of device. Another batching gives prompts other random numbers and rounding, but the same distribution. A second run into the same folder is refused.
+    Each batch is one shard and has its own seed: memory does not grow, and the same call resumes a run that was killed, with the same result, bit for
+    bit. In several processes (`accelerate launch`), each makes its share. Another batching gives other random numbers, but the same distribution.
 
     Args:
         model: a causal language model, on any device, of any dtype.
@@ -119,22 +117,13 @@ def collect_texts(
 
     Source: Kong et al. 2024, section 4.2, for responses of another origin.
     """
-    how = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
-    source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **how)
+    scores = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
+    source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **scores)
     return write_rollouts(source, out, storage, "text", progress)
 
 
 def collect_pairs(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Preference | Sequence[str]],
-    out: str | os.PathLike,
-    *,
-    batch_size: int | None = None,
-    cache_budget: int | str | None = None,
-    storage: str | None = None,
-    progress: bool = True,
-    **options: Any,
+    model: Any, tokenizer: Any, pairs: Sequence[Preference | Sequence[str]], out: str | os.PathLike, *, skip_equal: bool = False, **options: Any
 ) -> Rollouts:
     """Run chosen and rejected responses through the model, as `collect_texts` does, for training by preference, and open the rollouts.
 
@@ -142,13 +131,13 @@ def collect_pairs(
     "rejected"; `index` is the number of the first pair with the same prompt.
 
     Args:
-        model, tokenizer: as for `collect_texts`.
+        model: a causal language model, on any device, of any dtype.
+        tokenizer: its tokenizer.
         pairs: (prompt, chosen, rejected) each, as from `load_pairs`.
         out: the folder of the rollouts.
-        batch_size: pairs in a batch and a shard; None is 16, or no limit with a `cache_budget`.
-        cache_budget, storage, progress: as for `collect_texts`.
-        options: reward (None gives 1 to chosen and 0 to rejected responses), append_eos and max_new_tokens as for `collect_texts`, and skip_equal=True
-            to leave out pairs whose two responses have the same tokens, which are refused otherwise.
+        skip_equal: leave out pairs whose two responses have the same tokens, which are refused otherwise.
+        options: those of `collect_texts`: reward (by default chosen responses get 1 and rejected ones 0), append_eos, max_new_tokens, batch_size (in
+            pairs), cache_budget, storage and progress.
 
     Raises:
         ValueError: pairs of equal responses, perhaps only when cut to `max_new_tokens`, and as for `collect_texts`.
@@ -157,7 +146,9 @@ def collect_pairs(
     prompts = [pair.prompt for pair in listed for _ in range(2)]
     responses = [response for pair in listed for response in pair[1:]]
     rewards = [1.0, 0.0] * len(listed) if options.get("reward") is None else None
-    source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), rewards=rewards, paired=True, **options)
+    packing = Packing(options.pop("batch_size", None), options.pop("cache_budget", None))
+    storage, progress = options.pop("storage", None), options.pop("progress", True)
+    source = GivenResponses(model, tokenizer, prompts, responses, packing, rewards=rewards, paired=True, skip_equal=skip_equal, **options)
     return write_rollouts(source, out, storage, "pair", progress)
 
 
@@ -176,7 +167,7 @@ def write_rollouts(source: SampledResponses | GivenResponses, out: str | os.Path
             left_out.update(made.left_out)
 
         peers.make_shards(writer.has, write, list(map(len, source.batches)), out, unit=unit, progress=progress)
-        if peers.first:
+        if peers.index == 0:
             writer.finish()
     if left_out["empty"]:
         logger.warning("dropped %d responses that a stop string cut to nothing", left_out["empty"])

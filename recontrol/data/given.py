@@ -8,22 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.checks import first_few, integer
-from recontrol.data.batches import ScoredResponses, named
-from recontrol.data.pairs import check_equal
+from recontrol.checks import first_few
+from recontrol.data.batches import ScoredResponses
+from recontrol.data.prompts import check_equal
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.hooks import output_embedding
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
 
 
 class GivenResponses:
-    """Responses that exist already, as `SampledResponses` are sampled: batch by batch; see `collect_texts` for the arguments.
-
-    With `paired`, an entry is two rows, the chosen and the rejected response; `skip_equal` leaves out pairs whose responses have the same tokens.
-    """
+    """Responses that exist already, as `SampledResponses` are sampled; with `paired`, an entry is two rows, the chosen and the rejected response."""
 
     def __init__(
         self,
@@ -45,8 +43,7 @@ class GivenResponses:
             raise ValueError(f"found {len(responses)} responses to {len(prompts)} prompts, wanted one prompt a response")
         if (reward is None) == (rewards is None):
             raise ValueError("give either reward, which scores the responses, or rewards, their scores")
-        if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens) < 1:
-            raise ValueError(f"max_new_tokens must be an integer of at least 1, found {max_new_tokens!r}")
+        Decoding(max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         self.score = None if reward is None else as_reward(reward)
         self.rewards = None if rewards is None else checked_rewards(lambda *_: rewards, prompts, responses)
         check_lengths(model, tokenizer, prompts, 1)
@@ -96,7 +93,7 @@ class GivenResponses:
                 with seeded(number):
                     rewards = checked_rewards(self.score, prompts, texts)
             except ValueError as error:
-                raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {named(entries)}): {error}") from error
+                raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {first_few(entries)}): {error}") from error
         records = [
             {
                 "index": self.groups[row],

@@ -44,11 +44,6 @@ class Peers:
         # Not the group of the gradients: NCCL would give up, and on one device it would not even start.
         return cls(state.process_index, state.num_processes, distributed.new_group(backend="gloo", timeout=PATIENCE))
 
-    @property
-    def first(self) -> bool:
-        """Whether this process does what is done once."""
-        return self.index == 0
-
     def wait(self) -> None:
         """Wait until all have come here; RuntimeError if one of them has died."""
         if self.group is not None:
@@ -62,10 +57,9 @@ class Peers:
         # Nobody may write before all have counted.
         self.wait()
         share = missing[self.index :: self.count]
-        to_do = sum(sizes[number] for number in share)
-        total = sum(sizes) if self.count == 1 else to_do
+        done = sum(sizes) - sum(sizes[number] for number in share)
         try:
-            with tqdm(total=total, initial=total - to_do, unit=unit, disable=not progress or not self.first) as bar:
+            with tqdm(total=sum(sizes), initial=done, unit=unit, disable=not progress or self.index > 0) as bar:
                 for number in share:
                     try:
                         make(number)
@@ -86,12 +80,12 @@ def writing_together(folder: Path, set_up: Callable[[bool], Result]) -> Iterator
     Each process calls `set_up` (with whether it is the first), the first one before all others; at the end all wait for the first one.
     """
     peers = Peers.current()
-    if not peers.first:
+    if peers.index > 0:
         # Until the first one has made the folder, made sure that no other run is in it, and lets the others in.
         peers.wait()
-    with writing_lock(folder, peers.first) as share:
-        result = set_up(peers.first)
-        if peers.first and peers.count > 1:
+    with writing_lock(folder, peers.index == 0) as share:
+        result = set_up(peers.index == 0)
+        if peers.index == 0 and peers.count > 1:
             share()
             peers.wait()
         yield peers, result

@@ -1,12 +1,12 @@
-"""Prompts from data sets of the hub and from local files. The response that is to be written is never in the prompt."""
+"""Prompts and preferences from data sets of the hub and from local files. The response that is to be written is never in the prompt."""
 
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recontrol.checks import renamed, required
+from recontrol.checks import first_few, renamed, required
 from recontrol.data.dialogues import end_of_prompt, rename_user, render_prompt
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,14 @@ COLUMNS = {
     "history": (("history",), ANSWERS, ANSWERS),
 }
 CALLED = ("prompts", "preferred responses", "pairs")
+
+
+class Preference(NamedTuple):
+    """Two responses to one prompt, as they follow it: the one that was preferred, and the other one."""
+
+    prompt: str
+    chosen: str
+    rejected: str
 
 
 def load_prompts(
@@ -67,11 +75,12 @@ def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train",
     - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): " " and the answer with the higher score, which is A where the label is 1.
 
     Args:
-        source, split: as for `load_prompts`.
+        source: as for `load_prompts`.
+        split: as for `load_prompts`.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as for `load_prompts`; the source has no preferred responses, or a row has none.
+        FileNotFoundError, ImportError, ValueError: as for `load_prompts`, or a row has no preferred response.
 
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
@@ -83,6 +92,41 @@ def load_prompts_with_references(source: str | os.PathLike, split: str = "train"
     """The old name of `load_prompts_with_preferred`."""
     renamed("load_prompts_with_references", "load_prompts_with_preferred")
     return load_prompts_with_preferred(source, split, **options)
+
+
+def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: bool = False, **options: Any) -> list[Preference]:
+    """Read preferences, at least one, in the order of the source. The columns tell how:
+
+    - `prompt`, `chosen`, `rejected`: taken as they are; the responses do not repeat the prompt;
+    - `chosen`, `rejected` (HH-RLHF): two dialogues; the prompt is what they share, up to and including the last mark of the assistant, "Assistant:";
+    - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): a response begins with a space, and A is chosen where the label is 1.
+
+    Args:
+        source: as for `load_prompts`.
+        split: as for `load_prompts`.
+        skip_equal: leave out pairs of equal responses, which are refused otherwise; how many is logged.
+        options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.
+    """
+    equal: list[str] = []
+    entries = read_entries(source, split, 2, equal, **options)
+    check_equal(str(source), equal, entries, skip_equal)
+    return [Preference(*entry) for entry in entries]
+
+
+def check_equal(where: str, equal: Sequence[Any], others: Sequence[Any], skip_equal: bool) -> None:
+    """Refuse pairs of equal responses, which are named, unless they are to be left out and there are others."""
+    if equal and not skip_equal:
+        raise ValueError(
+            f"{where}: found {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer: {first_few(equal)}; "
+            "correct them, or leave them out with skip_equal=True"
+        )
+    if not others:
+        raise ValueError(f"{where}: no pair of different responses is left")
+    if equal:
+        logger.warning("left out %d pairs whose two responses are the same", len(equal))
 
 
 def turn_marks(source: str | None, human: str = "Human", chat_template: bool = False) -> list[str]:

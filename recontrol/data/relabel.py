@@ -19,14 +19,7 @@ from recontrol.files import check_same_settings, read_json, remove_leftovers, wr
 SCORES_NAME = ".scores"
 
 
-def relabel(
-    rollouts: Rollouts | str | os.PathLike,
-    reward: Any,
-    out: str | os.PathLike | None = None,
-    *,
-    add: bool = False,
-    progress: bool = True,
-) -> Rollouts:
+def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.PathLike | None = None, *, add: bool = False, progress: bool = True) -> Rollouts:
     """Score stored prompts and responses again, and open the rollouts with the new rewards. Hidden states and tokens are neither read nor changed.
 
     The new rewards are written to one file beside the shards, once all of them are there, and replace those in the lines. A run that was killed
@@ -63,7 +56,7 @@ def relabel(
                 scores,
                 progress=progress,
             )
-            if peers.first:
+            if peers.index == 0:
                 _finish(old, target, files, manifest, add)
     return Rollouts(target)
 

@@ -38,8 +38,7 @@ class Rollouts:
         groups: (responses,), int64, index of the prompt, for splits that keep the responses to a prompt together.
 
     Raises:
-        ValueError: the folder is none of ours, interrupted, or a file in it is damaged, foreign, or disagrees with the others.
-            Texts and rewards are compared with their checksums; `verify` does so with the states too.
+        ValueError: the folder is none of ours, interrupted, or a file in it is damaged (by its checksum, of states in `verify` only) or foreign.
     """
 
     def __init__(self, path: str | os.PathLike, *, allow_partial: bool = False):
@@ -118,17 +117,13 @@ class Rollouts:
         """How states are kept on disk: the name of a dtype, or "int8"."""
         return self.manifest.get("storage") or self.manifest["dtype"]
 
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the shards on disk, texts and rewards included."""
-        return sum((self.path / name).stat().st_size for name in shards.with_lines(self.shards))
-
     def describe(self) -> str:
         """One line: how much there is, and what a token takes on disk."""
+        total = sum((self.path / name).stat().st_size for name in shards.with_lines(self.shards))
         states = self.hidden_size * getattr(torch, self.storage).itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
         return (
-            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {self.disk_bytes / 1e6:.1f} MB on disk, "
-            f"{self.disk_bytes / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
+            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
+            f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
         )
 
     def _rows(self, indices: Tensor, name: str) -> Tensor:
@@ -160,20 +155,12 @@ class Rollouts:
         storage: str | None = None,
         shard_size: int = 256,
     ) -> "Rollouts":
-        """Write rollouts that are in memory, for pipelines that have their own way of generating, and open them.
+        """Write rollouts that are in memory into a folder that holds none yet, for pipelines that have their own way of generating, and open them.
 
-        Args:
-            path: the folder, which must not hold rollouts yet.
-            states: one (tokens, hidden_size) tensor a response; row t is the state whose logits sampled token t.
-            rewards: (responses,) or (responses, num_heads), finite.
-            prompts: the text of each response's prompt, kept for reading; empty by default.
-            responses: the text of each response, kept for reading; empty by default.
-            groups: index of each response's prompt; by default every response has a prompt of its own.
-            token_ids: one (tokens,) integer tensor a response; -1, for unknown, by default.
-            finish: why each response ended, "eos", "length" or "stop"; "eos" by default.
-            base_model: `model_fingerprint` of the language model.
-            storage: how states are kept, as in `Collection`; None is the dtype they have.
-            shard_size: responses in a file.
+        Each response has `states`, (tokens, hidden_size), whose row t is the state whose logits sampled token t, and `rewards`, one number or
+        (responses, num_heads), finite. By default `prompts` and `responses`, kept for reading, are empty, `groups` (index of the prompt) are all
+        different, `token_ids` (tokens,) are -1, for unknown, and `finish` ("eos", "length" or "stop") is "eos". `base_model` is the
+        `model_fingerprint` of the language model, `storage` as in `Collection` (None is the dtype that states have), `shard_size` the responses in a file.
 
         Raises:
             OSError, RuntimeError: the folder cannot be written, or another run is writing into it.

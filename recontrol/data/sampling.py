@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from recontrol.data.batches import ScoredResponses, named
-from recontrol.data.config import Collection
+from recontrol.checks import first_few
+from recontrol.data.batches import ScoredResponses
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.data.settings import model_settings, texts_checksum
+from recontrol.data.settings import Collection, model_settings, texts_checksum
 from recontrol.decoding.batches import REFUSED as REFUSED_IN_BATCHES
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
 from recontrol.decoding.config import Decoding
@@ -34,11 +34,7 @@ REFUSED = {
 
 
 class SampledResponses:
-    """Responses that the model samples, batch by batch; a batch depends on its number alone, not on the batches before. See `collect` for the arguments.
-
-    `settings` is all that the result depends on, for the manifest, `batches` the places of the prompts of each batch, and `duplicates` how many
-    prompts repeat others.
-    """
+    """Responses that the model samples; a batch depends on its number alone, not on the batches before. See `collect` for the arguments."""
 
     def __init__(
         self,
@@ -102,8 +98,7 @@ class SampledResponses:
             rows, shapes = len(batch.responses), [tuple(step.shape) for step in recorder.steps]
             if len(shapes) != batch.steps or any(shape[0] != rows for shape in shapes):
                 raise RuntimeError(
-                    f"the model ran {len(shapes)} times, with hidden states {set(shapes)}, to sample {batch.steps} tokens for {rows} rows; wanted one run a "
-                    "token: an option of generate samples in another way"
+                    f"the model ran {len(shapes)} times, on states {set(shapes)}, for {batch.steps} tokens of {rows} rows; wanted one a token"
                 )
             # (steps, rows, hidden_size); state t sampled token t.
             states = torch.stack(list(recorder.steps)).cpu()
@@ -111,7 +106,7 @@ class SampledResponses:
             try:
                 return self._score(entries, prompts, batch.responses, states)
             except ValueError as error:
-                raise ValueError(f"batch {number} (prompts {named(entries)}): {error}") from error
+                raise ValueError(f"batch {number} (prompts {first_few(entries)}): {error}") from error
 
     def _score(self, entries: list[int], prompts: list[str], responses: list[Response], states: Tensor) -> ScoredResponses:
         """Score one batch, and pack what is kept of it."""
@@ -147,8 +142,6 @@ def _check_options(model: Any, options: dict[str, Any], num_samples: int) -> Non
         raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
     if num_samples > 1 and not effective(model, options, "do_sample"):
         raise ValueError(f"num_samples={num_samples} needs do_sample=True: greedy decoding would write the same response {num_samples} times")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"collect needs a decoder-only causal language model, found {type(model).__name__}")
 
 
 def _describe(value: Any) -> Any:

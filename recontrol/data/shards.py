@@ -31,7 +31,6 @@ LINE = re.compile(r"([0-9a-f]{64})  (shard-\d+\.(?:safetensors|jsonl))")
 MEASURED = ("hidden_size", "dtype", "num_heads")
 # What a header of safetensors calls the dtype of stored states.
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8"}
-LARGEST = 127
 
 
 def check_storage(storage: str | None) -> None:
@@ -45,18 +44,19 @@ def encode(states: Tensor, storage: str) -> dict[str, Tensor]:
 
     With s_t = max_i |h_ti| / 127 for each token t, "int8" keeps q_ti = round(h_ti / s_t), and |q_ti s_t - h_ti| <= s_t / 2.
     """
+    finite = states.isfinite().all()
     if storage != "int8":
         encoded = states.to(getattr(torch, storage))
-        if states.isfinite().all() and not encoded.isfinite().all():
+        if finite and not encoded.isfinite().all():
             raise ValueError(f"hidden states up to {float(states.abs().max()):.4g} do not fit into {storage}; use another storage")
         return {"states": encoded}
-    if not states.isfinite().all():
+    if not finite:
         raise ValueError("hidden states must be finite to be stored in 8 bits, found NaN or infinite ones")
     exact = states.float()
-    scales = exact.abs().amax(1) / LARGEST
+    scales = exact.abs().amax(1) / 127
     # A state of zeros has no scale.
     steps = exact / torch.where(scales > 0, scales, 1)[:, None]
-    return {"states": steps.round().clamp(-LARGEST, LARGEST).to(torch.int8), "scales": scales}
+    return {"states": steps.round().clamp(-127, 127).to(torch.int8), "scales": scales}
 
 
 def decode(states: Tensor, scales: Tensor | None) -> Tensor:
@@ -250,11 +250,9 @@ def read_offsets(shard: Path, manifest: dict[str, Any]) -> Tensor:
     wanted = {"states": (STORED.get(storage), [tokens, manifest["hidden_size"]]), "token_ids": ("I64", [tokens]), "offsets": ("I64", [offsets.numel()])}
     if storage == "int8":
         wanted["scales"] = ("F32", [tokens])
-    if layout != wanted:
-        raise ValueError(f"{shard} is not a shard of these rollouts: found {layout}, wanted {wanted}")
     # A batch whose responses were all empty has one offset and no token.
-    if not len(offsets) or offsets[0] != 0 or offsets[-1] != tokens or (offsets.diff() < 1).any():
-        raise ValueError(f"{shard} is damaged: its offsets must rise from 0 to {tokens}, found {offsets.tolist()}")
+    if layout != wanted or not len(offsets) or offsets[0] != 0 or offsets[-1] != tokens or (offsets.diff() < 1).any():
+        raise ValueError(f"{shard} is not a shard of these rollouts: found {layout}, wanted {wanted}, and offsets that rise from 0 to the number of tokens")
     return offsets
 
 
@@ -278,7 +276,8 @@ def read_scores(shard: Path, responses: int, num_heads: int | None, wanted: str 
         raise ValueError(f"{path} and its shard disagree: found {len(records)} lines, wanted {responses}, one a response")
     for line, record in enumerate(records, start=1):
         rewards = record.get("reward") if num_heads is not None else [0.0]
-        finite = isinstance(rewards, list) and all(isinstance(reward, int | float) and math.isfinite(reward) for reward in rewards)
+        rewards = rewards if isinstance(rewards, list) else [rewards]
+        finite = all(isinstance(reward, int | float) and math.isfinite(reward) for reward in rewards)
         if not finite or len(rewards) != (num_heads or 1) or not isinstance(record.get("index"), int):
             raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards and the index of the prompt, found {rewards} and {record.get('index')}")
     # Last, since the errors above say more.
@@ -317,7 +316,6 @@ def read_rewards(folder: Path, manifest: dict[str, Any]) -> Tensor | None:
 
 
 def _listing(checksums: Mapping[str, str]) -> bytes:
-    """The list of checksums by file name, in the order of the names."""
     return "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)).encode()
 
 

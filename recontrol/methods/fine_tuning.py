@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recontrol.checks import first_few, required
-from recontrol.data.pairs import Preference
+from recontrol.data.prompts import Preference
 from recontrol.data.rewards import as_reward, reward_name
 from recontrol.data.sampling import token_counts
 from recontrol.data.settings import model_settings, texts_checksum

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from recontrol.data.pairs import Preference
+from recontrol.data.prompts import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards
 from recontrol.decoding.batches import check_lengths, effective, generate_batch
 from recontrol.decoding.config import Decoding

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recontrol.data.rewards.chat import Judge
 from recontrol.data.rewards.checks import Reward, checked_rewards, head_names
-from recontrol.data.rewards.judge import Judge
 from recontrol.data.rewards.model import RewardModel
 
 

@@ -64,17 +64,13 @@ class RewardModel:
         dtype: str | torch.dtype = "auto",
         **kwargs: Any,
     ) -> "RewardModel":
-        r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer.
+        r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer, from a folder or the hub.
 
-        Args:
-            name_or_path: a local folder, or `owner/name` on the hub.
-            batch_size, max_length, template: as for the class; for UltraRM, the template None is "Human: {prompt}\nAssistant: {response}".
-            device: where to put the model; the CPU by default.
-            dtype: of the weights; by default the one they were saved in.
-            kwargs: passed on to the model's `from_pretrained`, for example `device_map`.
+        `device` is where to put the model (by default the CPU), `dtype` that of the weights (by default as saved), `kwargs` go to the model's
+        `from_pretrained`; for UltraRM's architecture the template None is "Human: {prompt}\nAssistant: {response}". Otherwise as for the class.
 
         Raises:
-            OSError, ValueError: there is no such model, the checkpoint has no head that scores a text, or as for the class.
+            OSError, ValueError: there is no such model, its checkpoint has no head that scores a text, or as for the class.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
