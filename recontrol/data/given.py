@@ -1,6 +1,7 @@
 """Responses that exist already, run through the model batch by batch: the states at their positions, and their rewards."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -69,8 +70,7 @@ class GivenResponses:
             "responses": "chosen and rejected" if paired else "given",
             "append_eos": append_eos,
             "max_new_tokens": max_new_tokens,
-            "batch_size": packing.batch_size,
-            "cache_budget": packing.cache_budget,
+            **dataclasses.asdict(packing),
             "num_shards": len(self.batches),
         }
 

@@ -75,10 +75,7 @@ class Peers:
 
 @contextlib.contextmanager
 def writing_together(folder: Path, set_up: Callable[[bool], Result]) -> Iterator[tuple[Peers, Result]]:
-    """Hold a folder's lock with all processes of this run inside the block; RuntimeError if another run is writing into the folder.
-
-    Each process calls `set_up` (with whether it is the first), the first one before all others; at the end all wait for the first one.
-    """
+    """Hold a folder's lock with all processes of this run; each calls `set_up` (with whether it is the first, which does so before the others)."""
     peers = Peers.current()
     if peers.index > 0:
         # Until the first one has made the folder, made sure that no other run is in it, and lets the others in.

@@ -2,12 +2,12 @@
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recontrol.checks import first_few, renamed, required
-from recontrol.data.dialogues import end_of_prompt, rename_user, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,9 @@ COLUMNS = {
     "history": (("history",), ANSWERS, ANSWERS),
 }
 CALLED = ("prompts", "preferred responses", "pairs")
+# The marks between the turns. A bare "Assistant:" or "Human:" inside a turn is text.
+TURN = re.compile(r"\n\n(Human|Assistant):")
+ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Preference(NamedTuple):
@@ -59,8 +62,7 @@ def load_prompts(
 
     Raises:
         FileNotFoundError, ImportError: the source is neither here nor on the hub, or the package `datasets` (extra `train`) is not installed.
-        ValueError: the source is empty or damaged, has none of these columns, a prompt is blank, no prompt is short enough, or a tokenizer is
-            needed and missing or has no chat template.
+        ValueError: the source is empty or damaged, has no such column, or no prompt short enough; a prompt is blank; a tokenizer or template is missing.
 
     Source: Kong et al. 2024, section 5 and appendix (data sets; prompts of at most 512 tokens).
     """
@@ -68,11 +70,9 @@ def load_prompts(
 
 
 def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
-    r"""Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers. The columns tell how:
+    """Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers.
 
-    - `prompt`, `chosen`: the response as it is;
-    - `chosen` (HH-RLHF): what follows the mark of the last turn, "Assistant:";
-    - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): " " and the answer with the higher score, which is A where the label is 1.
+    That is `chosen` as it is, of HH-RLHF what follows the mark of the last turn, and of SHP " " and the answer that `labels` prefers, A where it is 1.
 
     Args:
         source: as for `load_prompts`.
@@ -226,3 +226,59 @@ def load_rows(source: str, split: str) -> Any:
         raise ValueError(f"{source} is damaged or not JSON lines: {error.__cause__ or error}") from error
     except ConnectionError as error:
         raise FileNotFoundError(f"no prompts at {source!r}: it is no local file or folder, and the hub did not answer ({error})") from error
+
+
+def end_of_prompt(dialogue: str, other: str, where: str) -> int:
+    """Where the last turn of the assistant begins, after its mark, up to which two dialogues are the same; ValueError if there is none."""
+    # Most pairs part in the last turn, a few earlier.
+    ends = [mark.end() for mark in TURN.finditer(dialogue) if mark[1] == "Assistant" and other.startswith(dialogue[: mark.end()])]
+    if ends:
+        return ends[-1]
+    if other == dialogue:
+        raise ValueError(f"{where}: a dialogue must have a turn of the assistant, found {dialogue[-80:]!r}")
+    raise ValueError(f"{where}: two dialogues must begin alike, up to a turn of the assistant; found {dialogue[:40]!r} and {other[:40]!r}")
+
+
+def rename_user(text: str, human: str) -> str:
+    """A dialogue in which the user's turns are marked with another word than "Human"."""
+    return TURN.sub(lambda mark: f"\n\n{human}:" if mark[1] == "Human" else mark[0], text) if human != "Human" else text
+
+
+def messages_of(text: str) -> list[dict[str, str]]:
+    """The turns of a dialogue, or one turn of the user, as messages."""
+    _, *parts = TURN.split(text) if TURN.match(text) else ("", "Human", text)
+    messages: list[dict[str, str]] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        if messages and messages[-1]["role"] == ROLES[speaker]:
+            # Templates want the roles to alternate, and the data have turns that were cut in two.
+            messages[-1]["content"] += "\n\n" + content.strip()
+        else:
+            messages.append({"role": ROLES[speaker], "content": content.strip()})
+    return messages
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    """The messages as the tokenizer's chat template writes them, for a text that the tokenizer will read."""
+    required("jinja2", "report")
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    # The tokenizer puts the beginning-of-sequence token there again.
+    if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        rendered = rendered.removeprefix(tokenizer.bos_token)
+    return rendered
+
+
+def render_prompt(tokenizer: Any, text: str) -> str:
+    """A dialogue, or one turn of the user, with the chat template, ready for the assistant's next turn."""
+    messages = messages_of(text)
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return render(tokenizer, messages, add_generation_prompt=True)
+
+
+def render_response(tokenizer: Any, prompt: str, response: str) -> str:
+    """A dialogue with the response as the assistant's last turn, with the chat template."""
+    messages = messages_of(prompt)
+    if messages[-1]["role"] == "assistant":
+        # The mark of the turn that the response fills, perhaps with its first words.
+        response = f"{messages.pop()['content']} {response.strip()}"
+    return render(tokenizer, [*messages, {"role": "assistant", "content": response.strip()}])

@@ -30,9 +30,7 @@ class Rollouts:
         manifest: the settings the rollouts were made with.
         shards: the files of the states, in the order of the responses; texts and rewards are beside them, with the suffix `.jsonl`.
         checksums: SHA-256 by file name, of these files.
-        num_tokens: how many states there are in all.
-        hidden_size: width of a state.
-        num_heads: how many rewards a response has.
+        num_tokens, hidden_size, num_heads: how many states there are, the width of a state, and how many rewards a response has.
         lengths: (responses,), int64, tokens of each response.
         rewards: (responses, num_heads), float32.
         groups: (responses,), int64, index of the prompt, for splits that keep the responses to a prompt together.

@@ -68,16 +68,13 @@ class SampledResponses:
             "reward": reward_name(self.score),
             "generation": self.options,
             "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
-            "num_samples": samples,
             "stop_strings": self.decoding.stop_strings,
             "seed": self.decoding.seed,
             "prompts_sha256": texts_checksum(prompts),
             "num_prompts": len(prompts),
             "duplicate_prompts": self.duplicates,
-            "unique_prompts": self.collection.unique_prompts,
-            "unique_responses": self.collection.unique_responses,
-            "batch_size": packing.batch_size,
-            "cache_budget": packing.cache_budget,
+            **{name: getattr(self.collection, name) for name in ("num_samples", "unique_prompts", "unique_responses")},
+            **dataclasses.asdict(packing),
             "num_shards": len(self.batches),
         }
         self.settings = json.loads(json.dumps(settings, default=_describe))
@@ -97,9 +94,7 @@ class SampledResponses:
             batch = respond(self.model, self.tokenizer, prompts, list(self.decoding.stop_strings), options)
             rows, shapes = len(batch.responses), [tuple(step.shape) for step in recorder.steps]
             if len(shapes) != batch.steps or any(shape[0] != rows for shape in shapes):
-                raise RuntimeError(
-                    f"the model ran {len(shapes)} times, on states {set(shapes)}, for {batch.steps} tokens of {rows} rows; wanted one a token"
-                )
+                raise RuntimeError(f"the model ran {len(shapes)} times, on states {set(shapes)}, for {batch.steps} tokens of {rows} rows; wanted one a token")
             # (steps, rows, hidden_size); state t sampled token t.
             states = torch.stack(list(recorder.steps)).cpu()
             recorder.clear()

@@ -81,13 +81,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_checksums(path: Path) -> tuple[dict[str, str], str]:
     """Checksums by file name, and the checksum of the list itself; ValueError if it is missing or damaged."""
     content = _bytes(path)
-    found = {}
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
-        match = LINE.fullmatch(line)
-        if match is None:
+    lines = content.decode(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not LINE.fullmatch(line):
             raise ValueError(f"{path}, line {number}: wanted a checksum and the name of a shard, found {line[:100]!r}")
-        found[match[2]] = match[1]
-    return found, checksum(content)
+    return {line[66:]: line[:64] for line in lines}, checksum(content)
 
 
 def shard_checksums(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
@@ -127,10 +125,7 @@ def with_lines(shards: Sequence[Path]) -> list[str]:
 
 
 class RolloutWriter:
-    """Writes a rollout folder one shard at a time: its tensors last, so that it exists if and only if they do. Hold `writing_lock` meanwhile.
-
-    `manifest` is compared with that of an existing folder, but for the names in `ignored`. The first process sets the folder up, others join it.
-    """
+    """Writes a rollout folder one shard at a time: its tensors last, so that it exists if and only if they do. Hold `writing_lock` meanwhile."""
 
     def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
         self.path = Path(path)
@@ -189,11 +184,10 @@ class RolloutWriter:
         self.manifest = {**found, **{name: self.manifest[name] for name in MEASURED if found[name] is None}}
         known = shard_checksums(self.path, self.manifest)
         listing = _listing({name: known.get(name) or checksum(self.path / name) for name in with_lines(shards)})
-        listed, recorded = checksum(listing), self.manifest.get("checksums_sha256")
-        if recorded != listed or not (self.path / CHECKSUMS_NAME).exists():
-            if recorded is not None:
-                # A kill between the two files must not leave a manifest that refuses the list.
-                self._update({"checksums_sha256": None})
+        listed = checksum(listing)
+        if self.manifest.get("checksums_sha256") != listed or not (self.path / CHECKSUMS_NAME).exists():
+            # A kill between the two files must not leave a manifest that refuses the list.
+            self._update({"checksums_sha256": None})
             write_bytes(self.path / CHECKSUMS_NAME, listing)
             self._update({"checksums_sha256": listed})
         for shard in shards:
@@ -267,10 +261,7 @@ def read_lines(shard: Path) -> list[dict[str, Any]]:
 
 
 def read_scores(shard: Path, responses: int, num_heads: int | None, wanted: str | None = None) -> tuple[Tensor, Tensor]:
-    """From the lines beside a shard the prompt's index, (responses,), int64, and the rewards, (responses, num_heads), float32.
-
-    `num_heads` is None where the rewards of the lines were replaced, and `wanted` the checksum of the lines, where it is known.
-    """
+    """Indices of prompts, (responses,), int64, and rewards, (responses, num_heads), float32, of a shard; `num_heads` None if they were replaced."""
     path, records = shard.with_suffix(".jsonl"), read_lines(shard)
     if len(records) != responses:
         raise ValueError(f"{path} and its shard disagree: found {len(records)} lines, wanted {responses}, one a response")

@@ -53,33 +53,21 @@ class Usage:
 
 
 class ChatModel:
-    """A chat model that is asked many questions, `concurrency` at a time; see `Judge` for the arguments.
+    """A chat model that is asked many questions, side by side; see `Judge` for the arguments. `client` are those of `openai.OpenAI`, which retries.
 
-    The `openai` client sends a request that failed again, with growing delays. Answers are kept under the hash of the request, so a run that was
-    stopped pays for none of them again; threads and processes may share the cache.
+    Answers are kept under the hash of the request, so a run that was stopped pays for none of them again; threads and processes may share the cache.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        cache: str | os.PathLike | None = None,
-        concurrency: int = 8,
-        max_retries: int = 5,
-        timeout: float = 120.0,
-        request: dict[str, Any] | None = None,
-    ):
+    def __init__(self, model: str, *, cache: str | os.PathLike | None = None, concurrency: int = 8, request: dict[str, Any] | None = None, **client: Any):
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, found {concurrency}")
         self.model, self.concurrency = model, concurrency
         self.request = {"temperature": 0} if request is None else dict(request)
-        key = api_key or os.environ.get("OPENAI_API_KEY")
-        if not (key or base_url or os.environ.get("OPENAI_BASE_URL")):
+        key = client.get("api_key") or os.environ.get("OPENAI_API_KEY")
+        if not (key or client.get("base_url") or os.environ.get("OPENAI_BASE_URL")):
             raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that needs none")
         # The client insists on a key.
-        self._client = required("openai", "judge").OpenAI(api_key=key or "none", base_url=base_url, max_retries=max_retries, timeout=timeout)
+        self._client = required("openai", "judge").OpenAI(**{"max_retries": 5, "timeout": 120.0, **client, "api_key": key or "none"})
         self._cache, self._lock = cache, threading.Lock()
         if cache is not None:
             Path(cache).parent.mkdir(parents=True, exist_ok=True)

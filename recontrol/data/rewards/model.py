@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.data.dialogues import render_response
+from recontrol.data.prompts import render_response
 from recontrol.data.rewards.checks import check_fields
+
+# UltraRM (Cui et al. 2023, UltraFeedback): r(text) = w . o_T, with o_T the last hidden state (after the final norm) of the last token. Such a
+# checkpoint is a sequence classifier of Llama's architecture whose head has this name; its training data were written like this.
+HEAD, TEMPLATE = "regression_head", "Human: {prompt}\nAssistant: {response}"
 
 
 class RewardModel:
@@ -74,16 +78,16 @@ class RewardModel:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from recontrol.data.rewards.regression import HEAD, TEMPLATE, LlamaRegressionModel
-
-        model, report = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
-        missing = set(report["missing_keys"])
-        if missing and HEAD in report["unexpected_keys"] and model.config.model_type == "llama":
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        model, report = load(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
+        if report["missing_keys"] and f"{HEAD}.weight" in report["unexpected_keys"] and model.config.model_type == "llama":
             # Two of them may not fit into memory.
             del model
-            load: Any = LlamaRegressionModel.from_pretrained
-            model, report = load(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
-            missing, template = set(report["missing_keys"]), TEMPLATE if template is None else template
+            # Its checkpoints do not say how many labels they have, and two is what a config says by default.
+            names = {rf"^{HEAD}\.": "score."}
+            model, report = load(name_or_path, dtype=dtype, output_loading_info=True, num_labels=1, key_mapping=names, **kwargs)
+            template = TEMPLATE if template is None else template
+        missing = set(report["missing_keys"])
         # Where an adapter brings the head, it is loaded after this report was made.
         if missing and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
