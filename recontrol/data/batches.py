@@ -37,10 +37,8 @@ class MemoryRollouts:
 
 @dataclass
 class ScoredResponses:
-    """The responses to some prompts, with all that a shard keeps of them.
-
-    `states` (tokens, hidden_size), packed, on the CPU, and `token_ids` (tokens,), int64, entry t sampled from row t; the tokens of each response;
-    one record a response: index (of the prompt), prompt, response, reward (list of floats), finish; how many responses were dropped, by reason.
+    """All that a shard keeps of some responses: `states` (tokens, hidden_size), packed, on the CPU, `token_ids` (tokens,), int64, entry t sampled from row
+    t, the tokens of each response, one record a response (index of the prompt, prompt, response, reward, finish), and how many were dropped, by reason.
     """
 
     states: Tensor

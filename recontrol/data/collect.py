@@ -114,8 +114,6 @@ def collect_texts(
     Raises:
         TypeError, RuntimeError, OSError: as for `collect`.
         ValueError: as for `collect`, counts that differ, texts without tokens or too long for the model's context, or no end-of-sequence token.
-
-    Source: Kong et al. 2024, section 4.2, for responses of another origin.
     """
     scores = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
     source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **scores)
@@ -166,7 +164,7 @@ def write_rollouts(source: SampledResponses | GivenResponses, out: str | os.Path
             writer.write(number, made.states, made.token_ids, made.lengths, made.records)
             left_out.update(made.left_out)
 
-        peers.make_shards(writer.has, write, list(map(len, source.batches)), out, unit=unit, progress=progress)
+        peers.make_shards(writer.has, write, list(map(len, source.batches)), out, unit, progress)
         if peers.index == 0:
             writer.finish()
     if left_out["empty"]:

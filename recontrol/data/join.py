@@ -15,9 +15,9 @@ SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")
 
 
 def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> Rollouts:
-    """Copy the shards of several folders into one, and open it. Responses to equal prompts become one group, whichever folder they are from.
+    """Copy the shards of several folders into one, compare them with their checksums on the way, and open it; the same call resumes an interrupted copy.
 
-    The same call goes on with a copy that was interrupted. Every file is compared with its checksum on the way.
+    Responses to equal prompts become one group, whichever folder they are from.
 
     Args:
         folders: complete rollout folders, at least one.

@@ -49,9 +49,7 @@ class Peers:
         if self.group is not None:
             distributed.barrier(group=self.group)
 
-    def make_shards(
-        self, has: Callable[[int], bool], make: Callable[[int], None], sizes: Sequence[int], where: Path, *, unit: str = "shard", progress: bool = True
-    ) -> None:
+    def make_shards(self, has: Callable[[int], bool], make: Callable[[int], None], sizes: Sequence[int], where: Path, unit: str, progress: bool) -> None:
         """Make this process's share of the shards that are missing, of `sizes` in units of the progress bar; return when all processes have."""
         missing = [number for number in range(len(sizes)) if not has(number)]
         # Nobody may write before all have counted.

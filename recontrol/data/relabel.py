@@ -54,7 +54,8 @@ def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.P
                 lambda number: write_json(files[number], _scored(old, number, score, add, files)),
                 [1] * len(files),
                 scores,
-                progress=progress,
+                "shard",
+                progress,
             )
             if peers.index == 0:
                 _finish(old, target, files, manifest, add)

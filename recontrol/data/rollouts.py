@@ -19,8 +19,7 @@ from recontrol.files import interrupts_wait, writing_lock
 class Rollouts:
     """A rollout folder, opened: lengths, rewards and groups in memory, hidden states read from disk as they are asked for.
 
-    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0 that is the last prompt
-    position. The last state is the one that sampled the end-of-sequence token, or the last token where the response was cut.
+    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0 that is the last prompt position.
 
     Args:
         path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`.
@@ -47,10 +46,8 @@ class Rollouts:
         total = self.manifest["num_shards"]
         self.shards = shards.shard_paths(self.path, total)
         if len(self.shards) < total and not allow_partial:
-            raise ValueError(
-                f"{self.path} is not complete: found {len(self.shards)} of {total} shards; collect again into it with the same settings to finish it, "
-                "or open it with Rollouts(path, allow_partial=True)"
-            )
+            found = f"found {len(self.shards)} of {total} shards"
+            raise ValueError(f"{self.path} is not complete: {found}; make the same call again to finish it, or open it with allow_partial=True")
         if not self.shards:
             raise ValueError(f"{self.path} has no shard yet")
         self.checksums = shards.shard_checksums(self.path, self.manifest)
@@ -161,8 +158,8 @@ class Rollouts:
         `model_fingerprint` of the language model, `storage` as in `Collection` (None is the dtype that states have), `shard_size` the responses in a file.
 
         Raises:
-            OSError, RuntimeError: the folder cannot be written, or another run is writing into it.
             ValueError: no response, an empty one, counts that differ, rewards that are not finite, an unknown storage, or a folder that has rollouts.
+            OSError, RuntimeError: the folder cannot be written, or another run is writing into it.
         """
         shards.check_storage(storage)
         count = len(states)

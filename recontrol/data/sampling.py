@@ -54,7 +54,11 @@ class SampledResponses:
         max_new_tokens, samples = self.decoding.max_new_tokens, self.collection.num_samples
         self.options = {**greedy_unless_asked(dict(self.decoding.options)), **self.decoding.options, "max_new_tokens": max_new_tokens}
         packing = Packing(self.decoding.batch_size, self.collection.cache_budget)
-        _check_options(model, self.options, samples)
+        check_options(self.options, REFUSED)
+        if (beams := effective(model, self.options, "num_beams") or 1) != 1:
+            raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
+        if samples > 1 and not effective(model, self.options, "do_sample"):
+            raise ValueError(f"num_samples={samples} needs do_sample=True: greedy decoding would write the same response {samples} times")
         check_lengths(model, tokenizer, prompts, max_new_tokens, self.collection.max_prompt_tokens)
         chosen = list(range(len(prompts)))
         # The first place of each.
@@ -129,14 +133,6 @@ class SampledResponses:
 def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special tokens included."""
     return [len(ids) for start in range(0, len(texts), TOKENISED_AT_ONCE) for ids in tokenizer(list(texts[start : start + TOKENISED_AT_ONCE])).input_ids]
-
-
-def _check_options(model: Any, options: dict[str, Any], num_samples: int) -> None:
-    check_options(options, REFUSED)
-    if (beams := effective(model, options, "num_beams") or 1) != 1:
-        raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
-    if num_samples > 1 and not effective(model, options, "do_sample"):
-        raise ValueError(f"num_samples={num_samples} needs do_sample=True: greedy decoding would write the same response {num_samples} times")
 
 
 def _describe(value: Any) -> Any:

@@ -155,9 +155,7 @@ class RolloutWriter:
         """Write one shard, whole or not at all; the arguments are as in `ScoredResponses`."""
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         if len(lengths) != len(records) or min(lengths, default=1) < 1 or not len(states) == len(token_ids) == offsets[-1]:
-            raise ValueError(
-                f"{len(records)} records, {len(states)} states and {len(token_ids)} token ids do not go with {len(lengths)} lengths adding up to {offsets[-1]}"
-            )
+            raise ValueError(f"{len(records)} records, {len(states)} states and {len(token_ids)} token ids do not go with the lengths {lengths}")
         encoded = encode(states.detach().cpu(), self.manifest.get("storage") or dtype_name(states.dtype))
         self._measure(encoded, records)
         tensors = {**encoded, "token_ids": token_ids.cpu().long(), "offsets": offsets}

@@ -174,10 +174,9 @@ class Judge:
             (120 seconds), request (further fields of each request, those that only some servers know inside "extra_body"; {"temperature": 0}).
 
     Raises:
-        ImportError: the extra `judge` (the package openai) is not installed.
+        ImportError, ConnectionError: the extra `judge` is not installed; when called, the server cannot be reached, refuses, or fails after all retries.
         ValueError: an empty range, instructions that lack a field, a `concurrency` below 1, no key for OpenAI's server, a cache that is not an SQLite
             file, or, when called, an answer that is no score; it is quoted.
-        ConnectionError: when called, the server cannot be reached, refuses the request, or fails after all retries.
 
     Source: Kong et al. 2024, section 5 (win rates judged by GPT-4), here as a score.
     """

@@ -16,10 +16,7 @@ from recontrol.data.rewards.model import RewardModel
 
 
 class CombinedReward:
-    """Several rewards of the same responses, side by side; one that returns several scores a response must name them in an attribute `head_names`.
-
-    The names of the result are `head_names`: with `names`, each after the name of its reward; equal ones are numbered.
-    """
+    """Several rewards of the same responses, side by side; one that returns several scores a response must name them in an attribute `head_names`."""
 
     def __init__(self, rewards: Sequence[Reward], names: Sequence[str] | None = None):
         if not rewards:
@@ -61,10 +58,8 @@ def as_reward(reward: Any) -> Reward:
         return CombinedReward([as_reward(part) for part in reward])
     if callable(reward) and not isinstance(reward, nn.Module):
         return reward
-    raise TypeError(
-        "reward must be a callable (prompts, responses) -> scores, a pair (model, tokenizer), the name of a sequence classifier, or a list of these; "
-        f"found {type(reward).__name__}"
-    )
+    wanted = "a callable (prompts, responses) -> scores, a pair (model, tokenizer), the name of a sequence classifier, or a list of these"
+    raise TypeError(f"reward must be {wanted}; found {type(reward).__name__}")
 
 
 def load_reward(
@@ -78,8 +73,7 @@ def load_reward(
 ) -> Reward:
     """Make one reward of names; several become its heads.
 
-    "judge:NAME" is a chat model that is asked for a score in `judge_range`, `judge` being further arguments of `Judge`.
-    "python:MODULE:FUNCTION" is a function (prompts, responses) -> scores. Anything else is a sequence classifier: a folder, or a name on the hub.
+    "judge:NAME" is a `Judge`, `judge` its further arguments, "python:MODULE:FUNCTION" a function, anything else a sequence classifier: a folder or a name.
     """
 
     def load(name: str) -> Reward:
