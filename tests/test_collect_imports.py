@@ -29,7 +29,7 @@ def test_collecting_and_relabelling_work_without_the_optional_packages(tmp_path)
         f"""
         import torch
         torch.set_num_threads(1)
-        import recontrol.data.collect, recontrol.data.prompts, recontrol.data.prompts, recontrol.data.online, recontrol.data.rewards.loading
+        import recontrol.data.collect, recontrol.data.prompts, recontrol.data.online, recontrol.data.rewards.loading
         import recontrol as rc
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -112,8 +112,7 @@ def collect_texts(
         progress: show a progress bar.
 
     Raises:
-        TypeError, RuntimeError, OSError: as for `collect`.
-        ValueError: as for `collect`, counts that differ, texts without tokens or too long for the model's context, or no end-of-sequence token.
+        TypeError, ValueError, RuntimeError, OSError: as for `collect`; counts that differ, responses without tokens, or no end-of-sequence token.
     """
     scores = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
     source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **scores)

@@ -33,8 +33,8 @@ def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.P
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: `reward` is not callable, returns NaN or the wrong count (the shard is named), or, with `add`, is there already; rollouts
-            that are not complete or without texts; a folder with other rollouts.
+        TypeError, ValueError: a reward that is not callable, returns NaN or the wrong count (the shard is named), or, with `add`, is there already;
+            rollouts that are not complete or without texts; a folder with other rollouts.
         RuntimeError, OSError: another run is writing into the folder, or the disk is full; the shards before stay.
     """
     source = rollouts.path if isinstance(rollouts, Rollouts) else Path(rollouts)

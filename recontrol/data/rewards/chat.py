@@ -63,11 +63,12 @@ class ChatModel:
             raise ValueError(f"concurrency must be at least 1, found {concurrency}")
         self.model, self.concurrency = model, concurrency
         self.request = {"temperature": 0} if request is None else dict(request)
+        openai = required("openai", "judge")
         key = client.get("api_key") or os.environ.get("OPENAI_API_KEY")
         if not (key or client.get("base_url") or os.environ.get("OPENAI_BASE_URL")):
             raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that needs none")
-        # The client insists on a key.
-        self._client = required("openai", "judge").OpenAI(**{"max_retries": 5, "timeout": 120.0, **client, "api_key": key or "none"})
+        # The client insists on one.
+        self._client = openai.OpenAI(**{"max_retries": 5, "timeout": 120.0, **client, "api_key": key or "none"})
         self._cache, self._lock = cache, threading.Lock()
         if cache is not None:
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +82,9 @@ class ChatModel:
     def ask(
         self, questions: Sequence[str], read: Callable[[str | None], Answer], *, context: Sequence[Any] = (), unreadable: int = 0
     ) -> tuple[list[Answer | None], Usage]:
-        """Ask each question, in a conversation of its own: one answer a question, None where it was given up, and what this call has cost.
+        """One answer a question, each in a conversation of its own, None where it was given up, and what this call has cost.
 
-        `read` turns an answer into what is returned, or raises ValueError: the question is then asked again, up to `TRIES` times in all. ValueError if
-        more than `unreadable` questions were given up, ConnectionError if the server fails. An answer is kept for its `context` alone.
+        Where `read` raises ValueError on an answer, the question is asked again, up to `TRIES` times; at most `unreadable` questions may be given up.
         """
         keys = [self._key(question, context) for question in questions]
         known = self._known(keys)
