@@ -15,14 +15,13 @@ from recontrol.version import __version__
 
 if TYPE_CHECKING:
     from recontrol.data.collect import collect, collect_pairs, collect_texts
-    from recontrol.data.config import Collection
     from recontrol.data.join import join_rollouts
     from recontrol.data.online import OnlineRollouts
-    from recontrol.data.pairs import load_pairs
-    from recontrol.data.prompts import load_prompts, load_prompts_with_preferred
+    from recontrol.data.prompts import load_pairs, load_prompts, load_prompts_with_preferred
     from recontrol.data.relabel import relabel
     from recontrol.data.rewards import Judge, RewardModel
     from recontrol.data.rollouts import Rollouts
+    from recontrol.data.settings import Collection
     from recontrol.decoding.config import Decoding
     from recontrol.decoding.fingerprint import model_fingerprint
     from recontrol.decoding.static_decoder import StaticDecoder
@@ -42,7 +41,7 @@ moved.install()
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
-    "Collection": "recontrol.data.config",
+    "Collection": "recontrol.data.settings",
     "Decoding": "recontrol.decoding.config",
     "Generation": "recontrol.generation.requests",
     "Judge": "recontrol.data.rewards",
@@ -66,7 +65,7 @@ _ON_DEMAND = {
     "generate": "recontrol.generation.generate",
     "join_rollouts": "recontrol.data.join",
     "knee": "recontrol.evaluation.frontier",
-    "load_pairs": "recontrol.data.pairs",
+    "load_pairs": "recontrol.data.prompts",
     "load_prompts": "recontrol.data.prompts",
     "load_prompts_with_preferred": "recontrol.data.prompts",
     "model_fingerprint": "recontrol.decoding.fingerprint",

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import recontrol as rc
-from recontrol.data.pairs import Preference
+from recontrol.data.prompts import Preference
 from recontrol.methods import fine_tuning
 from recontrol.methods.adapters import RECORD_NAME, FineTuningRun, adapter
 from recontrol.methods.fine_tuning import STATE_NAME, make_preference_pairs, train_dpo, train_rl

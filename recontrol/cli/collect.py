@@ -23,7 +23,7 @@ AFTER_INTERRUPT = "the batches that were finished are kept: repeat the command t
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
     from recontrol.configs import add_flags
-    from recontrol.data.config import Collection
+    from recontrol.data.settings import Collection
 
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the rollouts are written")
     parser.add_argument("--pairs", action="store_true", help="run the chosen and rejected responses of the data set through the model instead of sampling")
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
 def _samples(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     from recontrol.configs import from_flags
     from recontrol.data.collect import collect
-    from recontrol.data.config import Collection
+    from recontrol.data.settings import Collection
 
     return collect(
         model,
@@ -70,7 +70,7 @@ def _samples(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 
 def _pairs(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     from recontrol.data.collect import collect_pairs
-    from recontrol.data.pairs import load_pairs
+    from recontrol.data.prompts import load_pairs
 
     how = {name: getattr(options, name) for name in ("limit", "chat_template", "human", "max_prompt_tokens", "skip_equal")}
     return collect_pairs(

@@ -9,7 +9,7 @@ from typing import Any
 
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.rewards.chat import ChatModel, Usage, marked, quoted
-from recontrol.data.rewards.templates import check_fields
+from recontrol.data.rewards.checks import check_fields
 
 INSTRUCTIONS = """\
 Two assistants, A and B, continued the same dialogue. Say whose response is better for the user, by these standards:

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from recontrol.checks import first_few, required
-from recontrol.data.pairs import Preference
+from recontrol.data.prompts import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.sampling import token_counts
 from recontrol.data.settings import IGNORED, model_settings, texts_checksum

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from recontrol.data.rewards.regression import LlamaRegressionModel
+from recontrol.data.rewards.model import HEAD
 from recontrol.files import write_aside
 from recontrol.studies.study import ModelSection, RewardSection, SourceSection, Study
 
@@ -119,7 +119,8 @@ def _save_reward(name: str, tokenizer: Any, path: Path) -> Path:
     """UltraRM's architecture, else a sequence classifier."""
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(**sizes | {"num_labels": 1}, pad_token_id=1, max_position_embeddings=1024)
-    kind: Any = LlamaRegressionModel if "ultrarm" in name.lower() else LlamaForSequenceClassification
-    kind(config).save_pretrained(path)
+    model = LlamaForSequenceClassification(config)
+    weights = {weight.replace("score", HEAD) if "ultrarm" in name.lower() else weight: tensor for weight, tensor in model.state_dict().items()}
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     return path
