@@ -14,7 +14,7 @@ MOVED = {
     "recontrol.data.packing": "recontrol.decoding.packing",
     "recontrol.data.texts": "recontrol.data.collect",
     "recontrol.decoding.generation": "recontrol.decoding.batches",
-    "recontrol.hub": "recontrol.value.hub",
+    "recontrol.hub": "recontrol.value.card",
     "recontrol.loading": "recontrol.decoding.loading",
     "recontrol.peak_memory": "recontrol.methods.peak_memory",
     "recontrol.prepared": "recontrol.value.prepared",

@@ -23,29 +23,10 @@ def ascend(
     return_trace: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), starting at u = 0.
+    """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), from u = 0: the oracle of `recontrol.ascend`.
 
-    The arguments are those of `recontrol.ascend`, whose oracle this is.
-
-    Args:
-        hidden: (rows, hidden_size), floating point; the state that is read to sample the next token.
-        value: the value function.
-        step_size: alpha, a float or (rows,).
-        steps: n, an int or (rows,).
-        mask: (rows,), bool, True where the row is live; other rows come back unchanged.
-        radius: cut the path where |u| reaches this, a float or (rows,).
-        target: climb -(V - target)^2 instead of V, a float or (rows,).
-        head_weights: (num_heads,), the objective is the weighted sum of the heads.
-        return_trace: also return V along the path.
-        dtype: compute in this precision; by default float64 for float64 input, else float32.
-
-    Returns:
-        (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), the compute dtype.
-
-    Raises:
-        ValueError, TypeError: as `recontrol.ascend`.
-
-    Source: Kong et al. 2024, section 4.3 (test-time intervention).
+    The arguments, errors and source are those of `recontrol.ascend`, but for `dtype`, the precision to compute in: by default float64 for
+    float64 input, else float32. The trace is in this dtype, the edited states in that of `hidden`.
     """
     arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
     arguments.check()
@@ -55,17 +36,7 @@ def ascend(
 
 @torch.inference_mode(False)
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the steps by autograd; what `ascend` runs when its arguments are checked.
-
-    Args:
-        arguments: of one ascent.
-        weights: of the value function, first layer first.
-        biases: likewise.
-        dtype: compute in this precision.
-
-    Returns:
-        The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1).
-    """
+    """The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1), by autograd in this dtype; the arguments are checked."""
     # Clones, because tensors made under inference_mode cannot take part in autograd.
     weights = [weight.detach().clone().to(dtype) for weight in weights]
     biases = [bias.detach().clone().to(dtype) for bias in biases]
@@ -106,10 +77,7 @@ def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: S
 def fraction_to_radius(move_square: Tensor, edit_dot_move: Tensor, room: Tensor) -> Tensor:
     """Where a step m leaves the trust region: the t in [0, 1] with |u + t m| = radius, the positive root of t^2 m.m + 2 t u.m - room = 0.
 
-    Args:
-        move_square: (rows,), m.m.
-        edit_dot_move: (rows,), u.m.
-        room: (rows,), radius^2 - u.u, not negative up to rounding.
+    All are (rows,): m.m, u.m, and room = radius^2 - u.u, not negative up to rounding.
     """
     root = torch.sqrt(torch.clamp(edit_dot_move * edit_dot_move + move_square * room, min=0))
     # Two forms of the same root: each is used where it does not subtract nearly equal numbers.

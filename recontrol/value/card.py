@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from recontrol.checks import dtype_name
-from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
+from recontrol.value.files import read_value
 from recontrol.value.provenance import fingerprint_hash, names_of_heads
 
+CARD_NAME = "README.md"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # At the start of an entry, or after a name given to it.
 ABSOLUTE_PATH = re.compile(r"(?:^|(?<=: ))(?:/[^/,\n]+)+")
@@ -19,53 +20,7 @@ CURVE_ROWS = 20
 # What the rollouts' manifest says that a reader of the card may want to know.
 ROLLOUTS = ("num_prompts", "prompts_sha256", "num_samples", "generation", "stop_strings", "seed", "tokenizer", "model_dtype", "storage", "checksums_sha256")
 
-
-def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
-    """Markdown with YAML front matter for the value function in a folder: how to use it and where it comes from, as far as its provenance says."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    config, tensors = read_config(Path(folder) / CONFIG_NAME), read_weights(Path(folder) / WEIGHTS_NAME)
-    size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
-    provenance = config.get("provenance") or {}
-    recorded = provenance.get("base_model")
-    base: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {} if recorded is None else {"name": str(recorded)}
-    base_name = str(base.get("name") or "")
-    on_hub = bool(HUB_NAME.fullmatch(base_name)) and not Path(base_name).exists()
-    data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
-    shown = _without_folders(base_name) or "the language model it was trained with"
-    sections = [
-        f"# {repo_id or 'Value function'}",
-        f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
-        f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
-        _usage(repo_id or "path/to/this/folder", base_name if on_hub else "path/to/the/model", config["num_heads"]),
-        "## What it is",
-        _table(("", ""), _identity(config, provenance, size, base, shown)),
-    ]
-    rollouts = provenance.get("rollouts")
-    about = {**_mapping(provenance.get("data")), **{name: entry for name, entry in _mapping(rollouts).items() if name in ROLLOUTS}}
-    training = {"objective": None, **_mapping(provenance.get("training"))}
-    # The checksums under "Data" identify the same rollouts better.
-    training.pop("rollouts", None)
-    # The provenance describes the objective, the settings only name it.
-    training["objective"] = provenance.get("objective", training["objective"])
-    for title, content in (("Data", about), ("Training", training)):
-        rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
-        if rows:
-            sections += [f"## {title}", _table(("", ""), rows)]
-    curve = _curve(provenance.get("history"), provenance.get("best_epoch"))
-    if curve:
-        sections += ["## Learning curve", curve]
-    sections += [
-        "## Limits",
-        "The reward is what was trained on, not quality: with a step size that is too large V keeps rising while the text collapses. Choose step size and "
-        "steps on prompts that were not trained on, and read the responses.",
-    ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
-
-
-def _usage(value: str, model: str, num_heads: int) -> str:
-    weights = "" if num_heads == 1 else f", head_weights={[1.0] * num_heads}"
-    return f"""```python
+USAGE = """```python
 import recontrol as rc
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,6 +31,49 @@ inputs = tokenizer("Hello", return_tensors="pt")
 with rc.Controller(value, step_size=0.5, steps=30{weights}).attach(model):
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```"""
+
+
+def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
+    """Markdown with YAML front matter for the value function in a folder: how to use it and where it comes from, as far as its provenance says."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, tensors = read_value(Path(folder))
+    size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
+    provenance = config.get("provenance") or {}
+    recorded = provenance.get("base_model")
+    base: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {} if recorded is None else {"name": str(recorded)}
+    base_name = str(base.get("name") or "")
+    on_hub = bool(HUB_NAME.fullmatch(base_name)) and not Path(base_name).exists()
+    data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
+    shown = _without_folders(base_name) or "the language model it was trained with"
+    weights = "" if config["num_heads"] == 1 else f", head_weights={[1.0] * config['num_heads']}"
+    sections = [
+        f"# {repo_id or 'Value function'}",
+        f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
+        f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
+        USAGE.format(value=repo_id or "path/to/this/folder", model=base_name if on_hub else "path/to/the/model", weights=weights),
+        "## What it is",
+        _table(("", ""), _identity(config, provenance, size, base, shown)),
+    ]
+    training = {"objective": None, **_mapping(provenance.get("training"))}
+    # The checksums under "Data" identify the same rollouts better.
+    training.pop("rollouts", None)
+    # The provenance describes the objective, the settings only name it.
+    training["objective"] = provenance.get("objective", training["objective"])
+    rollouts = _mapping(provenance.get("rollouts"))
+    data_rows = {**_mapping(provenance.get("data")), **{name: rollouts[name] for name in rollouts if name in ROLLOUTS}}
+    for title, content in (("Data", data_rows), ("Training", training)):
+        rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
+        if rows:
+            sections += [f"## {title}", _table(("", ""), rows)]
+    if curve := _curve(provenance.get("history"), provenance.get("best_epoch")):
+        sections += ["## Learning curve", curve]
+    sections += [
+        "## Limits",
+        "The reward is what was trained on, not quality: with a step size that is too large V keeps rising while the text collapses. Choose step size and "
+        "steps on prompts that were not trained on, and read the responses.",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
 def _identity(config: Mapping[str, Any], provenance: Mapping[str, Any], size: str, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
@@ -98,16 +96,18 @@ def _identity(config: Mapping[str, Any], provenance: Mapping[str, Any], size: st
 
 def _curve(history: Any, best: Any) -> str:
     """The learning curve as a table; empty without one."""
-    epochs = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
-    if not epochs and isinstance(best, Mapping):
-        epochs = [best]
+    listed = history if isinstance(history, list) else []
+    epochs = [entry for entry in listed if isinstance(entry, Mapping) and entry] or ([best] if isinstance(best, Mapping) and best else [])
     if not epochs:
         return ""
-    best_at = next((place for place, entry in enumerate(epochs) if entry == best), None)
+    best_at = epochs.index(best) if best in epochs else -1
     step = max(1, -(-len(epochs) // (CURVE_ROWS - 2)))
-    places = sorted({*range(0, len(epochs), step), len(epochs) - 1, *([] if best_at is None else [best_at])})
     names = list(dict.fromkeys(name for entry in epochs for name in entry))
-    rows = [[_number(epochs[place].get(name)) + (" (best)" if place == best_at and name == names[0] else "") for name in names] for place in places]
+    rows = []
+    for place in sorted({*range(0, len(epochs), step), len(epochs) - 1, best_at} - {-1}):
+        numbers = [epochs[place].get(name) for name in names]
+        rows.append([f"{entry:.4g}" if isinstance(entry, float) else "" if entry is None else str(entry) for entry in numbers])
+        rows[-1][0] += " (best)" if place == best_at else ""
     return _table([name.replace("_", " ") for name in names], rows)
 
 
@@ -128,10 +128,6 @@ def _without_folders(text: str) -> str:
 
 def _code(text: str) -> str:
     return "`" + text.replace("`", "'") + "`"
-
-
-def _number(entry: Any) -> str:
-    return f"{entry:.4g}" if isinstance(entry, float) else "" if entry is None else str(entry)
 
 
 def _mapping(entry: Any) -> Mapping[str, Any]:

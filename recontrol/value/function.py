@@ -1,6 +1,7 @@
 """The value function, a ReLU multilayer perceptron on a language model's last hidden state, and weighted sums of value functions."""
 
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,20 +15,10 @@ from torch import Tensor, nn
 
 from recontrol.checks import renamed
 from recontrol.files import write_aside, write_json
-from recontrol.value.files import (
-    CONFIG_NAME,
-    FORMAT,
-    FORMAT_VERSION,
-    WEIGHTS_NAME,
-    checked_sizes,
-    checked_statistics,
-    local_folder,
-    read_config,
-    read_released,
-    read_weights,
-)
-from recontrol.value.hub import push
+from recontrol.value.card import CARD_NAME, model_card
+from recontrol.value.files import CONFIG_NAME, FORMAT, FORMAT_VERSION, WEIGHTS_NAME, checked_sizes, checked_statistics, local_folder, read_released, read_value
 from recontrol.value.prepared import Prepared, PreparedCache
+from recontrol.version import __version__
 
 
 class ValueFunction(nn.Module):
@@ -86,35 +77,23 @@ class ValueFunction(nn.Module):
         return self.layers[-1](activations)
 
     def to_reward(self, values: Tensor) -> Tensor:
-        """Values in the unit of the reward: values * std + mean, head by head; unchanged where V is not standardised.
-
-        Args:
-            values: (..., num_heads), in V's own unit.
+        """Values, (..., num_heads), in the unit of the reward: values * std + mean, head by head; unchanged where V is not standardised.
 
         Raises:
             ValueError: the last dimension is not `num_heads`.
         """
-        if self.reward_mean is None or self.reward_std is None:
-            return self._per_head(values)
-        return self._per_head(values) * values.new_tensor(self.reward_std) + values.new_tensor(self.reward_mean)
+        mean, std = self._statistics(values)
+        return values if mean is None else values * std + mean
 
     def from_reward(self, rewards: Tensor) -> Tensor:
-        """Rewards in V's own unit: (rewards - mean) / std, head by head; unchanged where V is not standardised.
+        """Rewards, (..., num_heads), in V's own unit: (rewards - mean) / std, head by head; errors as `to_reward`."""
+        mean, std = self._statistics(rewards)
+        return rewards if mean is None else (rewards - mean) / std
 
-        Args:
-            rewards: (..., num_heads), in the unit of the reward.
-
-        Raises:
-            ValueError: the last dimension is not `num_heads`.
-        """
-        if self.reward_mean is None or self.reward_std is None:
-            return self._per_head(rewards)
-        return (self._per_head(rewards) - rewards.new_tensor(self.reward_mean)) / rewards.new_tensor(self.reward_std)
-
-    def _per_head(self, numbers: Tensor) -> Tensor:
+    def _statistics(self, numbers: Tensor) -> tuple[Any, Any]:
         if not numbers.ndim or numbers.shape[-1] != self.num_heads:
             raise ValueError(f"the last dimension must be the {self.num_heads} heads, found shape {tuple(numbers.shape)}")
-        return numbers
+        return (None, None) if self.reward_mean is None else (numbers.new_tensor(self.reward_mean), numbers.new_tensor(self.reward_std))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +108,8 @@ class ValueFunction(nn.Module):
     @property
     def parameters_by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights and the biases, first layer first."""
-        return [layer.weight for layer in self._linears], [layer.bias for layer in self._linears]
+        linears = list(self._linears)
+        return [layer.weight for layer in linears], [layer.bias for layer in linears]
 
     @property
     def _linears(self) -> Sequence[nn.Linear]:
@@ -139,22 +119,19 @@ class ValueFunction(nn.Module):
         """What the fast paths precompute from the weights, W_1 W_1^T for example; computed again when a weight has changed."""
         return self._cache.get(*self.parameters_by_kind)
 
+    # `0.7 * helpful + 0.3 * harmless`, climbed as one value function; what is subtracted is climbed down.
     def __mul__(self, weight: float) -> "ValueFunction":
-        """A term of a `WeightedSum`."""
         return WeightedSum([(weight, self)])
 
     __rmul__ = __mul__
 
     def __add__(self, other: "ValueFunction") -> "ValueFunction":
-        """The sum, climbed as one value function; with weights, `0.7 * helpful + 0.3 * harmless`."""
         return WeightedSum([(1.0, self), (1.0, other)])
 
     def __sub__(self, other: "ValueFunction") -> "ValueFunction":
-        """The sum with the other negated: the other is climbed down."""
         return WeightedSum([(1.0, self), (-1.0, other)])
 
     def __neg__(self) -> "ValueFunction":
-        """-V: climbing it climbs down V."""
         return WeightedSum([(-1.0, self)])
 
     def extra_repr(self) -> str:
@@ -164,18 +141,10 @@ class ValueFunction(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What `save_pretrained` writes beside the weights."""
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "architecture": "mlp",
-            "activation": "relu",
-            "hidden_size": self.hidden_size,
-            "hidden_dims": list(self.hidden_dims),
-            "num_heads": self.num_heads,
-            "reward_mean": None if self.reward_mean is None else list(self.reward_mean),
-            "reward_std": None if self.reward_std is None else list(self.reward_std),
-            "provenance": self.provenance,
-        }
+        kind = {"format": FORMAT, "format_version": FORMAT_VERSION, "architecture": "mlp", "activation": "relu"}
+        sizes = {"hidden_size": self.hidden_size, "hidden_dims": list(self.hidden_dims), "num_heads": self.num_heads}
+        statistics = {name: list(given) if given else None for name, given in (("reward_mean", self.reward_mean), ("reward_std", self.reward_std))}
+        return {**kind, **sizes, **statistics, "provenance": self.provenance}
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all.
@@ -219,10 +188,23 @@ class ValueFunction(nn.Module):
             ValueError: `repo_id` is no name of a repository.
             OSError: the hub cannot be reached or refuses; nothing was committed.
         """
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        api = HfApi(token=token, library_name="recontrol", library_version=__version__)
         with tempfile.TemporaryDirectory() as folder:
             # Saved before the hub is asked for anything: what cannot be saved leaves no empty repository there.
             self.save_pretrained(folder)
-            return push(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+            try:
+                name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if revision is not None and not create_pr:
+                    api.create_branch(name, branch=revision, exist_ok=True)
+                (Path(folder) / CARD_NAME).write_text(model_card(folder, name), encoding="utf-8")
+                commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr)
+            except OSError as error:
+                raise OSError(f"could not push to {repo_id!r}: {error}") from error
+        return str(commit.pr_url if create_pr and commit.pr_url else commit.commit_url)
 
     @classmethod
     def from_pretrained(
@@ -248,8 +230,7 @@ class ValueFunction(nn.Module):
             ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
         """
         folder = local_folder(path, revision, token)
-        config = read_config(folder / CONFIG_NAME)
-        tensors = read_weights(folder / WEIGHTS_NAME)
+        config, tensors = read_value(folder)
         return cls._from_tensors(config, tensors, folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
@@ -266,13 +247,8 @@ class ValueFunction(nn.Module):
         """
         path = Path(path)
         layers = read_released(path)
-        weights = [weight for weight, _ in layers]
-        config = {
-            "hidden_size": weights[0].shape[1],
-            "hidden_dims": [weight.shape[0] for weight in weights[:-1]],
-            "num_heads": weights[-1].shape[0],
-            "provenance": {"source": path.name, **(provenance or {})},
-        }
+        sizes = [layers[0][0].shape[1], *(weight.shape[0] for weight, _ in layers)]
+        config = {"hidden_size": sizes[0], "hidden_dims": sizes[1:-1], "num_heads": sizes[-1], "provenance": {"source": path.name, **(provenance or {})}}
         tensors = {f"layers.{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in zip(("weight", "bias"), layer, strict=True)}
         return cls._from_tensors(config, tensors, path)
 
@@ -284,15 +260,11 @@ class ValueFunction(nn.Module):
 
     @classmethod
     def _from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> "ValueFunction":
-        """The value function that a config describes with the tensors of a file, after checking their names, shapes and dtypes."""
+        """The value function that a config describes with the tensors of a file, whose names, shapes and dtypes are checked."""
         # Nothing is allocated before the file is known to agree, and no random numbers are drawn for weights that are replaced.
         with torch.device("meta"):
-            value = cls(
-                config["hidden_size"],
-                config["hidden_dims"],
-                config["num_heads"],
-                **{name: config.get(name) for name in ("reward_mean", "reward_std", "provenance")},
-            )
+            optional = {name: config.get(name) for name in ("reward_mean", "reward_std", "provenance")}
+            value = cls(config["hidden_size"], config["hidden_dims"], config["num_heads"], **optional)
         wanted = {name: tuple(tensor.shape) for name, tensor in value.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
@@ -342,8 +314,17 @@ class WeightedSum(ValueFunction):
         self.terms = flat
         self.to(first.dtype).to_empty(device=first.device)
         with torch.no_grad():
-            for own, stacked in zip((parameter for kind in self.parameters_by_kind for parameter in kind), _stacked(flat), strict=True):
-                own.copy_(stacked)
+            for number, layer in enumerate(self._linears):
+                last, below = number == len(self.layers) - 1, [value._linears[number] for _, value in flat]
+                scales = [weight if last else 1.0 for weight, _ in flat]
+                weights = [scale * part.weight for scale, part in zip(scales, below, strict=True)]
+                biases = [scale * part.bias for scale, part in zip(scales, below, strict=True)]
+                # Hidden layers stand side by side, all on the same states or each on its own units; the last one adds them up.
+                if last:
+                    layer.weight.copy_(torch.cat(weights, dim=1) if number else torch.stack(weights).sum(0))
+                else:
+                    layer.weight.copy_(torch.block_diag(*weights) if number else torch.cat(weights))
+                layer.bias.copy_(torch.stack(biases).sum(0) if last else torch.cat(biases))
 
     def extra_repr(self) -> str:
         """Describe the sizes and the weights in `repr`."""
@@ -351,7 +332,7 @@ class WeightedSum(ValueFunction):
 
 
 def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[float, ValueFunction], ...]:
-    """The terms with sums multiplied out, checked."""
+    """The terms with sums multiplied out; errors as `WeightedSum`."""
     flat: list[tuple[float, ValueFunction]] = []
     for weight, value in terms:
         if isinstance(weight, bool) or not isinstance(weight, Real):
@@ -362,41 +343,12 @@ def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[floa
         flat += [(float(weight) * other, part) for other, part in inner]
     if not flat:
         raise ValueError("a weighted sum needs at least one term")
-    for weight, _ in flat:
-        if not torch.isfinite(torch.tensor(weight)):
-            raise ValueError(f"weights must be finite, found {weight}")
-    _check_kinds([value for _, value in flat])
-    return tuple(flat)
-
-
-def _check_kinds(values: Sequence[ValueFunction]) -> None:
-    """Refuse value functions that cannot be stacked."""
-    kinds: dict[str, list[Any]] = {
-        "number of layers": [len(value.layers) for value in values],
-        "hidden size": [value.hidden_size for value in values],
-        "number of heads": [value.num_heads for value in values],
-        "dtype": [value.dtype for value in values],
-        "device": [value.device for value in values],
-    }
-    for name, found in kinds.items():
+    if wrong := [weight for weight, _ in flat if not math.isfinite(weight)]:
+        raise ValueError(f"weights must be finite, found {wrong[0]}")
+    # What the terms have in common, by its name in a message.
+    names = {"number of layers": "depth", "hidden size": "hidden_size", "number of heads": "num_heads", "dtype": "dtype", "device": "device"}
+    for name, attribute in names.items():
+        found = [len(value.layers) if attribute == "depth" else getattr(value, attribute) for _, value in flat]
         if len(set(found)) > 1:
             raise ValueError(f"the value functions of a weighted sum must have the same {name}, found {', '.join(map(str, found))}")
-
-
-def _stacked(terms: Sequence[tuple[float, ValueFunction]]) -> list[Tensor]:
-    """All weights of the sum, then all biases, first layer first."""
-    weights, biases = zip(*(value.parameters_by_kind for _, value in terms), strict=True)
-    scales = [scale for scale, _ in terms]
-    last = len(weights[0]) - 1
-    stacked = []
-    for layer in range(last + 1):
-        parts = [part[layer] for part in weights]
-        if layer == last:
-            scaled = [scale * part for scale, part in zip(scales, parts, strict=True)]
-            stacked.append(torch.cat(scaled, dim=1) if last else torch.stack(scaled).sum(0))
-        else:
-            stacked.append(torch.block_diag(*parts) if layer else torch.cat(parts))
-    for layer in range(last):
-        stacked.append(torch.cat([part[layer] for part in biases]))
-    stacked.append(torch.stack([scale * part[last] for scale, part in zip(scales, biases, strict=True)]).sum(0))
-    return stacked
+    return tuple(flat)

@@ -38,17 +38,18 @@ class KernelBackend(Backend):
 
     Attributes:
         devices: in words.
+        device_types: what `torch.device.type` may be.
         depths: the numbers of linear layers that there are kernels for.
+        hint: what else to say where they do not run on the CPU.
     """
 
     devices: str
+    device_types: tuple[str, ...]
+    hint = ""
     depths: tuple[int, ...] = (2, 3)
 
     def _missing(self) -> str | None:
         """Why this installation has no kernels, or None."""
-        raise NotImplementedError
-
-    def _runs_on(self, device: torch.device) -> bool:
         raise NotImplementedError
 
     def why_not(self, arguments: AscentArguments, prepared: Prepared) -> str | None:
@@ -56,8 +57,8 @@ class KernelBackend(Backend):
         device, depth = arguments.hidden.device, len(prepared.weights)
         if (reason := self._missing()) is not None:
             return reason
-        if not self._runs_on(device):
-            return f"it runs on {self.devices}, the tensors are on {device}"
+        if device.type not in self.device_types:
+            return f"it runs on {self.devices}, the tensors are on {device}{self.hint if device.type == 'cpu' else ''}"
         if arguments.hidden.dtype == torch.float64:
             return "it computes in float32, the tensors are float64"
         if depth not in self.depths:
