@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import RUNNING
 
 import recontrol as rc

@@ -15,7 +15,8 @@ from oracle import ROUNDOFF, edit_error, integers, oracle, product_error, releas
 import recontrol as rc
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import normalise
-from recontrol.ascent.backends import BACKENDS, triton as backend
+from recontrol.ascent.backends import BACKENDS
+from recontrol.ascent.backends import triton as backend
 
 pytest.importorskip("triton")
 STATUS = BACKENDS["triton"].status()

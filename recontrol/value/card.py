@@ -41,7 +41,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
     provenance = config.get("provenance") or {}
     recorded = provenance.get("base_model")
-    base: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {} if recorded is None else {"name": str(recorded)}
+    base = recorded if isinstance(recorded, Mapping) else {"name": recorded}
     base_name = str(base.get("name") or "")
     on_hub = bool(HUB_NAME.fullmatch(base_name)) and not Path(base_name).exists()
     data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
@@ -55,11 +55,9 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
         "## What it is",
         _table(("", ""), _identity(config, provenance, size, base, shown)),
     ]
-    training = {"objective": None, **_mapping(provenance.get("training"))}
-    # The checksums under "Data" identify the same rollouts better.
-    training.pop("rollouts", None)
-    # The provenance describes the objective, the settings only name it.
-    training["objective"] = provenance.get("objective", training["objective"])
+    settings = _mapping(provenance.get("training"))
+    # The provenance describes the objective, the settings only name it. The checksums under "Data" identify the rollouts better.
+    training = {"objective": None, **settings, **{name: provenance[name] for name in ("objective",) if name in provenance}, "rollouts": None}
     rollouts = _mapping(provenance.get("rollouts"))
     data_rows = {**_mapping(provenance.get("data")), **{name: rollouts[name] for name in rollouts if name in ROLLOUTS}}
     for title, content in (("Data", data_rows), ("Training", training)):
@@ -78,20 +76,16 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
 
 def _identity(config: Mapping[str, Any], provenance: Mapping[str, Any], size: str, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
     """The rows of the table "What it is"."""
-    rows: list[tuple[str, Any]] = [("base model", _code(shown))]
-    if "samples" in base:
-        rows.append(("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base)))))
     widths = " -> ".join(map(str, (config["hidden_size"], *config["hidden_dims"], config["num_heads"])))
-    rows.append(("network", f"ReLU perceptron {widths}, {size}"))
+    fingerprint = [("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base))))] if "samples" in base else []
+    rows = [("base model", _code(shown)), *fingerprint, ("network", f"ReLU perceptron {widths}, {size}")]
     names, mean, std = names_of_heads(provenance.get("reward"), config["num_heads"]), config.get("reward_mean"), config.get("reward_std")
     for head, name in enumerate(names):
         rows.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
         if mean is not None and std is not None:
             rows.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
-    made_with = _mapping(provenance.get("made_with"))
-    if made_with:
-        rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made_with.items())))
-    return rows
+    made_with = ", ".join(f"{name} {version}" for name, version in _mapping(provenance.get("made_with")).items())
+    return [*rows, ("made with", made_with)] if made_with else rows
 
 
 def _curve(history: Any, best: Any) -> str:
@@ -112,8 +106,7 @@ def _curve(history: Any, best: Any) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(entry) for entry in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def _cell(entry: Any) -> str:

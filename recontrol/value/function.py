@@ -1,13 +1,12 @@
 """The value function, a ReLU multilayer perceptron on a language model's last hidden state, and weighted sums of value functions."""
 
 import itertools
-import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -47,6 +46,8 @@ class ValueFunction(nn.Module):
     Source: Kong et al. 2024, section 4.2 (value function).
     """
 
+    layers: Any
+
     def __init__(
         self,
         hidden_size: int,
@@ -77,16 +78,12 @@ class ValueFunction(nn.Module):
         return self.layers[-1](activations)
 
     def to_reward(self, values: Tensor) -> Tensor:
-        """Values, (..., num_heads), in the unit of the reward: values * std + mean, head by head; unchanged where V is not standardised.
-
-        Raises:
-            ValueError: the last dimension is not `num_heads`.
-        """
+        """Values in the unit of the reward: (..., num_heads) * std + mean, unchanged where V is not standardised; a ValueError for another shape."""
         mean, std = self._statistics(values)
         return values if mean is None else values * std + mean
 
     def from_reward(self, rewards: Tensor) -> Tensor:
-        """Rewards, (..., num_heads), in V's own unit: (rewards - mean) / std, head by head; errors as `to_reward`."""
+        """Rewards in V's own unit: ((..., num_heads) - mean) / std, unchanged where V is not standardised; a ValueError for another shape."""
         mean, std = self._statistics(rewards)
         return rewards if mean is None else (rewards - mean) / std
 
@@ -98,22 +95,18 @@ class ValueFunction(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self._linears[0].weight.dtype
+        return self.layers[0].weight.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self._linears[0].weight.device
+        return self.layers[0].weight.device
 
     @property
     def parameters_by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights and the biases, first layer first."""
-        linears = list(self._linears)
+        linears = list(self.layers)
         return [layer.weight for layer in linears], [layer.bias for layer in linears]
-
-    @property
-    def _linears(self) -> Sequence[nn.Linear]:
-        return cast(Sequence[nn.Linear], self.layers)
 
     def prepared(self) -> Prepared:
         """What the fast paths precompute from the weights, W_1 W_1^T for example; computed again when a weight has changed."""
@@ -147,11 +140,7 @@ class ValueFunction(nn.Module):
         return {**kind, **sizes, **statistics, "provenance": self.provenance}
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all; an OSError if it cannot be written."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -171,7 +160,7 @@ class ValueFunction(nn.Module):
         commit_message: str = "Upload value function",
         create_pr: bool = False,
     ) -> str:
-        """Upload what `save_pretrained` writes, with a model card made from the provenance, into a repository of the hub.
+        """Upload what `save_pretrained` writes, with a model card made from the provenance, to the hub; the address of the commit or pull request.
 
         Args:
             repo_id: `owner/name`, or `name` for your own; the repository is made if there is none.
@@ -180,9 +169,6 @@ class ValueFunction(nn.Module):
             revision: branch to upload to, made if there is none; by default the main branch.
             commit_message: of the commit.
             create_pr: open a pull request instead of committing.
-
-        Returns:
-            The address of the commit or of the pull request.
 
         Raises:
             ValueError: `repo_id` is no name of a repository.
@@ -230,8 +216,7 @@ class ValueFunction(nn.Module):
             ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
         """
         folder = local_folder(path, revision, token)
-        config, tensors = read_value(folder)
-        return cls._from_tensors(config, tensors, folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
+        return cls._from_tensors(*read_value(folder), folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
     def from_released(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
@@ -286,19 +271,13 @@ class WeightedSum(ValueFunction):
 
     It is one wider value function: the first layers are stacked, the middle ones are blocks on a diagonal, and the last ones are multiplied by
     the weights. So one ascent climbs it, and it is saved, loaded and served like any other. Its unit is that of the sum: where the V_k are
-    standardised, the weights count standard deviations.
-
-    The weights of the V_k are copied: when one of them has changed, make the sum again.
+    standardised, the weights count standard deviations. It is a copy: when one of the V_k has changed, make the sum again.
 
     Args:
-        terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device.
-
-    Attributes:
-        terms: as given; sums among them are replaced by their own terms.
+        terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device; sums are replaced by their own terms.
 
     Raises:
-        TypeError: a weight that is not a number, or a term that is not a value function.
-        ValueError: no terms, a weight that is not finite, or value functions of different sizes, dtypes or devices.
+        TypeError, ValueError: no terms, a weight that is not a finite number, or terms that are not value functions of the same kind.
 
     Source: Kong et al. 2024, section 4.3, for a sum in the place of V.
     """
@@ -314,11 +293,10 @@ class WeightedSum(ValueFunction):
         self.terms = flat
         self.to(first.dtype).to_empty(device=first.device)
         with torch.no_grad():
-            for number, layer in enumerate(self._linears):
-                last, below = number == len(self.layers) - 1, [value._linears[number] for _, value in flat]
-                scales = [weight if last else 1.0 for weight, _ in flat]
-                weights = [scale * part.weight for scale, part in zip(scales, below, strict=True)]
-                biases = [scale * part.bias for scale, part in zip(scales, below, strict=True)]
+            for number, layer in enumerate(self.layers):
+                last = number == len(self.layers) - 1
+                parts = [(scale if last else 1.0, value.layers[number]) for scale, value in flat]
+                weights, biases = [scale * part.weight for scale, part in parts], [scale * part.bias for scale, part in parts]
                 # Hidden layers stand side by side, all on the same states or each on its own units; the last one adds them up.
                 if last:
                     layer.weight.copy_(torch.cat(weights, dim=1) if number else torch.stack(weights).sum(0))
@@ -343,12 +321,12 @@ def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[floa
         flat += [(float(weight) * other, part) for other, part in inner]
     if not flat:
         raise ValueError("a weighted sum needs at least one term")
-    if wrong := [weight for weight, _ in flat if not math.isfinite(weight)]:
+    if wrong := [weight for weight, _ in flat if not torch.tensor(weight).isfinite()]:
         raise ValueError(f"weights must be finite, found {wrong[0]}")
     # What the terms have in common, by its name in a message.
-    names = {"number of layers": "depth", "hidden size": "hidden_size", "number of heads": "num_heads", "dtype": "dtype", "device": "device"}
+    names = {"number of layers": "layers", "hidden size": "hidden_size", "number of heads": "num_heads", "dtype": "dtype", "device": "device"}
     for name, attribute in names.items():
-        found = [len(value.layers) if attribute == "depth" else getattr(value, attribute) for _, value in flat]
+        found = [len(value.layers) if attribute == "layers" else getattr(value, attribute) for _, value in flat]
         if len(set(found)) > 1:
             raise ValueError(f"the value functions of a weighted sum must have the same {name}, found {', '.join(map(str, found))}")
     return tuple(flat)

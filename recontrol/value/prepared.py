@@ -32,7 +32,7 @@ class Prepared:
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> "Prepared":
-        """From the parameters of a value function: the one place where they become what backends read."""
+        """The one place where the parameters of a value function become what backends read."""
         return cls(tuple(weight.detach().contiguous() for weight in weights), tuple(bias.detach().contiguous() for bias in biases))
 
     @cached_property
@@ -96,8 +96,7 @@ class PreparedCache:
             if self._prepared is None or stamp is None or stamp != self._stamp:
                 # These aliases keep the storage alive, so that no new tensor can take a stamped address.
                 self._stamped = tuple(tensor.detach() for tensor in tensors)
-                self._prepared = Prepared.of(weights, biases)
-                self._stamp = stamp
+                self._prepared, self._stamp = Prepared.of(weights, biases), stamp
             return self._prepared
 
     def clear(self, addresses: set[int] | None = None) -> None:
@@ -119,11 +118,9 @@ def _stamp(tensor: Tensor) -> tuple[Any, ...]:
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Fused optimizers write the weights without raising their version counters."""
-    caches = list(_caches.values())
-    if caches:
-        addresses = {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
-        for cache in caches:
-            cache.clear(addresses)
+    addresses = {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
+    for cache in list(_caches.values()):
+        cache.clear(addresses)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
