@@ -15,25 +15,15 @@ _FLOATING_NAMES = ", ".join(map(dtype_name, FLOATING))
 
 
 class AscentArguments(NamedTuple):
-    """The arguments of one ascent as tensors on the device of the hidden states, in the order in which kernels and the operator take them.
+    """The arguments of one ascent as tensors on the device of the hidden states, in the order in which kernels and the operator take them."""
 
-    Tensors:
-        hidden: (rows, hidden_size), floating point.
-        step_size: (rows,), float32 or float64.
-        steps: (rows,), int64.
-        mask: (rows,), bool, or None when every row is live.
-        radius: (rows,), float32 or float64, or None.
-        target: (rows,), float32 or float64, or None.
-        head_weights: (num_heads,), float32 or float64.
-    """
-
-    hidden: Tensor
-    step_size: Tensor
-    steps: Tensor
-    mask: Tensor | None
-    radius: Tensor | None
-    target: Tensor | None
-    head_weights: Tensor
+    hidden: Tensor  # (rows, hidden_size), floating point
+    step_size: Tensor  # (rows,), float32 or float64
+    steps: Tensor  # (rows,), int64
+    mask: Tensor | None  # (rows,), bool, None when every row is live
+    radius: Tensor | None  # (rows,), float32 or float64
+    target: Tensor | None  # (rows,), float32 or float64
+    head_weights: Tensor  # (num_heads,), float32 or float64
 
     @property
     def of_rows(self) -> tuple[Tensor | None, ...]:

@@ -57,7 +57,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     ]
     settings = _mapping(provenance.get("training"))
     # The provenance describes the objective, the settings only name it. The checksums under "Data" identify the rollouts better.
-    training = {"objective": None, **settings, **{name: provenance[name] for name in ("objective",) if name in provenance}, "rollouts": None}
+    training = {"objective": None, **settings} | {"objective": provenance.get("objective", settings.get("objective")), "rollouts": None}
     rollouts = _mapping(provenance.get("rollouts"))
     data_rows = {**_mapping(provenance.get("data")), **{name: rollouts[name] for name in rollouts if name in ROLLOUTS}}
     for title, content in (("Data", data_rows), ("Training", training)):

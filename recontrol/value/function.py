@@ -23,7 +23,8 @@ from recontrol.version import __version__
 class ValueFunction(nn.Module):
     """Predicts the final reward of a response from the hidden state that is read to sample its next token.
 
-    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers.
+    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers: (..., hidden_size), floating point ->
+    (..., num_heads), dtype of the weights.
 
     V is in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard deviations from the mean reward:
     reward = std * V + mean, head by head (`to_reward`, `from_reward`). Calling V, climbing it, and `target` and `head_weights` of
@@ -36,9 +37,6 @@ class ValueFunction(nn.Module):
         reward_mean: (num_heads,), finite, the mean of each head's rewards in training, if V is standardised; else None.
         reward_std: (num_heads,), finite and above 0, their standard deviation; None if and only if `reward_mean` is.
         provenance: where the weights come from (base model, data, reward model), saved beside them.
-
-    Shapes:
-        hidden: (..., hidden_size), floating point -> (..., num_heads), dtype of the weights.
 
     Raises:
         ValueError: a size that is not a positive integer, or statistics that are not one number a head.

@@ -20,15 +20,10 @@ _caches: "weakref.WeakValueDictionary[int, PreparedCache]" = weakref.WeakValueDi
 
 @dataclass(frozen=True)
 class Prepared:
-    """The weights of a value function as every backend reads them, and what is computed from them alone.
+    """The weights of a value function as every backend reads them, contiguous and in their own dtype, and what is computed from them alone."""
 
-    Tensors:
-        weights: weights[l]: (dims[l + 1], dims[l]), the dtype they are stored in, contiguous.
-        biases: biases[l]: (dims[l + 1],), the same dtype.
-    """
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]  # weights[l]: (dims[l + 1], dims[l])
+    biases: tuple[Tensor, ...]  # biases[l]: (dims[l + 1],)
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> "Prepared":
@@ -90,8 +85,10 @@ class PreparedCache:
     def get(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Prepared:
         """Return the cached `Prepared` if it was made from these weights as they are now, else a new one."""
         tensors = (*weights, *biases)
-        # Weights made under inference_mode have no version counter.
-        stamp = None if any(tensor.is_inference() for tensor in tensors) else tuple(map(_stamp, tensors))
+        # What identifies their present content; nothing does where they were made under inference_mode, without a version counter.
+        stamp = None
+        if not any(tensor.is_inference() for tensor in tensors):
+            stamp = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
         with self._lock:
             if self._prepared is None or stamp is None or stamp != self._stamp:
                 # These aliases keep the storage alive, so that no new tensor can take a stamped address.
@@ -109,11 +106,6 @@ class PreparedCache:
 def cache_of(key: int) -> PreparedCache:
     """The cache with this key, or a fresh one when its value function is gone."""
     return _caches.get(key) or PreparedCache()
-
-
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    """Identifies the present content of a tensor."""
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
