@@ -9,6 +9,8 @@ from recontrol.ascent.arguments import AscentArguments, normalise
 from recontrol.checks import wide_dtype
 from recontrol.value import ValueFunction
 
+__all__ = ["ascend"]
+
 
 def ascend(
     hidden: Tensor,
@@ -25,8 +27,17 @@ def ascend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), from u = 0: the oracle of `recontrol.ascend`.
 
-    The arguments, errors and source are those of `recontrol.ascend`, but for `dtype`, the precision to compute in: by default float64 for
-    float64 input, else float32. The trace is in this dtype, the edited states in that of `hidden`.
+    Args:
+        hidden: (rows, hidden_size), as everything below but the last of the meaning that `recontrol.ascend` gives it.
+        value: the value function.
+        step_size: alpha, a float or (rows,).
+        steps: n, an int or (rows,).
+        mask: (rows,), bool.
+        radius: a float or (rows,).
+        target: a float or (rows,).
+        head_weights: (num_heads,).
+        return_trace: also return V along the path, in the compute dtype.
+        dtype: compute in this precision; by default float64 for float64 input, else float32.
     """
     arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
     arguments.check()

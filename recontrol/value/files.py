@@ -17,6 +17,7 @@ FORMAT = "recontrol.value_function"
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+SIZES, STATISTICS = ("hidden_size", "hidden_dims", "num_heads"), ("reward_mean", "reward_std")
 
 
 def checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) -> list[int]:
@@ -53,8 +54,7 @@ def local_folder(path: str | os.PathLike, revision: str | None = None, token: st
             raise ValueError(f"{folder} is a local folder and has no revision {revision!r}; a revision is of a repository on the hub")
         return folder
     if folder.exists():
-        wanted = f"a value function is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
-        raise ValueError(f"{folder} is a file; {wanted} (for a .pth file of the released code use from_released)")
+        raise ValueError(f"{folder} is a file; a value function is a folder, saved by save_pretrained; for a .pth file of the released code use from_released")
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -81,12 +81,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format version {version!r}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
     if found != ("mlp", "relu"):
         raise ValueError(f"{path}: only ReLU MLPs are supported, found architecture {found[0]!r} with activation {found[1]!r}")
-    missing = [key for key in ("hidden_size", "hidden_dims", "num_heads") if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
     try:
-        checked_sizes(config["hidden_size"], config["hidden_dims"], config["num_heads"])
-        checked_statistics(config.get("reward_mean"), config.get("reward_std"), config["num_heads"])
+        checked_sizes(*[config.get(name) for name in SIZES])
+        checked_statistics(*[config.get(name) for name in STATISTICS], config["num_heads"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(config.get("provenance"), dict | None):
@@ -121,7 +118,7 @@ def read_released(path: Path) -> list[tuple[Tensor, Tensor]]:
     found = set(state) if isinstance(state, dict) else {type(state).__name__}
     if found != wanted:
         raise ValueError(f"{path} is no value function of the released code: found keys {sorted(map(str, found))}, wanted fc1, fc3 and optionally fc2")
-    shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else (type(tensor).__name__,) for name, tensor in state.items()}
-    if any(len(shape) != (2 if name.endswith("weight") else 1) or not all(isinstance(n, int) and n > 0 for n in shape) for name, shape in shapes.items()):
+    if not all(isinstance(tensor, Tensor) and tensor.numel() and tensor.dim() == 1 + name.endswith("weight") for name, tensor in state.items()):
+        shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__ for name, tensor in state.items()}
         raise ValueError(f"{path} is no value function of the released code: found {shapes}, wanted matrices as weights and vectors as biases")
     return [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from recontrol.checks import renamed
 from recontrol.files import write_aside, write_json
+from recontrol.value import files
 from recontrol.value.card import CARD_NAME, model_card
-from recontrol.value.files import CONFIG_NAME, FORMAT, FORMAT_VERSION, WEIGHTS_NAME, checked_sizes, checked_statistics, local_folder, read_released, read_value
+from recontrol.value.files import CONFIG_NAME, SIZES, STATISTICS, WEIGHTS_NAME
 from recontrol.value.prepared import Prepared, PreparedCache
 from recontrol.version import __version__
 
@@ -57,11 +58,9 @@ class ValueFunction(nn.Module):
         provenance: dict[str, Any] | None = None,
     ):
         super().__init__()
-        sizes = checked_sizes(hidden_size, hidden_dims, num_heads)
-        self.hidden_size = hidden_size
-        self.hidden_dims = tuple(hidden_dims)
-        self.num_heads = num_heads
-        self.reward_mean, self.reward_std = checked_statistics(reward_mean, reward_std, num_heads)
+        sizes = files.checked_sizes(hidden_size, hidden_dims, num_heads)
+        self.hidden_size, self.hidden_dims, self.num_heads = hidden_size, tuple(hidden_dims), num_heads
+        self.reward_mean, self.reward_std = files.checked_statistics(reward_mean, reward_std, num_heads)
         self.provenance: dict[str, Any] = dict(provenance or {})
         # Weights made under inference_mode have no version counter, so a change of weights could not be seen.
         with torch.inference_mode(False):
@@ -132,10 +131,9 @@ class ValueFunction(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What `save_pretrained` writes beside the weights."""
-        kind = {"format": FORMAT, "format_version": FORMAT_VERSION, "architecture": "mlp", "activation": "relu"}
-        sizes = {"hidden_size": self.hidden_size, "hidden_dims": list(self.hidden_dims), "num_heads": self.num_heads}
-        statistics = {name: list(given) if given else None for name, given in (("reward_mean", self.reward_mean), ("reward_std", self.reward_std))}
-        return {**kind, **sizes, **statistics, "provenance": self.provenance}
+        kind = {"format": files.FORMAT, "format_version": files.FORMAT_VERSION, "architecture": "mlp", "activation": "relu"}
+        described = {name: getattr(self, name) for name in (*SIZES, *STATISTICS, "provenance")}
+        return kind | {name: list(given) if isinstance(given, tuple) else given for name, given in described.items()}
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all; an OSError if it cannot be written."""
@@ -145,7 +143,7 @@ class ValueFunction(nn.Module):
         # Both files are written before either is moved into place, so that an error leaves both old ones.
         with write_aside(folder / WEIGHTS_NAME) as aside:
             # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
-            aside.write_bytes(save(tensors, metadata={"format": FORMAT}))
+            aside.write_bytes(save(tensors, metadata={"format": files.FORMAT}))
             write_json(folder / CONFIG_NAME, self.config)
 
     def push_to_hub(
@@ -213,8 +211,8 @@ class ValueFunction(nn.Module):
             FileNotFoundError: `path` is neither a folder nor found on the hub.
             ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
         """
-        folder = local_folder(path, revision, token)
-        return cls._from_tensors(*read_value(folder), folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
+        folder = files.local_folder(path, revision, token)
+        return cls._from_tensors(*files.read_value(folder), folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
     def from_released(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
@@ -225,11 +223,10 @@ class ValueFunction(nn.Module):
             provenance: recorded in the value function, since the file carries none.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or its keys are not those of the released code.
+            FileNotFoundError, ValueError: there is no such file, it is damaged, or its keys are not those of the released code.
         """
         path = Path(path)
-        layers = read_released(path)
+        layers = files.read_released(path)
         sizes = [layers[0][0].shape[1], *(weight.shape[0] for weight, _ in layers)]
         config = {"hidden_size": sizes[0], "hidden_dims": sizes[1:-1], "num_heads": sizes[-1], "provenance": {"source": path.name, **(provenance or {})}}
         tensors = {f"layers.{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in zip(("weight", "bias"), layer, strict=True)}
@@ -246,8 +243,8 @@ class ValueFunction(nn.Module):
         """The value function that a config describes with the tensors of a file, whose names, shapes and dtypes are checked."""
         # Nothing is allocated before the file is known to agree, and no random numbers are drawn for weights that are replaced.
         with torch.device("meta"):
-            optional = {name: config.get(name) for name in ("reward_mean", "reward_std", "provenance")}
-            value = cls(config["hidden_size"], config["hidden_dims"], config["num_heads"], **optional)
+            settings: dict[str, Any] = {name: config.get(name) for name in (*SIZES, *STATISTICS, "provenance")}
+            value = cls(**settings)
         wanted = {name: tuple(tensor.shape) for name, tensor in value.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
@@ -267,9 +264,8 @@ class ValueFunction(nn.Module):
 class WeightedSum(ValueFunction):
     """V(h) = sum_k weight_k V_k(h), written `0.7 * helpful + 0.3 * harmless`.
 
-    It is one wider value function: the first layers are stacked, the middle ones are blocks on a diagonal, and the last ones are multiplied by
-    the weights. So one ascent climbs it, and it is saved, loaded and served like any other. Its unit is that of the sum: where the V_k are
-    standardised, the weights count standard deviations. It is a copy: when one of the V_k has changed, make the sum again.
+    It is one wider value function: climbed by one ascent, and saved, loaded and served like any other. Its unit is that of the sum: where the V_k
+    are standardised, the weights count standard deviations. It is a copy: when one of the V_k has changed, make the sum again.
 
     Args:
         terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device; sums are replaced by their own terms.
@@ -321,7 +317,6 @@ def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[floa
         raise ValueError("a weighted sum needs at least one term")
     if wrong := [weight for weight, _ in flat if not torch.tensor(weight).isfinite()]:
         raise ValueError(f"weights must be finite, found {wrong[0]}")
-    # What the terms have in common, by its name in a message.
     names = {"number of layers": "layers", "hidden size": "hidden_size", "number of heads": "num_heads", "dtype": "dtype", "device": "device"}
     for name, attribute in names.items():
         found = [len(value.layers) if attribute == "layers" else getattr(value, attribute) for _, value in flat]

@@ -66,8 +66,8 @@ class Prepared:
 class PreparedCache:
     """Holds the `Prepared` of one value function until a weight changes.
 
-    A change is seen by the tensor's address, layout, dtype, device or version counter, and after any `torch.optim` step on the
-    weights. In-place changes through `.data` or another library's view of the memory bump no counter; call `clear` after one.
+    A change is seen by the tensor's address, layout, dtype, device or version counter, and after any `torch.optim` step on the weights. In-place
+    changes through `.data` or another library's view of the memory bump no counter; call `clear` after one.
     """
 
     def __init__(self) -> None:
