@@ -25,11 +25,6 @@ class AscentArguments(NamedTuple):
     target: Tensor | None  # (rows,), float32 or float64
     head_weights: Tensor  # (num_heads,), float32 or float64
 
-    @property
-    def of_rows(self) -> tuple[Tensor | None, ...]:
-        """What has one entry a row: step_size, steps, mask, radius and target."""
-        return self[1:6]
-
     def live_steps(self) -> Tensor:
         """The number of steps of each row, 0 where it is masked out: (rows,), int64."""
         return self.steps if self.mask is None else torch.where(self.mask, self.steps, 0)

@@ -86,10 +86,7 @@ def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: S
 
 
 def fraction_to_radius(move_square: Tensor, edit_dot_move: Tensor, room: Tensor) -> Tensor:
-    """Where a step m leaves the trust region: the t in [0, 1] with |u + t m| = radius, the positive root of t^2 m.m + 2 t u.m - room = 0.
-
-    All are (rows,): m.m, u.m, and room = radius^2 - u.u, not negative up to rounding.
-    """
+    """The t in [0, 1] with |u + t m| = radius, where t^2 m.m + 2 t u.m = room = radius^2 - u.u: all (rows,)."""
     root = torch.sqrt(torch.clamp(edit_dot_move * edit_dot_move + move_square * room, min=0))
     # Two forms of the same root: each is used where it does not subtract nearly equal numbers.
     fraction = torch.where(edit_dot_move > 0, room / (edit_dot_move + root), (root - edit_dot_move) / move_square)

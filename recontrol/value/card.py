@@ -47,13 +47,23 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
     shown = _without_folders(base_name) or "the language model it was trained with"
     weights = "" if config["num_heads"] == 1 else f", head_weights={[1.0] * config['num_heads']}"
+    widths = " -> ".join(map(str, (config["hidden_size"], *config["hidden_dims"], config["num_heads"])))
+    fingerprint = [("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base))))] if "samples" in base else []
+    identity = [("base model", _code(shown)), *fingerprint, ("network", f"ReLU perceptron {widths}, {size}")]
+    names, mean, std = names_of_heads(provenance.get("reward"), config["num_heads"]), config.get("reward_mean"), config.get("reward_std")
+    for head, name in enumerate(names):
+        identity.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
+        if mean is not None and std is not None:
+            identity.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
+    made_with = ", ".join(f"{name} {version}" for name, version in _mapping(provenance.get("made_with")).items())
+    identity += [("made with", made_with)] if made_with else []
     sections = [
         f"# {repo_id or 'Value function'}",
         f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
         f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
         USAGE.format(value=repo_id or "path/to/this/folder", model=base_name if on_hub else "path/to/the/model", weights=weights),
     ]
-    sections += ["## What it is", _table(("", ""), _identity(config, provenance, size, base, shown))]
+    sections += ["## What it is", _table(("", ""), identity)]
     settings = _mapping(provenance.get("training"))
     # The provenance describes the objective, the settings only name it. The checksums under "Data" identify the rollouts better.
     training = {"objective": None, **settings} | {"objective": provenance.get("objective", settings.get("objective")), "rollouts": None}
@@ -71,20 +81,6 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
         "steps on prompts that were not trained on, and read the responses.",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
-
-
-def _identity(config: Mapping[str, Any], provenance: Mapping[str, Any], size: str, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
-    widths = " -> ".join(map(str, (config["hidden_size"], *config["hidden_dims"], config["num_heads"])))
-    fingerprint = [("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base))))] if "samples" in base else []
-    identity = [("base model", _code(shown)), *fingerprint, ("network", f"ReLU perceptron {widths}, {size}")]
-    names, mean, std = names_of_heads(provenance.get("reward"), config["num_heads"]), config.get("reward_mean"), config.get("reward_std")
-    for head, name in enumerate(names):
-        identity.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
-        if mean is not None and std is not None:
-            identity.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
-    made_with = ", ".join(f"{name} {version}" for name, version in _mapping(provenance.get("made_with")).items())
-    identity += [("made with", made_with)] if made_with else []
-    return identity
 
 
 def _curve(history: Any, best: Any) -> str:

@@ -81,9 +81,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format version {version!r}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
     if found != ("mlp", "relu"):
         raise ValueError(f"{path}: only ReLU MLPs are supported, found architecture {found[0]!r} with activation {found[1]!r}")
+    sizes: Any = [config.get(name) for name in SIZES]
     try:
-        checked_sizes(*[config.get(name) for name in SIZES])
-        checked_statistics(*[config.get(name) for name in STATISTICS], config["num_heads"])
+        checked_sizes(*sizes)
+        checked_statistics(config.get("reward_mean"), config.get("reward_std"), sizes[-1])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(config.get("provenance"), dict | None):

@@ -17,8 +17,7 @@ from recontrol.version import __version__
 logger = logging.getLogger("recontrol")
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend(), CudaBackend(), TritonBackend(), OracleBackend())}
-# By the type of the device, what "auto" tries first: what was measured to be the fastest, on the CPU by benchmarks/data/cpu.csv. "torch" can
-# run everything; what comes behind it is reached only where it is asked for by name.
+# What "auto" tries: by the type of the device what was measured to be the fastest (benchmarks/data/cpu.csv), then "torch", which runs everything.
 MEASURED = {"cpu": ("cpu",)}
 UNMEASURED = ("torch", "cpu", "cuda", "triton", "oracle")
 CHOICES = f"choose one of {', '.join(map(repr, ('auto', *BACKENDS)))}"

@@ -62,4 +62,4 @@ class TritonBackend(KernelBackend):
         """As `Backend.run`."""
         arguments.check()
         weights, bias, output = prepared.weights, prepared.wide_biases[0], prepared.output(arguments.head_weights)
-        return cast(ModuleType, _kernels()).ascend(arguments.hidden, weights[0], bias, prepared.gram, *output, *arguments.of_rows, trace_columns)
+        return cast(ModuleType, _kernels()).ascend(arguments.hidden, weights[0], bias, prepared.gram, *output, *arguments[1:6], trace_columns)
