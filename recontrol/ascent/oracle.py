@@ -28,7 +28,7 @@ def ascend(
     """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), from u = 0: the oracle of `recontrol.ascend`.
 
     Args:
-        hidden: (rows, hidden_size), as everything below but the last of the meaning that `recontrol.ascend` gives it.
+        hidden: (rows, hidden_size), floating point; this and what follows is as in `recontrol.ascend`.
         value: the value function.
         step_size: alpha, a float or (rows,).
         steps: n, an int or (rows,).
@@ -47,8 +47,7 @@ def ascend(
 
 @torch.inference_mode(False)
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1), by autograd in this dtype; the arguments are checked."""
-    # Clones, because tensors made under inference_mode cannot take part in autograd.
+    """The edited states and the trace of V by autograd in this dtype; on clones, since tensors of inference_mode cannot take part in autograd."""
     weights = [weight.detach().clone().to(dtype) for weight in weights]
     biases = [bias.detach().clone().to(dtype) for bias in biases]
     start = arguments.hidden.detach().clone().to(dtype)

@@ -15,8 +15,7 @@ CARD_NAME = "README.md"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # At the start of an entry, or after a name given to it.
 ABSOLUTE_PATH = re.compile(r"(?:^|(?<=: ))(?:/[^/,\n]+)+")
-# Rows of the learning curve at most; the best and the last epoch are among them.
-CURVE_ROWS = 20
+CURVE_ROWS = 20  # of the learning curve at most; the best and the last epoch are among them
 # What the rollouts' manifest says that a reader of the card may want to know.
 ROLLOUTS = ("num_prompts", "prompts_sha256", "num_samples", "generation", "stop_strings", "seed", "tokenizer", "model_dtype", "storage", "checksums_sha256")
 
@@ -71,10 +70,9 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     data_rows = {**_mapping(provenance.get("data")), **{name: rollouts[name] for name in rollouts if name in ROLLOUTS}}
     for title, content in (("Data", data_rows), ("Training", training)):
         rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
-        if rows:
-            sections += [f"## {title}", _table(("", ""), rows)]
-    if curve := _curve(provenance.get("history"), provenance.get("best_epoch")):
-        sections += ["## Learning curve", curve]
+        sections += [f"## {title}", _table(("", ""), rows)] if rows else []
+    curve = _curve(provenance.get("history"), provenance.get("best_epoch"))
+    sections += ["## Learning curve", curve] if curve else []
     sections += [
         "## Limits",
         "The reward is what was trained on, not quality: with a step size that is too large V keeps rising while the text collapses. Choose step size and "

@@ -23,8 +23,7 @@ SIZES, STATISTICS = ("hidden_size", "hidden_dims", "num_heads"), ("reward_mean",
 def checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) -> list[int]:
     """The widths from the hidden state to the heads; a ValueError unless all are positive integers."""
     if not isinstance(hidden_dims, Sequence) or any(type(size) is not int or size < 1 for size in (hidden_size, *hidden_dims, num_heads)):
-        found = f"hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}"
-        raise ValueError(f"hidden_size, hidden_dims and num_heads must be positive integers, found {found}")
+        raise ValueError(f"sizes must be positive integers, found hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}")
     return [hidden_size, *hidden_dims, num_heads]
 
 

@@ -27,9 +27,8 @@ class ValueFunction(nn.Module):
     V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers: (..., hidden_size), floating point ->
     (..., num_heads), dtype of the weights.
 
-    V is in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard deviations from the mean reward:
-    reward = std * V + mean, head by head (`to_reward`, `from_reward`). Calling V, climbing it, and `target` and `head_weights` of
-    `Controller` are all in V's own unit.
+    V, and `target` and `head_weights` of `Controller`, are in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard
+    deviations from the mean reward: reward = std * V + mean, head by head (`to_reward`, `from_reward`).
 
     Args:
         hidden_size: width of the language model's last hidden state.
@@ -142,7 +141,7 @@ class ValueFunction(nn.Module):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Both files are written before either is moved into place, so that an error leaves both old ones.
         with write_aside(folder / WEIGHTS_NAME) as aside:
-            # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
+            # Not save_file, whose error at a full disk is no OSError that names the file.
             aside.write_bytes(save(tensors, metadata={"format": files.FORMAT}))
             write_json(folder / CONFIG_NAME, self.config)
 
@@ -167,8 +166,7 @@ class ValueFunction(nn.Module):
             create_pr: open a pull request instead of committing.
 
         Raises:
-            ValueError: `repo_id` is no name of a repository.
-            OSError: the hub cannot be reached or refuses; nothing was committed.
+            ValueError, OSError: `repo_id` is no name of a repository; the hub cannot be reached or refuses, and nothing was committed.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
@@ -208,8 +206,7 @@ class ValueFunction(nn.Module):
             token: for a private repository; by default the one that `hf auth login` stored.
 
         Raises:
-            FileNotFoundError: `path` is neither a folder nor found on the hub.
-            ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
+            FileNotFoundError, ValueError: `path` is neither a folder nor on the hub; the files are damaged or foreign; a folder has no revisions.
         """
         folder = files.local_folder(path, revision, token)
         return cls._from_tensors(*files.read_value(folder), folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
