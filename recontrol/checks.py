@@ -17,11 +17,7 @@ SHOWN = 8
 
 
 def number(name: str, given: Any, minimum: float = -math.inf) -> float:
-    """A finite float of at least `minimum`, which is 0 or no minimum.
-
-    Raises:
-        TypeError, ValueError: it is none; `name` says what it was given for.
-    """
+    """A finite float of at least `minimum`, which is 0 or no minimum; a TypeError or ValueError that begins with `name` for anything else."""
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"{name} must be a number, found {given!r}")
     wanted = f"{name} must be finite{' and 0 or more' if minimum == 0 else ''}"
@@ -35,11 +31,7 @@ def number(name: str, given: Any, minimum: float = -math.inf) -> float:
 
 
 def integer(name: str, given: Any) -> int:
-    """An int of at least 0.
-
-    Raises:
-        TypeError, ValueError: it is none; `name` says what it was given for.
-    """
+    """An int of at least 0; a TypeError or ValueError that begins with `name` for anything else."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
     if given < 0:
@@ -48,11 +40,7 @@ def integer(name: str, given: Any) -> int:
 
 
 def several(name: str, given: Any) -> Iterable[Any]:
-    """What may be iterated over and is no text; a tensor becomes a list.
-
-    Raises:
-        TypeError: it is something else; `name` says what it was given for.
-    """
+    """What may be iterated over and is no text, a tensor as a list; a TypeError that begins with `name` for anything else."""
     given = given.tolist() if isinstance(given, Tensor) else given
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{name} must be a sequence of numbers, found {given!r}")
@@ -76,11 +64,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def required(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional package.
-
-    Raises:
-        ImportError: it is missing; the message names the extra of recontrol that brings it.
-    """
+    """Import a module of an optional package; an ImportError that names the extra of recontrol that brings it where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

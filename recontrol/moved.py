@@ -16,7 +16,7 @@ MOVED = {
     "recontrol.data.rewards.regression": "recontrol.data.rewards.model",
     "recontrol.data.texts": "recontrol.data.collect",
     "recontrol.decoding.generation": "recontrol.decoding.batches",
-    "recontrol.hub": "recontrol.value.hub",
+    "recontrol.hub": "recontrol.value.card",
     "recontrol.loading": "recontrol.decoding.loading",
     "recontrol.peak_memory": "recontrol.methods.peak_memory",
     "recontrol.prepared": "recontrol.value.prepared",

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -347,8 +346,8 @@ def test_both_checks_see_a_single_culprit(name, place):
     for wrong in [-1] if name == "steps" else [NAN, INF, -INF] if name in ("hidden", "target", "head_weights") else [NAN, INF, -INF, -1e-45, -1]:
         spoilt = getattr(fine, name).clone()
         spoilt[place] = wrong
-        arguments = replace(fine, **{name: spoilt})
+        arguments = fine._replace(**{name: spoilt})
         assert not sound(arguments) and refusal(arguments).startswith(name.split("_")[0])
         # A dead row's hidden state may be anything, its numbers may not.
-        dead = replace(arguments, mask=torch.arange(3) != place)
+        dead = arguments._replace(mask=torch.arange(3) != place)
         assert sound(dead) == (refusal(dead) is None) == (name == "hidden")

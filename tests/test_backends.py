@@ -15,7 +15,7 @@ import recontrol as rc
 from recontrol import _C
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import AscentArguments, normalise
-from recontrol.ascent.backends import BACKENDS, capturable, dispatch, extension, names
+from recontrol.ascent.backends import BACKENDS, capturable, extension, names, order
 
 CHOICES = "choose one of 'auto', 'cpu', 'torch', 'cuda', 'triton', 'oracle'"
 SIZE = 6
@@ -262,15 +262,15 @@ def test_an_extension_that_cannot_be_loaded_is_remembered_with_the_error(monkeyp
 
 class TestDispatch:
     def test_it_takes_what_was_measured_and_then_what_can_run_everything(self):
-        assert dispatch.order("cpu")[:2] == ("cpu", "torch")
-        assert dispatch.order("cuda")[0] == dispatch.order("meta")[0] == "torch"
+        assert order("cpu")[:2] == ("cpu", "torch")
+        assert order("cuda")[0] == order("meta")[0] == "torch"
 
     @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
     def test_every_backend_is_tried_once(self, device):
-        assert sorted(dispatch.order(device)) == sorted(BACKENDS)
+        assert sorted(order(device)) == sorted(BACKENDS)
 
     def test_the_information_follows_the_order_and_not_the_list_of_backends(self, monkeypatch, used):
-        monkeypatch.setattr(dispatch, "MEASURED", {"cpu": ("oracle",)})
+        monkeypatch.setattr(backends, "MEASURED", {"cpu": ("oracle",)})
         rc.ascend(*make())
         assert used == [rc.backend_info()["auto"]] == ["oracle"]
 

@@ -13,7 +13,7 @@ from oracle import ROUNDOFF, edit_error, integers, oracle, product_error, releas
 
 import recontrol as rc
 from recontrol.ascent.arguments import normalise
-from recontrol.ascent.backends import BACKENDS, cuda, extension
+from recontrol.ascent.backends import BACKENDS, compiled, extension
 
 ON_GPU = BACKENDS["cuda"].status()["available"]
 if not ON_GPU and (reason := emulated.why_not_here()):
@@ -32,7 +32,7 @@ OPTIONS = [{}, {"radius": 0.2}, {"target": 0.3}]
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch):
     if not ON_GPU:
-        monkeypatch.setattr(cuda, "_launch", emulated.ascend)
+        monkeypatch.setattr(compiled, "_launch", emulated.ascend)
         emulated.configure()
 
 
@@ -298,8 +298,8 @@ def test_without_cuda_in_the_extension_it_says_so(monkeypatch):
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(cuda, "_missing", lambda: None)
-    monkeypatch.setattr(cuda, "_device_why_not", lambda *_: None)
+    monkeypatch.setattr(compiled, "_no_cuda", lambda: None)
+    monkeypatch.setattr(compiled, "_device_why_not", lambda *_: None)
 
     def reason(*dims, dtype=torch.float32, device="cuda"):
         value = rc.ValueFunction(4, dims).to(dtype)

@@ -96,9 +96,9 @@ def test_every_module_is_in_a_room():
 
 
 def test_the_table_knows_a_violation_when_it_sees_one(monkeypatch, tmp_path):
-    (tmp_path / "checks.py").write_text("def f():\n    from recontrol.ascent.backends import cpu\n")
+    (tmp_path / "checks.py").write_text("def f():\n    from recontrol.ascent.backends import triton\n")
     monkeypatch.setitem(modules(), "recontrol.checks", tmp_path / "checks.py")
-    with pytest.raises(AssertionError, match=r"recontrol.checks imports recontrol.ascent.backends.cpu, which does not lie below it"):
+    with pytest.raises(AssertionError, match=r"recontrol.checks imports recontrol.ascent.backends.triton, which does not lie below it"):
         test_modules_import_only_what_lies_below("recontrol.checks")
 
 

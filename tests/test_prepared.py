@@ -107,8 +107,8 @@ def test_gram_is_made_once():
     value = make()
     prepared = value.prepared()
     gram = prepared.gram
-    first = value.layers[0].weight.detach()
-    assert torch.equal(gram, first @ first.T)
+    first = value.layers[0].weight.detach().double()
+    assert torch.equal(gram, (first @ first.T).float())
     rc.ascend(torch.randn(3, SIZE), value)
     assert value.prepared() is prepared and value.prepared().gram is gram
 
@@ -256,16 +256,30 @@ def test_the_memory_of_a_deleted_value_function_is_freed():
     ids=str,
 )
 def test_dtypes(weight_dtype, compute_dtype):
-    """G of half-precision weights is made of their exact products, summed in float32."""
+    """G is summed in float64 and rounded once, so that no setting of the process for float32 products changes it."""
     value = make((SIZE, 5)).to(weight_dtype)
     prepared = value.prepared()
-    first = value.layers[0].weight.detach().to(compute_dtype)
+    first = value.layers[0].weight.detach().double()
     assert prepared.compute_dtype == prepared.gram.dtype == compute_dtype
-    assert torch.equal(prepared.gram, first @ first.T)
+    assert torch.equal(prepared.gram, (first @ first.T).to(compute_dtype))
     assert {weight.dtype for weight in prepared.weights} == {weight_dtype} and {weight.dtype for weight in prepared.wide_weights} == {compute_dtype}
     assert {bias.dtype for bias in prepared.wide_biases} == {compute_dtype}
     assert torch.equal(prepared.second_transposed, value.layers[1].weight.detach().T) and prepared.second_transposed.is_contiguous()
     assert not prepared.gram.requires_grad
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])]
+)
+def test_the_precision_of_float32_products_changes_nothing(device):
+    """TF32 on a GPU, bfloat16 on some processors: what is kept is the same for whoever asks first."""
+    value = rc.ValueFunction(256, (128,)).to(device)
+    wanted, before = fresh(value.cpu()).to(device).prepared().gram, torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(value.to(device).prepared().gram, wanted)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "oracle"])

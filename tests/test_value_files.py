@@ -79,7 +79,7 @@ class TestBadFolders:
             ({"activation": "gelu"}, "only ReLU MLPs are supported, found architecture 'mlp' with activation 'gelu'"),
             ({"activation": "absent"}, "only ReLU MLPs are supported"),
             ({"architecture": "transformer"}, "only ReLU MLPs are supported, found architecture 'transformer'"),
-            ({"hidden_size": "absent", "num_heads": "absent"}, r"config\.json lacks hidden_size, num_heads"),
+            ({"hidden_size": "absent", "num_heads": "absent"}, r"config\.json: .*must be positive integers, found hidden_size=None, .*num_heads=None"),
             ({"hidden_size": -6}, r"config\.json: .*must be positive integers, found hidden_size=-6"),
             ({"hidden_dims": 8}, r"config\.json: .*must be positive integers, found .*hidden_dims=8"),
             ({"hidden_dims": ["8"]}, r"config\.json: .*must be positive integers"),

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +11,11 @@ from recontrol.checks import dtype_name, first_few, wide_dtype
 from recontrol.value import ValueFunction
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATING_NAMES = ", ".join(map(dtype_name, FLOATING))
 
 
-@dataclass(frozen=True)
-class RowOption:
-    """An option of the ascent that may differ from row to row."""
+class RowOption(NamedTuple):
+    """A setting of the ascent that may differ from row to row."""
 
     name: str
     minimum: float = -math.inf
@@ -24,7 +23,7 @@ class RowOption:
     integer: bool = False
 
 
-# A new option is an entry here, a field of `AscentArguments`, an argument of `ascend` and of the oracle, and what the backends do with it.
+# Also the settings of a `Control`. A new one is an entry here, a field below, an argument of `ascend` and of the oracle, and what the backends do with it.
 ROW_OPTIONS = (
     RowOption("step_size", minimum=0),
     RowOption("steps", minimum=0, integer=True),
@@ -33,32 +32,16 @@ ROW_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class AscentArguments:
-    """The arguments of one ascent as tensors on the device of the hidden states.
+class AscentArguments(NamedTuple):
+    """The arguments of one ascent as tensors on the device of the hidden states, in the order in which kernels and the operator take them."""
 
-    Tensors:
-        hidden: (rows, hidden_size), floating point.
-        step_size: (rows,), float32 or float64.
-        steps: (rows,), int64.
-        mask: (rows,), bool, or None when every row is live.
-        radius: (rows,), float32 or float64, or None.
-        target: (rows,), float32 or float64, or None.
-        head_weights: (num_heads,), float32 or float64.
-    """
-
-    hidden: Tensor
-    step_size: Tensor
-    steps: Tensor
-    mask: Tensor | None
-    radius: Tensor | None
-    target: Tensor | None
-    head_weights: Tensor
-
-    @property
-    def of_rows(self) -> tuple[Tensor | None, ...]:
-        """What has one entry a row, in the order in which kernels take it."""
-        return self.step_size, self.steps, self.mask, self.radius, self.target
+    hidden: Tensor  # (rows, hidden_size), floating point
+    step_size: Tensor  # (rows,), float32 or float64
+    steps: Tensor  # (rows,), int64
+    mask: Tensor | None  # (rows,), bool, None when every row is live
+    radius: Tensor | None  # (rows,), float32 or float64
+    target: Tensor | None  # (rows,), float32 or float64
+    head_weights: Tensor  # (num_heads,), float32 or float64
 
     def live_steps(self) -> Tensor:
         """The number of steps of each row, 0 where it is masked out: (rows,), int64."""
@@ -72,22 +55,19 @@ class AscentArguments:
         """Refuse invalid values with a ValueError that names the rows. Skipped while a CUDA graph is captured: there are no values yet."""
         if self.hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        checked = [(_bad(self.head_weights, -math.inf), self.head_weights, "head_weights must be finite", "head")]
+        checks = [("head_weights must be finite", "head", self.head_weights, -math.inf)]
         for option in ROW_OPTIONS:
-            given = getattr(self, option.name)
-            if given is not None:
-                conditions = [*([] if option.integer else ["finite"]), *(["0 or more"] if option.minimum == 0 else [])]
-                checked.append((_bad(given, option.minimum), given, f"{option.name} must be {' and '.join(conditions)}", "row"))
+            wanted = " and ".join(["finite"] * (not option.integer) + ["0 or more"] * (option.minimum == 0))
+            checks.append((f"{option.name} must be {wanted}", "row", getattr(self, option.name), option.minimum))
+        bad = [(wanted, noun, given, ~torch.isfinite(given) | (given < minimum)) for wanted, noun, given, minimum in checks if given is not None]
         bad_states = ~torch.isfinite(self.hidden).all(dim=1) & (self.live_steps() > 0)
         # One look at one number, because each look waits for the device.
-        if not torch.cat([bad_states, *(bad for bad, *_ in checked)]).any():
+        if not torch.cat([bad_states, *(entries for *_, entries in bad)]).any():
             return
-        for bad, given, wanted, noun in checked:
-            if bad.any():
-                places = bad.nonzero().flatten().tolist()
-                raise ValueError(f"{wanted}, found {given[places[0]].item()} in {_places(places, noun)}")
-        rows = bad_states.nonzero().flatten().tolist()
-        raise ValueError(f"hidden states must be finite; NaN or infinite values in {_places(rows, 'row')} of {self.hidden.shape[0]}")
+        for wanted, noun, given, entries in bad:
+            if entries.any():
+                raise ValueError(f"{wanted}, found {given[entries][0].item()} in {_places(entries, noun)}")
+        raise ValueError(f"hidden states must be finite; NaN or infinite values in {_places(bad_states, 'row')} of {self.hidden.shape[0]}")
 
 
 def normalise(
@@ -102,20 +82,20 @@ def normalise(
 ) -> AscentArguments:
     """Check types, shapes, dtypes and devices (TypeError, ValueError) and spread scalars over the rows; `AscentArguments.check` checks values."""
     _check_states(hidden, value)
-    rows, dtype, device = hidden.shape[0], wide_dtype(hidden.dtype), hidden.device
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, found {getattr(mask, 'dtype', type(mask).__name__)}")
-        mask = _spread(mask, rows, torch.bool, device, "mask")
-    given = {"step_size": step_size, "steps": steps, "radius": radius, "target": target}
-    spread: dict[str, Any] = dict.fromkeys(given)
-    for option in ROW_OPTIONS:
-        number = given[option.name]
-        if option.integer and not _may_be_integer(number):
-            raise TypeError(f"{option.name} must be an integer or an integer tensor, found {number.dtype if isinstance(number, Tensor) else number!r}")
-        if number is not None or not option.optional:
-            spread[option.name] = _spread(number, rows, torch.int64 if option.integer else dtype, device, option.name)
-    return AscentArguments(hidden=hidden.detach(), mask=mask, head_weights=_head_weights(head_weights, value.num_heads, dtype, device), **spread)
+    dtype = wide_dtype(hidden.dtype)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise TypeError(f"mask must be a bool tensor, found {getattr(mask, 'dtype', type(mask).__name__)}")
+    if isinstance(steps, bool | float) or (isinstance(steps, Tensor) and (steps.is_floating_point() or steps.dtype == torch.bool)):
+        raise TypeError(f"steps must be an integer or an integer tensor, found {steps.dtype if isinstance(steps, Tensor) else steps!r}")
+    return AscentArguments(
+        hidden.detach(),
+        _spread("step_size", step_size, hidden, dtype),
+        _spread("steps", steps, hidden, torch.int64),
+        None if mask is None else _spread("mask", mask, hidden, torch.bool),
+        None if radius is None else _spread("radius", radius, hidden, dtype),
+        None if target is None else _spread("target", target, hidden, dtype),
+        _head_weights(head_weights, value.num_heads, hidden.device, dtype),
+    )
 
 
 def _check_states(hidden: Any, value: Any) -> None:
@@ -123,21 +103,22 @@ def _check_states(hidden: Any, value: Any) -> None:
     if not isinstance(value, ValueFunction):
         raise TypeError(f"value must be a recontrol.ValueFunction, found {type(value).__name__}")
     if not isinstance(hidden, Tensor) or hidden.dtype not in FLOATING:
-        raise TypeError(f"hidden must be a tensor of {_names(FLOATING)}, found {getattr(hidden, 'dtype', type(hidden).__name__)}")
+        raise TypeError(f"hidden must be a tensor of {_FLOATING_NAMES}, found {getattr(hidden, 'dtype', type(hidden).__name__)}")
     if hidden.dim() != 2 or hidden.shape[1] != value.hidden_size:
         raise ValueError(f"hidden must have shape (rows, {value.hidden_size}) for this value function, found {tuple(hidden.shape)}")
     weights, biases = value.parameters_by_kind
+    dtype = weights[0].dtype
     dtypes = {parameter.dtype for parameter in (*weights, *biases)}
-    if len(dtypes) != 1 or value.dtype not in FLOATING:
-        raise TypeError(f"the weights of the value function must share one dtype of {_names(FLOATING)}, found {sorted(map(str, dtypes))}")
-    if (hidden.dtype == torch.float64) != (value.dtype == torch.float64):
-        raise TypeError(f"float64 goes with float64 only: hidden is {hidden.dtype}, the value function is {value.dtype}")
+    if len(dtypes) != 1 or dtype not in FLOATING:
+        raise TypeError(f"the weights of the value function must share one dtype of {_FLOATING_NAMES}, found {sorted(map(str, dtypes))}")
+    if (hidden.dtype == torch.float64) != (dtype == torch.float64):
+        raise TypeError(f"float64 goes with float64 only: hidden is {hidden.dtype}, the value function is {dtype}")
     devices = {parameter.device for parameter in (*weights, *biases)}
     if devices != {hidden.device}:
         raise ValueError(f"hidden is on {hidden.device}, the value function on {', '.join(sorted(map(str, devices)))}; move one of them")
 
 
-def _head_weights(given: Any, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _head_weights(given: Any, num_heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The weights of the heads on the device of the hidden states; they may come from another one."""
     if given is None:
         if num_heads != 1:
@@ -156,8 +137,9 @@ def _head_weights(given: Any, num_heads: int, dtype: torch.dtype, device: torch.
     return weights.to(dtype=dtype, device=device)
 
 
-def _spread(given: Any, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
+def _spread(name: str, given: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """A (rows,) tensor from a scalar or a (rows,) tensor."""
+    rows, device = hidden.shape[0], hidden.device
     if not isinstance(given, Tensor):
         if isinstance(given, bool) or not isinstance(given, int | float):
             raise TypeError(f"{name} must be a number or a tensor, found {type(given).__name__}")
@@ -177,19 +159,7 @@ def _spread(given: Any, rows: int, dtype: torch.dtype, device: torch.device, nam
     return given.detach().to(dtype=dtype, device=device).expand(rows).contiguous()
 
 
-def _may_be_integer(given: Any) -> bool:
-    if isinstance(given, Tensor):
-        return not given.is_floating_point() and given.dtype != torch.bool
-    return not isinstance(given, bool | float)
-
-
-def _bad(given: Tensor, minimum: float) -> Tensor:
-    return ~torch.isfinite(given) | (given < minimum)
-
-
-def _places(numbers: list[int], noun: str) -> str:
+def _places(bad: Tensor, noun: str) -> str:
+    """`row 2`, or `rows 1, 3`."""
+    numbers = bad.nonzero().flatten().tolist()
     return f"{noun}{'s' if len(numbers) > 1 else ''} {first_few(numbers)}"
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(map(dtype_name, dtypes))

@@ -1,8 +1,6 @@
 """Gradient ascent on a value function: the one operation that every decode step under control runs."""
 
-import dataclasses
-import types
-import typing
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import AscentArguments, normalise
 from recontrol.value import ValueFunction
-from recontrol.value.prepared import cache_of
+from recontrol.value.prepared import Prepared, cache_of
 
 
 def ascend(
@@ -65,43 +63,34 @@ def ascend(
     columns = 0
     if return_trace:
         columns = 1 + (steps if isinstance(steps, int) and hidden.shape[0] else arguments.most_steps())
-    edited, trace = climb(arguments, value, backend, columns)
+    with torch.no_grad():
+        # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or hidden.is_meta:
+            states, *rest = arguments
+            edited, trace = torch.ops.recontrol.ascend(states, *value.parameters_by_kind, *rest, value._cache.key, backend, columns)
+        else:
+            edited, trace = _run(arguments, value.prepared(), backend, columns)
     return (edited, trace) if return_trace else edited
 
 
-def climb(arguments: AscentArguments, value: ValueFunction, backend: str = "auto", trace_columns: int = 0) -> tuple[Tensor, Tensor]:
-    """`ascend` for arguments that are normalised: the edited states, and the trace of V, (rows, trace_columns)."""
-    weights, biases = value.parameters_by_kind
-    # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or arguments.hidden.is_meta
-    run = torch.ops.recontrol.ascend if traced else _ascend
-    rest = [getattr(arguments, name) for name in _REST]
-    with torch.no_grad():
-        return run(arguments.hidden, weights, biases, *rest, value._cache.key, backend, trace_columns)
-
-
-def _ascend(hidden: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-    """Pick the backend, which checks the values, and run it. Opaque to `torch.compile`, so that all of this may look at the data."""
-    *tensors, cache_key, backend, trace_columns = rest
-    arguments = AscentArguments(hidden, *tensors)
-    prepared = cache_of(cache_key).get(weights, biases)
+def _run(arguments: AscentArguments, prepared: Prepared, backend: str, trace_columns: int) -> tuple[Tensor, Tensor]:
+    """Pick the backend, which checks the values, and run it."""
+    chosen, device = backends.choose(backend, arguments, prepared), arguments.hidden.device.type
     # Kernels take float32 where autocast would make half-precision products.
-    with torch.autocast(hidden.device.type, enabled=False):
-        edited, trace = backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        edited, trace = chosen.run(arguments, prepared, trace_columns)
     # What the fake below promises, even for states that lie transposed.
     return edited.contiguous(), trace
 
 
-def _parameter(field: dataclasses.Field) -> str:
-    """A parameter of the operator: `Tensor? mask`."""
-    optional = isinstance(field.type, types.UnionType) and type(None) in typing.get_args(field.type)
-    return f"Tensor{'?' if optional else ''} {field.name}"
+def _ascend(hidden: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    *tensors, cache_key, backend, trace_columns = rest
+    return _run(AscentArguments(hidden, *tensors), cache_of(cache_key).get(weights, biases), backend, trace_columns)
 
 
-_FIELDS = dataclasses.fields(AscentArguments)[1:]
-_REST = tuple(field.name for field in _FIELDS)
-_SCHEMA = f"(Tensor hidden, Tensor[] weights, Tensor[] biases, {', '.join(map(_parameter, _FIELDS))}, SymInt cache_key, str backend, SymInt trace_columns)"
-_operator = torch.library.custom_op("recontrol::ascend", _ascend, mutates_args=(), schema=f"{_SCHEMA} -> (Tensor, Tensor)")
+_TENSORS = "Tensor hidden, Tensor[] weights, Tensor[] biases, Tensor step_size, Tensor steps, Tensor? mask, Tensor? radius, Tensor? target, Tensor head_weights"
+_SCHEMA = f"({_TENSORS}, SymInt cache_key, str backend, SymInt trace_columns) -> (Tensor, Tensor)"
+_operator = torch.library.custom_op("recontrol::ascend", _ascend, mutates_args=(), schema=_SCHEMA)
 
 
 @_operator.register_fake

@@ -9,6 +9,8 @@ from recontrol.ascent.arguments import AscentArguments, normalise
 from recontrol.checks import wide_dtype
 from recontrol.value import ValueFunction
 
+__all__ = ["ascend"]
+
 
 def ascend(
     hidden: Tensor,
@@ -23,29 +25,19 @@ def ascend(
     return_trace: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), starting at u = 0.
-
-    The arguments are those of `recontrol.ascend`, whose oracle this is.
+    """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), from u = 0: the oracle of `recontrol.ascend`.
 
     Args:
-        hidden: (rows, hidden_size), floating point; the state that is read to sample the next token.
+        hidden: (rows, hidden_size), floating point; this and what follows is as in `recontrol.ascend`.
         value: the value function.
         step_size: alpha, a float or (rows,).
         steps: n, an int or (rows,).
-        mask: (rows,), bool, True where the row is live; other rows come back unchanged.
-        radius: cut the path where |u| reaches this, a float or (rows,).
-        target: climb -(V - target)^2 instead of V, a float or (rows,).
-        head_weights: (num_heads,), the objective is the weighted sum of the heads.
-        return_trace: also return V along the path.
+        mask: (rows,), bool.
+        radius: a float or (rows,).
+        target: a float or (rows,).
+        head_weights: (num_heads,).
+        return_trace: also return V along the path, in the compute dtype.
         dtype: compute in this precision; by default float64 for float64 input, else float32.
-
-    Returns:
-        (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), the compute dtype.
-
-    Raises:
-        ValueError, TypeError: as `recontrol.ascend`.
-
-    Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
     arguments = normalise(hidden, value, step_size, steps, mask, radius, target, head_weights)
     arguments.check()
@@ -55,18 +47,7 @@ def ascend(
 
 @torch.inference_mode(False)
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the steps by autograd; what `ascend` runs when its arguments are checked.
-
-    Args:
-        arguments: of one ascent.
-        weights: of the value function, first layer first.
-        biases: likewise.
-        dtype: compute in this precision.
-
-    Returns:
-        The edited states, (rows, hidden_size), and the trace of V, (rows, max steps + 1).
-    """
-    # Clones, because tensors made under inference_mode cannot take part in autograd.
+    """The edited states and the trace of V by autograd in this dtype; on clones, since tensors of inference_mode cannot take part in autograd."""
     weights = [weight.detach().clone().to(dtype) for weight in weights]
     biases = [bias.detach().clone().to(dtype) for bias in biases]
     start = arguments.hidden.detach().clone().to(dtype)
@@ -104,13 +85,7 @@ def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: S
 
 
 def fraction_to_radius(move_square: Tensor, edit_dot_move: Tensor, room: Tensor) -> Tensor:
-    """Where a step m leaves the trust region: the t in [0, 1] with |u + t m| = radius, the positive root of t^2 m.m + 2 t u.m - room = 0.
-
-    Args:
-        move_square: (rows,), m.m.
-        edit_dot_move: (rows,), u.m.
-        room: (rows,), radius^2 - u.u, not negative up to rounding.
-    """
+    """The t in [0, 1] with |u + t m| = radius, where t^2 m.m + 2 t u.m = room = radius^2 - u.u: all (rows,)."""
     root = torch.sqrt(torch.clamp(edit_dot_move * edit_dot_move + move_square * room, min=0))
     # Two forms of the same root: each is used where it does not subtract nearly equal numbers.
     fraction = torch.where(edit_dot_move > 0, room / (edit_dot_move + root), (root - edit_dot_move) / move_square)

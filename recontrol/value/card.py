@@ -8,64 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from recontrol.checks import dtype_name
-from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
+from recontrol.value.files import read_value
 from recontrol.value.provenance import fingerprint_hash, names_of_heads
 
+CARD_NAME = "README.md"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # At the start of an entry, or after a name given to it.
 ABSOLUTE_PATH = re.compile(r"(?:^|(?<=: ))(?:/[^/,\n]+)+")
-# Rows of the learning curve at most; the best and the last epoch are among them.
-CURVE_ROWS = 20
+CURVE_ROWS = 20  # of the learning curve at most; the best and the last epoch are among them
 # What the rollouts' manifest says that a reader of the card may want to know.
 ROLLOUTS = ("num_prompts", "prompts_sha256", "num_samples", "generation", "stop_strings", "seed", "tokenizer", "model_dtype", "storage", "checksums_sha256")
 
-
-def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
-    """Markdown with YAML front matter for the value function in a folder: how to use it and where it comes from, as far as its provenance says."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    config, tensors = read_config(Path(folder) / CONFIG_NAME), read_weights(Path(folder) / WEIGHTS_NAME)
-    size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
-    provenance = config.get("provenance") or {}
-    recorded = provenance.get("base_model")
-    base: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {} if recorded is None else {"name": str(recorded)}
-    base_name = str(base.get("name") or "")
-    on_hub = bool(HUB_NAME.fullmatch(base_name)) and not Path(base_name).exists()
-    data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
-    shown = _without_folders(base_name) or "the language model it was trained with"
-    sections = [
-        f"# {repo_id or 'Value function'}",
-        f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
-        f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
-        _usage(repo_id or "path/to/this/folder", base_name if on_hub else "path/to/the/model", config["num_heads"]),
-        "## What it is",
-        _table(("", ""), _identity(config, provenance, size, base, shown)),
-    ]
-    rollouts = provenance.get("rollouts")
-    about = {**_mapping(provenance.get("data")), **{name: entry for name, entry in _mapping(rollouts).items() if name in ROLLOUTS}}
-    training = {"objective": None, **_mapping(provenance.get("training"))}
-    # The checksums under "Data" identify the same rollouts better.
-    training.pop("rollouts", None)
-    # The provenance describes the objective, the settings only name it.
-    training["objective"] = provenance.get("objective", training["objective"])
-    for title, content in (("Data", about), ("Training", training)):
-        rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
-        if rows:
-            sections += [f"## {title}", _table(("", ""), rows)]
-    curve = _curve(provenance.get("history"), provenance.get("best_epoch"))
-    if curve:
-        sections += ["## Learning curve", curve]
-    sections += [
-        "## Limits",
-        "The reward is what was trained on, not quality: with a step size that is too large V keeps rising while the text collapses. Choose step size and "
-        "steps on prompts that were not trained on, and read the responses.",
-    ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
-
-
-def _usage(value: str, model: str, num_heads: int) -> str:
-    weights = "" if num_heads == 1 else f", head_weights={[1.0] * num_heads}"
-    return f"""```python
+USAGE = """```python
 import recontrol as rc
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,42 +32,74 @@ with rc.Controller(value, step_size=0.5, steps=30{weights}).attach(model):
 ```"""
 
 
-def _identity(config: Mapping[str, Any], provenance: Mapping[str, Any], size: str, base: Mapping[str, Any], shown: str) -> list[tuple[str, Any]]:
-    """The rows of the table "What it is"."""
-    rows: list[tuple[str, Any]] = [("base model", _code(shown))]
-    if "samples" in base:
-        rows.append(("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base)))))
+def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
+    """Markdown with YAML front matter for the value function in a folder: how to use it and where it comes from, as far as its provenance says."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, tensors = read_value(Path(folder))
+    size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
+    provenance = config.get("provenance") or {}
+    recorded = provenance.get("base_model")
+    base = recorded if isinstance(recorded, Mapping) else {"name": recorded}
+    base_name = str(base.get("name") or "")
+    on_hub = bool(HUB_NAME.fullmatch(base_name)) and not Path(base_name).exists()
+    data = ModelCardData(library_name="recontrol", base_model=base_name if on_hub else None, tags=["recontrol", "value-function", "representation-editing"])
+    shown = _without_folders(base_name) or "the language model it was trained with"
+    weights = "" if config["num_heads"] == 1 else f", head_weights={[1.0] * config['num_heads']}"
     widths = " -> ".join(map(str, (config["hidden_size"], *config["hidden_dims"], config["num_heads"])))
-    rows.append(("network", f"ReLU perceptron {widths}, {size}"))
+    fingerprint = [("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base))))] if "samples" in base else []
+    identity = [("base model", _code(shown)), *fingerprint, ("network", f"ReLU perceptron {widths}, {size}")]
     names, mean, std = names_of_heads(provenance.get("reward"), config["num_heads"]), config.get("reward_mean"), config.get("reward_std")
     for head, name in enumerate(names):
-        rows.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
+        identity.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
         if mean is not None and std is not None:
-            rows.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
-    made_with = _mapping(provenance.get("made_with"))
-    if made_with:
-        rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made_with.items())))
-    return rows
+            identity.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
+    made_with = ", ".join(f"{name} {version}" for name, version in _mapping(provenance.get("made_with")).items())
+    identity += [("made with", made_with)] if made_with else []
+    sections = [
+        f"# {repo_id or 'Value function'}",
+        f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
+        f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
+        USAGE.format(value=repo_id or "path/to/this/folder", model=base_name if on_hub else "path/to/the/model", weights=weights),
+    ]
+    sections += ["## What it is", _table(("", ""), identity)]
+    settings = _mapping(provenance.get("training"))
+    # The provenance describes the objective, the settings only name it. The checksums under "Data" identify the rollouts better.
+    training = {"objective": None, **settings} | {"objective": provenance.get("objective", settings.get("objective")), "rollouts": None}
+    rollouts = _mapping(provenance.get("rollouts"))
+    data_rows = {**_mapping(provenance.get("data")), **{name: rollouts[name] for name in rollouts if name in ROLLOUTS}}
+    for title, content in (("Data", data_rows), ("Training", training)):
+        rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
+        sections += [f"## {title}", _table(("", ""), rows)] if rows else []
+    curve = _curve(provenance.get("history"), provenance.get("best_epoch"))
+    sections += ["## Learning curve", curve] if curve else []
+    sections += [
+        "## Limits",
+        "The reward is what was trained on, not quality: with a step size that is too large V keeps rising while the text collapses. Choose step size and "
+        "steps on prompts that were not trained on, and read the responses.",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
 def _curve(history: Any, best: Any) -> str:
     """The learning curve as a table; empty without one."""
-    epochs = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
-    if not epochs and isinstance(best, Mapping):
-        epochs = [best]
+    listed = history if isinstance(history, list) else []
+    epochs = [entry for entry in listed if isinstance(entry, Mapping) and entry] or ([best] if isinstance(best, Mapping) and best else [])
     if not epochs:
         return ""
-    best_at = next((place for place, entry in enumerate(epochs) if entry == best), None)
+    best_at = epochs.index(best) if best in epochs else -1
     step = max(1, -(-len(epochs) // (CURVE_ROWS - 2)))
-    places = sorted({*range(0, len(epochs), step), len(epochs) - 1, *([] if best_at is None else [best_at])})
     names = list(dict.fromkeys(name for entry in epochs for name in entry))
-    rows = [[_number(epochs[place].get(name)) + (" (best)" if place == best_at and name == names[0] else "") for name in names] for place in places]
+    rows = []
+    for place in sorted({*range(0, len(epochs), step), len(epochs) - 1, best_at} - {-1}):
+        numbers = [epochs[place].get(name) for name in names]
+        rows.append([f"{entry:.4g}" if isinstance(entry, float) else "" if entry is None else str(entry) for entry in numbers])
+        rows[-1][0] += " (best)" if place == best_at else ""
     return _table([name.replace("_", " ") for name in names], rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(entry) for entry in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def _cell(entry: Any) -> str:
@@ -128,10 +114,6 @@ def _without_folders(text: str) -> str:
 
 def _code(text: str) -> str:
     return "`" + text.replace("`", "'") + "`"
-
-
-def _number(entry: Any) -> str:
-    return f"{entry:.4g}" if isinstance(entry, float) else "" if entry is None else str(entry)
 
 
 def _mapping(entry: Any) -> Mapping[str, Any]:

@@ -17,13 +17,13 @@ FORMAT = "recontrol.value_function"
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+SIZES, STATISTICS = ("hidden_size", "hidden_dims", "num_heads"), ("reward_mean", "reward_std")
 
 
 def checked_sizes(hidden_size: int, hidden_dims: Sequence[int], num_heads: int) -> list[int]:
     """The widths from the hidden state to the heads; a ValueError unless all are positive integers."""
     if not isinstance(hidden_dims, Sequence) or any(type(size) is not int or size < 1 for size in (hidden_size, *hidden_dims, num_heads)):
-        found = f"hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}"
-        raise ValueError(f"hidden_size, hidden_dims and num_heads must be positive integers, found {found}")
+        raise ValueError(f"sizes must be positive integers, found hidden_size={hidden_size!r}, hidden_dims={hidden_dims!r}, num_heads={num_heads!r}")
     return [hidden_size, *hidden_dims, num_heads]
 
 
@@ -33,18 +33,16 @@ def checked_statistics(mean: Any, std: Any, num_heads: int) -> tuple[tuple[float
         return None, None
     if mean is None or std is None:
         raise ValueError(f"reward_mean and reward_std go together, found reward_mean={mean!r}, reward_std={std!r}")
-    return _statistic("reward_mean", mean, num_heads), _statistic("reward_std", std, num_heads, minimum=0.0)
-
-
-def _statistic(name: str, given: Any, num_heads: int, minimum: float = -math.inf) -> tuple[float, ...]:
-    listed = given.tolist() if isinstance(given, Tensor) else given
-    try:
-        numbers = tuple(map(float, listed))
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be numbers, one a head, found {given!r}") from None
-    if len(numbers) != num_heads or not all(math.isfinite(number) and number > minimum for number in numbers):
-        raise ValueError(f"{name} must be {num_heads} finite numbers{' above 0' if minimum == 0 else ''}, one a head, found {list(numbers)}")
-    return numbers
+    checked = []
+    for name, given, minimum in (("reward_mean", mean, -math.inf), ("reward_std", std, 0)):
+        try:
+            numbers = tuple(map(float, given.tolist() if isinstance(given, Tensor) else given))
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be numbers, one a head, found {given!r}") from None
+        if len(numbers) != num_heads or not all(math.isfinite(number) and number > minimum for number in numbers):
+            raise ValueError(f"{name} must be {num_heads} finite numbers{' above 0' if minimum == 0 else ''}, one a head, found {list(numbers)}")
+        checked.append(numbers)
+    return checked[0], checked[1]
 
 
 def local_folder(path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -55,9 +53,7 @@ def local_folder(path: str | os.PathLike, revision: str | None = None, token: st
             raise ValueError(f"{folder} is a local folder and has no revision {revision!r}; a revision is of a repository on the hub")
         return folder
     if folder.exists():
-        raise ValueError(
-            f"{folder} is a file; a value function is a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (for a .pth file of the released code use from_released)"
-        )
+        raise ValueError(f"{folder} is a file; a value function is a folder, saved by save_pretrained; for a .pth file of the released code use from_released")
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -79,19 +75,15 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") or config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} is not the config of a value function: found format {found!r}, wanted {FORMAT!r}")
-    version = config.get("format_version")
+    version, found = config.get("format_version"), (config.get("architecture"), config.get("activation"))
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
-    if config.get("architecture") != "mlp" or config.get("activation") != "relu":
-        raise ValueError(
-            f"{path}: only ReLU MLPs are supported, found architecture {config.get('architecture')!r} with activation {config.get('activation')!r}"
-        )
-    missing = [key for key in ("hidden_size", "hidden_dims", "num_heads") if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    if found != ("mlp", "relu"):
+        raise ValueError(f"{path}: only ReLU MLPs are supported, found architecture {found[0]!r} with activation {found[1]!r}")
+    sizes: Any = [config.get(name) for name in SIZES]
     try:
-        checked_sizes(config["hidden_size"], config["hidden_dims"], config["num_heads"])
-        checked_statistics(config.get("reward_mean"), config.get("reward_std"), config["num_heads"])
+        checked_sizes(*sizes)
+        checked_statistics(config.get("reward_mean"), config.get("reward_std"), sizes[-1])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(config.get("provenance"), dict | None):
@@ -99,12 +91,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a value function's weights; a ValueError if the file is missing, damaged, or of another format."""
+def read_value(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a value function; a ValueError if a file is missing, damaged, or of another format."""
+    config, path = read_config(folder / CONFIG_NAME), folder / WEIGHTS_NAME
     if not path.is_file():
-        raise ValueError(f"{path.parent} is no value function: {path.name} is missing")
+        raise ValueError(f"{folder} is no value function: {path.name} is missing")
     try:
-        return load_file(path)
+        return config, load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format") from error
 
@@ -125,7 +118,7 @@ def read_released(path: Path) -> list[tuple[Tensor, Tensor]]:
     found = set(state) if isinstance(state, dict) else {type(state).__name__}
     if found != wanted:
         raise ValueError(f"{path} is no value function of the released code: found keys {sorted(map(str, found))}, wanted fc1, fc3 and optionally fc2")
-    shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else (type(tensor).__name__,) for name, tensor in state.items()}
-    if any(len(shape) != (2 if name.endswith("weight") else 1) or not all(isinstance(n, int) and n > 0 for n in shape) for name, shape in shapes.items()):
+    if not all(isinstance(tensor, Tensor) and tensor.numel() and tensor.dim() == 1 + name.endswith("weight") for name, tensor in state.items()):
+        shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__ for name, tensor in state.items()}
         raise ValueError(f"{path} is no value function of the released code: found {shapes}, wanted matrices as weights and vectors as biases")
     return [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]

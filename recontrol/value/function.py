@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -14,30 +14,21 @@ from torch import Tensor, nn
 
 from recontrol.checks import renamed
 from recontrol.files import write_aside, write_json
-from recontrol.value.files import (
-    CONFIG_NAME,
-    FORMAT,
-    FORMAT_VERSION,
-    WEIGHTS_NAME,
-    checked_sizes,
-    checked_statistics,
-    local_folder,
-    read_config,
-    read_released,
-    read_weights,
-)
-from recontrol.value.hub import push
+from recontrol.value import files
+from recontrol.value.card import CARD_NAME, model_card
+from recontrol.value.files import CONFIG_NAME, SIZES, STATISTICS, WEIGHTS_NAME
 from recontrol.value.prepared import Prepared, PreparedCache
+from recontrol.version import __version__
 
 
 class ValueFunction(nn.Module):
     """Predicts the final reward of a response from the hidden state that is read to sample its next token.
 
-    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers.
+    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers: (..., hidden_size), floating point ->
+    (..., num_heads), dtype of the weights.
 
-    V is in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard deviations from the mean reward:
-    reward = std * V + mean, head by head (`to_reward`, `from_reward`). Calling V, climbing it, and `target` and `head_weights` of
-    `Controller` are all in V's own unit.
+    V, and `target` and `head_weights` of `Controller`, are in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard
+    deviations from the mean reward: reward = std * V + mean, head by head (`to_reward`, `from_reward`).
 
     Args:
         hidden_size: width of the language model's last hidden state.
@@ -47,14 +38,13 @@ class ValueFunction(nn.Module):
         reward_std: (num_heads,), finite and above 0, their standard deviation; None if and only if `reward_mean` is.
         provenance: where the weights come from (base model, data, reward model), saved beside them.
 
-    Shapes:
-        hidden: (..., hidden_size), floating point -> (..., num_heads), dtype of the weights.
-
     Raises:
         ValueError: a size that is not a positive integer, or statistics that are not one number a head.
 
     Source: Kong et al. 2024, section 4.2 (value function).
     """
+
+    layers: Any
 
     def __init__(
         self,
@@ -67,11 +57,9 @@ class ValueFunction(nn.Module):
         provenance: dict[str, Any] | None = None,
     ):
         super().__init__()
-        sizes = checked_sizes(hidden_size, hidden_dims, num_heads)
-        self.hidden_size = hidden_size
-        self.hidden_dims = tuple(hidden_dims)
-        self.num_heads = num_heads
-        self.reward_mean, self.reward_std = checked_statistics(reward_mean, reward_std, num_heads)
+        sizes = files.checked_sizes(hidden_size, hidden_dims, num_heads)
+        self.hidden_size, self.hidden_dims, self.num_heads = hidden_size, tuple(hidden_dims), num_heads
+        self.reward_mean, self.reward_std = files.checked_statistics(reward_mean, reward_std, num_heads)
         self.provenance: dict[str, Any] = dict(provenance or {})
         # Weights made under inference_mode have no version counter, so a change of weights could not be seen.
         with torch.inference_mode(False):
@@ -86,75 +74,53 @@ class ValueFunction(nn.Module):
         return self.layers[-1](activations)
 
     def to_reward(self, values: Tensor) -> Tensor:
-        """Values in the unit of the reward: values * std + mean, head by head; unchanged where V is not standardised.
-
-        Args:
-            values: (..., num_heads), in V's own unit.
-
-        Raises:
-            ValueError: the last dimension is not `num_heads`.
-        """
-        if self.reward_mean is None or self.reward_std is None:
-            return self._per_head(values)
-        return self._per_head(values) * values.new_tensor(self.reward_std) + values.new_tensor(self.reward_mean)
+        """Values in the unit of the reward: (..., num_heads) * std + mean, unchanged where V is not standardised; a ValueError for another shape."""
+        mean, std = self._statistics(values)
+        return values if mean is None else values * std + mean
 
     def from_reward(self, rewards: Tensor) -> Tensor:
-        """Rewards in V's own unit: (rewards - mean) / std, head by head; unchanged where V is not standardised.
+        """Rewards in V's own unit: ((..., num_heads) - mean) / std, unchanged where V is not standardised; a ValueError for another shape."""
+        mean, std = self._statistics(rewards)
+        return rewards if mean is None else (rewards - mean) / std
 
-        Args:
-            rewards: (..., num_heads), in the unit of the reward.
-
-        Raises:
-            ValueError: the last dimension is not `num_heads`.
-        """
-        if self.reward_mean is None or self.reward_std is None:
-            return self._per_head(rewards)
-        return (self._per_head(rewards) - rewards.new_tensor(self.reward_mean)) / rewards.new_tensor(self.reward_std)
-
-    def _per_head(self, numbers: Tensor) -> Tensor:
+    def _statistics(self, numbers: Tensor) -> tuple[Any, Any]:
         if not numbers.ndim or numbers.shape[-1] != self.num_heads:
             raise ValueError(f"the last dimension must be the {self.num_heads} heads, found shape {tuple(numbers.shape)}")
-        return numbers
+        return (None, None) if self.reward_mean is None else (numbers.new_tensor(self.reward_mean), numbers.new_tensor(self.reward_std))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self._linears[0].weight.dtype
+        return self.layers[0].weight.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self._linears[0].weight.device
+        return self.layers[0].weight.device
 
     @property
     def parameters_by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights and the biases, first layer first."""
-        return [layer.weight for layer in self._linears], [layer.bias for layer in self._linears]
-
-    @property
-    def _linears(self) -> Sequence[nn.Linear]:
-        return cast(Sequence[nn.Linear], self.layers)
+        linears = list(self.layers)
+        return [layer.weight for layer in linears], [layer.bias for layer in linears]
 
     def prepared(self) -> Prepared:
         """What the fast paths precompute from the weights, W_1 W_1^T for example; computed again when a weight has changed."""
         return self._cache.get(*self.parameters_by_kind)
 
+    # `0.7 * helpful + 0.3 * harmless`, climbed as one value function; what is subtracted is climbed down.
     def __mul__(self, weight: float) -> "ValueFunction":
-        """A term of a `WeightedSum`."""
         return WeightedSum([(weight, self)])
 
     __rmul__ = __mul__
 
     def __add__(self, other: "ValueFunction") -> "ValueFunction":
-        """The sum, climbed as one value function; with weights, `0.7 * helpful + 0.3 * harmless`."""
         return WeightedSum([(1.0, self), (1.0, other)])
 
     def __sub__(self, other: "ValueFunction") -> "ValueFunction":
-        """The sum with the other negated: the other is climbed down."""
         return WeightedSum([(1.0, self), (-1.0, other)])
 
     def __neg__(self) -> "ValueFunction":
-        """-V: climbing it climbs down V."""
         return WeightedSum([(-1.0, self)])
 
     def extra_repr(self) -> str:
@@ -164,32 +130,19 @@ class ValueFunction(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What `save_pretrained` writes beside the weights."""
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "architecture": "mlp",
-            "activation": "relu",
-            "hidden_size": self.hidden_size,
-            "hidden_dims": list(self.hidden_dims),
-            "num_heads": self.num_heads,
-            "reward_mean": None if self.reward_mean is None else list(self.reward_mean),
-            "reward_std": None if self.reward_std is None else list(self.reward_std),
-            "provenance": self.provenance,
-        }
+        kind = {"format": files.FORMAT, "format_version": files.FORMAT_VERSION, "architecture": "mlp", "activation": "relu"}
+        described = {name: getattr(self, name) for name in (*SIZES, *STATISTICS, "provenance")}
+        return kind | {name: list(given) if isinstance(given, tuple) else given for name, given in described.items()}
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all; an OSError if it cannot be written."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Both files are written before either is moved into place, so that an error leaves both old ones.
         with write_aside(folder / WEIGHTS_NAME) as aside:
-            # Not save_file: it reports a full disk as its own kind of error, and this must be an OSError that names the file.
-            aside.write_bytes(save(tensors, metadata={"format": FORMAT}))
+            # Not save_file, whose error at a full disk is no OSError that names the file.
+            aside.write_bytes(save(tensors, metadata={"format": files.FORMAT}))
             write_json(folder / CONFIG_NAME, self.config)
 
     def push_to_hub(
@@ -202,7 +155,7 @@ class ValueFunction(nn.Module):
         commit_message: str = "Upload value function",
         create_pr: bool = False,
     ) -> str:
-        """Upload what `save_pretrained` writes, with a model card made from the provenance, into a repository of the hub.
+        """Upload what `save_pretrained` writes, with a model card made from the provenance, to the hub; the address of the commit or pull request.
 
         Args:
             repo_id: `owner/name`, or `name` for your own; the repository is made if there is none.
@@ -212,17 +165,26 @@ class ValueFunction(nn.Module):
             commit_message: of the commit.
             create_pr: open a pull request instead of committing.
 
-        Returns:
-            The address of the commit or of the pull request.
-
         Raises:
-            ValueError: `repo_id` is no name of a repository.
-            OSError: the hub cannot be reached or refuses; nothing was committed.
+            ValueError, OSError: `repo_id` is no name of a repository; the hub cannot be reached or refuses, and nothing was committed.
         """
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        api = HfApi(token=token, library_name="recontrol", library_version=__version__)
         with tempfile.TemporaryDirectory() as folder:
             # Saved before the hub is asked for anything: what cannot be saved leaves no empty repository there.
             self.save_pretrained(folder)
-            return push(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+            try:
+                name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if revision is not None and not create_pr:
+                    api.create_branch(name, branch=revision, exist_ok=True)
+                (Path(folder) / CARD_NAME).write_text(model_card(folder, name), encoding="utf-8")
+                commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr)
+            except OSError as error:
+                raise OSError(f"could not push to {repo_id!r}: {error}") from error
+        return str(commit.pr_url if create_pr and commit.pr_url else commit.commit_url)
 
     @classmethod
     def from_pretrained(
@@ -244,13 +206,10 @@ class ValueFunction(nn.Module):
             token: for a private repository; by default the one that `hf auth login` stored.
 
         Raises:
-            FileNotFoundError: `path` is neither a folder nor found on the hub.
-            ValueError: the files are damaged, foreign, not a ReLU MLP, or disagree with each other, or a revision is asked of a folder.
+            FileNotFoundError, ValueError: `path` is neither a folder nor on the hub; the files are damaged or foreign; a folder has no revisions.
         """
-        folder = local_folder(path, revision, token)
-        config = read_config(folder / CONFIG_NAME)
-        tensors = read_weights(folder / WEIGHTS_NAME)
-        return cls._from_tensors(config, tensors, folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
+        folder = files.local_folder(path, revision, token)
+        return cls._from_tensors(*files.read_value(folder), folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
     def from_released(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
@@ -261,18 +220,12 @@ class ValueFunction(nn.Module):
             provenance: recorded in the value function, since the file carries none.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or its keys are not those of the released code.
+            FileNotFoundError, ValueError: there is no such file, it is damaged, or its keys are not those of the released code.
         """
         path = Path(path)
-        layers = read_released(path)
-        weights = [weight for weight, _ in layers]
-        config = {
-            "hidden_size": weights[0].shape[1],
-            "hidden_dims": [weight.shape[0] for weight in weights[:-1]],
-            "num_heads": weights[-1].shape[0],
-            "provenance": {"source": path.name, **(provenance or {})},
-        }
+        layers = files.read_released(path)
+        sizes = [layers[0][0].shape[1], *(weight.shape[0] for weight, _ in layers)]
+        config = {"hidden_size": sizes[0], "hidden_dims": sizes[1:-1], "num_heads": sizes[-1], "provenance": {"source": path.name, **(provenance or {})}}
         tensors = {f"layers.{i}.{part}": tensor for i, layer in enumerate(layers) for part, tensor in zip(("weight", "bias"), layer, strict=True)}
         return cls._from_tensors(config, tensors, path)
 
@@ -284,15 +237,11 @@ class ValueFunction(nn.Module):
 
     @classmethod
     def _from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> "ValueFunction":
-        """The value function that a config describes with the tensors of a file, after checking their names, shapes and dtypes."""
+        """The value function that a config describes with the tensors of a file, whose names, shapes and dtypes are checked."""
         # Nothing is allocated before the file is known to agree, and no random numbers are drawn for weights that are replaced.
         with torch.device("meta"):
-            value = cls(
-                config["hidden_size"],
-                config["hidden_dims"],
-                config["num_heads"],
-                **{name: config.get(name) for name in ("reward_mean", "reward_std", "provenance")},
-            )
+            settings: dict[str, Any] = {name: config.get(name) for name in (*SIZES, *STATISTICS, "provenance")}
+            value = cls(**settings)
         wanted = {name: tuple(tensor.shape) for name, tensor in value.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wanted != found:
@@ -312,21 +261,14 @@ class ValueFunction(nn.Module):
 class WeightedSum(ValueFunction):
     """V(h) = sum_k weight_k V_k(h), written `0.7 * helpful + 0.3 * harmless`.
 
-    It is one wider value function: the first layers are stacked, the middle ones are blocks on a diagonal, and the last ones are multiplied by
-    the weights. So one ascent climbs it, and it is saved, loaded and served like any other. Its unit is that of the sum: where the V_k are
-    standardised, the weights count standard deviations.
-
-    The weights of the V_k are copied: when one of them has changed, make the sum again.
+    It is one wider value function: climbed by one ascent, and saved, loaded and served like any other. Its unit is that of the sum: where the V_k
+    are standardised, the weights count standard deviations. It is a copy: when one of the V_k has changed, make the sum again.
 
     Args:
-        terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device.
-
-    Attributes:
-        terms: as given; sums among them are replaced by their own terms.
+        terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device; sums are replaced by their own terms.
 
     Raises:
-        TypeError: a weight that is not a number, or a term that is not a value function.
-        ValueError: no terms, a weight that is not finite, or value functions of different sizes, dtypes or devices.
+        TypeError, ValueError: no terms, a weight that is not a finite number, or terms that are not value functions of the same kind.
 
     Source: Kong et al. 2024, section 4.3, for a sum in the place of V.
     """
@@ -342,8 +284,16 @@ class WeightedSum(ValueFunction):
         self.terms = flat
         self.to(first.dtype).to_empty(device=first.device)
         with torch.no_grad():
-            for own, stacked in zip((parameter for kind in self.parameters_by_kind for parameter in kind), _stacked(flat), strict=True):
-                own.copy_(stacked)
+            for number, layer in enumerate(self.layers):
+                last = number == len(self.layers) - 1
+                parts = [(scale if last else 1.0, value.layers[number]) for scale, value in flat]
+                weights, biases = [scale * part.weight for scale, part in parts], [scale * part.bias for scale, part in parts]
+                # Hidden layers stand side by side, all on the same states or each on its own units; the last one adds them up.
+                if last:
+                    layer.weight.copy_(torch.cat(weights, dim=1) if number else torch.stack(weights).sum(0))
+                else:
+                    layer.weight.copy_(torch.block_diag(*weights) if number else torch.cat(weights))
+                layer.bias.copy_(torch.stack(biases).sum(0) if last else torch.cat(biases))
 
     def extra_repr(self) -> str:
         """Describe the sizes and the weights in `repr`."""
@@ -351,7 +301,7 @@ class WeightedSum(ValueFunction):
 
 
 def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[float, ValueFunction], ...]:
-    """The terms with sums multiplied out, checked."""
+    """The terms with sums multiplied out; errors as `WeightedSum`."""
     flat: list[tuple[float, ValueFunction]] = []
     for weight, value in terms:
         if isinstance(weight, bool) or not isinstance(weight, Real):
@@ -362,41 +312,11 @@ def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[floa
         flat += [(float(weight) * other, part) for other, part in inner]
     if not flat:
         raise ValueError("a weighted sum needs at least one term")
-    for weight, _ in flat:
-        if not torch.isfinite(torch.tensor(weight)):
-            raise ValueError(f"weights must be finite, found {weight}")
-    _check_kinds([value for _, value in flat])
-    return tuple(flat)
-
-
-def _check_kinds(values: Sequence[ValueFunction]) -> None:
-    """Refuse value functions that cannot be stacked."""
-    kinds: dict[str, list[Any]] = {
-        "number of layers": [len(value.layers) for value in values],
-        "hidden size": [value.hidden_size for value in values],
-        "number of heads": [value.num_heads for value in values],
-        "dtype": [value.dtype for value in values],
-        "device": [value.device for value in values],
-    }
-    for name, found in kinds.items():
+    if wrong := [weight for weight, _ in flat if not torch.tensor(weight).isfinite()]:
+        raise ValueError(f"weights must be finite, found {wrong[0]}")
+    names = {"number of layers": "layers", "hidden size": "hidden_size", "number of heads": "num_heads", "dtype": "dtype", "device": "device"}
+    for name, attribute in names.items():
+        found = [len(value.layers) if attribute == "layers" else getattr(value, attribute) for _, value in flat]
         if len(set(found)) > 1:
             raise ValueError(f"the value functions of a weighted sum must have the same {name}, found {', '.join(map(str, found))}")
-
-
-def _stacked(terms: Sequence[tuple[float, ValueFunction]]) -> list[Tensor]:
-    """All weights of the sum, then all biases, first layer first."""
-    weights, biases = zip(*(value.parameters_by_kind for _, value in terms), strict=True)
-    scales = [scale for scale, _ in terms]
-    last = len(weights[0]) - 1
-    stacked = []
-    for layer in range(last + 1):
-        parts = [part[layer] for part in weights]
-        if layer == last:
-            scaled = [scale * part for scale, part in zip(scales, parts, strict=True)]
-            stacked.append(torch.cat(scaled, dim=1) if last else torch.stack(scaled).sum(0))
-        else:
-            stacked.append(torch.block_diag(*parts) if layer else torch.cat(parts))
-    for layer in range(last):
-        stacked.append(torch.cat([part[layer] for part in biases]))
-    stacked.append(torch.stack([scale * part[last] for scale, part in zip(scales, biases, strict=True)]).sum(0))
-    return stacked
+    return tuple(flat)

@@ -20,17 +20,17 @@ _caches: "weakref.WeakValueDictionary[int, PreparedCache]" = weakref.WeakValueDi
 
 @dataclass(frozen=True)
 class Prepared:
-    """The weights of a value function and what is computed from them alone.
+    """The weights of a value function as every backend reads them, contiguous and in their own dtype, and what is computed from them alone."""
 
-    Tensors:
-        weights: weights[l]: (dims[l + 1], dims[l]), the dtype they are stored in, contiguous.
-        biases: biases[l]: (dims[l + 1],), the same dtype.
-    """
+    weights: tuple[Tensor, ...]  # weights[l]: (dims[l + 1], dims[l])
+    biases: tuple[Tensor, ...]  # biases[l]: (dims[l + 1],)
 
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> "Prepared":
+        """The one place where the parameters of a value function become what backends read."""
+        return cls(tuple(weight.detach().contiguous() for weight in weights), tuple(bias.detach().contiguous() for bias in biases))
 
-    @property
+    @cached_property
     def compute_dtype(self) -> torch.dtype:
         """Half-precision weights accumulate in float32."""
         return wide_dtype(self.weights[0].dtype)
@@ -48,10 +48,10 @@ class Prepared:
     @cached_property
     def gram(self) -> Tensor:
         """G = W_1 W_1^T: (dims[1], dims[1]), compute dtype. Moves pre-activations when hidden states move along W_1^T."""
-        first = self.weights[0].to(self.compute_dtype)
-        # It is kept, so it must not depend on who asks for it first.
-        with torch.autocast(first.device.type, enabled=False):
-            return first @ first.T
+        first = self.weights[0]
+        # It is kept, so it must not depend on who asks first. A float64 product knows neither autocast nor TF32; some devices have none.
+        wide = first.double() if first.device.type in ("cpu", "cuda", "meta") else first.cpu().double()
+        return (wide @ wide.T).to(first.device, self.compute_dtype)
 
     @cached_property
     def second_transposed(self) -> Tensor:
@@ -66,8 +66,8 @@ class Prepared:
 class PreparedCache:
     """Holds the `Prepared` of one value function until a weight changes.
 
-    A change is seen by the tensor's address, layout, dtype, device or version counter, and after any `torch.optim` step on the
-    weights. In-place changes through `.data` or another library's view of the memory bump no counter; call `clear` after one.
+    A change is seen by the tensor's address, layout, dtype, device or version counter, and after any `torch.optim` step on the weights. In-place
+    changes through `.data` or another library's view of the memory bump no counter; call `clear` after one.
     """
 
     def __init__(self) -> None:
@@ -84,27 +84,23 @@ class PreparedCache:
 
     def get(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Prepared:
         """Return the cached `Prepared` if it was made from these weights as they are now, else a new one."""
-        stamp = _stamp(weights, biases)
+        tensors = (*weights, *biases)
+        # What identifies their present content; nothing does where they were made under inference_mode, without a version counter.
+        stamp = None
+        if not any(tensor.is_inference() for tensor in tensors):
+            stamp = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
         with self._lock:
             if self._prepared is None or stamp is None or stamp != self._stamp:
                 # These aliases keep the storage alive, so that no new tensor can take a stamped address.
-                self._stamped = tuple(tensor.detach() for tensor in (*weights, *biases))
-                self._prepared = Prepared(tuple(w.detach().contiguous() for w in weights), tuple(b.detach().contiguous() for b in biases))
-                self._stamp = stamp
+                self._stamped = tuple(tensor.detach() for tensor in tensors)
+                self._prepared, self._stamp = Prepared.of(weights, biases), stamp
             return self._prepared
 
-    def clear(self) -> None:
-        """Forget what was computed."""
+    def clear(self, addresses: set[int] | None = None) -> None:
+        """Forget what was computed, with `addresses` only if one of the weights lies there."""
         with self._lock:
-            self._prepared = self._stamp = None
-            self._stamped = ()
-
-    def clear_after_step(self, addresses: set[int]) -> None:
-        """Forget what was computed from weights at any of these addresses."""
-        with self._lock:
-            stepped = any(tensor.data_ptr() in addresses for tensor in self._stamped)
-        if stepped:
-            self.clear()
+            if addresses is None or any(tensor.data_ptr() in addresses for tensor in self._stamped):
+                self._prepared, self._stamp, self._stamped = None, None, ()
 
 
 def cache_of(key: int) -> PreparedCache:
@@ -112,21 +108,11 @@ def cache_of(key: int) -> PreparedCache:
     return _caches.get(key) or PreparedCache()
 
 
-def _stamp(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """Identify the present content of the weights; None when it cannot be identified."""
-    tensors = (*weights, *biases)
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors)
-
-
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Fused optimizers write the weights without raising their version counters."""
-    caches = list(_caches.values())
-    if caches:
-        addresses = {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
-        for cache in caches:
-            cache.clear_after_step(addresses)
+    addresses = {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
+    for cache in list(_caches.values()):
+        cache.clear(addresses)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -6,12 +6,9 @@ from typing import Any
 import torch
 
 from recontrol.ascent.arguments import AscentArguments
-from recontrol.ascent.backends import dispatch
 from recontrol.ascent.backends.base import Backend
-from recontrol.ascent.backends.closed_form import TorchBackend
-from recontrol.ascent.backends.cpu import CpuBackend
-from recontrol.ascent.backends.cuda import CudaBackend
-from recontrol.ascent.backends.oracle import OracleBackend
+from recontrol.ascent.backends.closed_form import OracleBackend, TorchBackend
+from recontrol.ascent.backends.compiled import CpuBackend, CudaBackend
 from recontrol.ascent.backends.triton import TritonBackend
 from recontrol.checks import renamed
 from recontrol.value.prepared import Prepared
@@ -20,12 +17,21 @@ from recontrol.version import __version__
 logger = logging.getLogger("recontrol")
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend(), CudaBackend(), TritonBackend(), OracleBackend())}
+# What "auto" tries: by the type of the device what was measured to be the fastest (benchmarks/data/cpu.csv), then "torch", which runs everything.
+MEASURED = {"cpu": ("cpu",)}
+UNMEASURED = ("torch", "cpu", "cuda", "triton", "oracle")
+CHOICES = f"choose one of {', '.join(map(repr, ('auto', *BACKENDS)))}"
 _logged: set[str] = set()
 
 
 def names() -> tuple[str, ...]:
     """What the argument `backend` may be."""
     return ("auto", *BACKENDS)
+
+
+def order(device: str) -> tuple[str, ...]:
+    """The names of the backends that "auto" tries on a device of this type; the first that can run an ascent is taken."""
+    return tuple(dict.fromkeys((*MEASURED.get(device, ()), *UNMEASURED)))
 
 
 def capturable() -> tuple[str, ...]:
@@ -39,26 +45,19 @@ def check_name(name: str) -> str:
         renamed("backend='reference'", "backend='oracle'")
         return "oracle"
     if name not in names():
-        raise ValueError(f"unknown backend {name!r}; {_choices()}")
+        raise ValueError(f"unknown backend {name!r}; {CHOICES}")
     return name
 
 
 def choose(name: str, arguments: AscentArguments, prepared: Prepared) -> Backend:
-    """The backend asked for, or with "auto" the first of `dispatch.order` that can run this ascent.
-
-    Raises:
-        RuntimeError: the backend asked for by name cannot run it, with the reason and the choices.
-    """
+    """The backend asked for, or a RuntimeError with the reason why it cannot run; with "auto" the first of `order` that can."""
     name = check_name(name)
-    if name != "auto":
-        reason = BACKENDS[name].why_not(arguments, prepared)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot run here: {reason}; {_choices()}")
-        return BACKENDS[name]
-    for candidate in dispatch.order(arguments.hidden.device.type):
+    for candidate in order(arguments.hidden.device.type) if name == "auto" else (name,):
         reason = BACKENDS[candidate].why_not(arguments, prepared)
         if reason is None:
             return BACKENDS[candidate]
+        if name != "auto":
+            raise RuntimeError(f"backend {name!r} cannot run here: {reason}; {CHOICES}")
         if reason not in _logged:
             _logged.add(reason)
             logger.info("backend 'auto' passes over %r: %s", candidate, reason)
@@ -75,10 +74,6 @@ def backend_info() -> dict[str, Any]:
     statuses = {name: backend.status() for name, backend in BACKENDS.items()}
     return {
         "versions": {"recontrol": __version__, "torch": torch.__version__},
-        "auto": next(name for name in dispatch.order("cpu") if statuses[name]["available"]),
+        "auto": next(name for name in order("cpu") if statuses[name]["available"]),
         "backends": statuses,
     }
-
-
-def _choices() -> str:
-    return f"choose one of {', '.join(map(repr, names()))}"

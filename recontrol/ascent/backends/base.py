@@ -10,15 +10,10 @@ from recontrol.value.prepared import Prepared
 
 
 class Backend:
-    """One way to run an ascent. This one runs everything, everywhere; those with kernels refuse what they have none for.
+    """One way to run an ascent. This one runs everything, everywhere; those with kernels refuse what they have none for."""
 
-    Attributes:
-        name: what the argument `backend` calls it.
-        capturable: it never waits for the device, so a CUDA graph can hold it.
-    """
-
-    name: str
-    capturable = False
+    name: str  # what the argument `backend` calls it
+    capturable = False  # it never waits for the device, so a CUDA graph can hold it
 
     def why_not(self, arguments: AscentArguments, prepared: Prepared) -> str | None:
         """Why this backend cannot run this ascent, or None when it can."""
@@ -34,21 +29,15 @@ class Backend:
 
 
 class KernelBackend(Backend):
-    """Kernels that compute in float32, for some devices and depths.
+    """Kernels that compute in float32, for some devices and depths."""
 
-    Attributes:
-        devices: in words.
-        depths: the numbers of linear layers that there are kernels for.
-    """
-
-    devices: str
-    depths: tuple[int, ...] = (2, 3)
+    devices: str  # in words
+    device_types: tuple[str, ...]  # what `torch.device.type` may be
+    depths: tuple[int, ...] = (2, 3)  # the numbers of linear layers that there are kernels for
+    hint = ""  # what else to say where they do not run on the CPU
 
     def _missing(self) -> str | None:
         """Why this installation has no kernels, or None."""
-        raise NotImplementedError
-
-    def _runs_on(self, device: torch.device) -> bool:
         raise NotImplementedError
 
     def why_not(self, arguments: AscentArguments, prepared: Prepared) -> str | None:
@@ -56,8 +45,8 @@ class KernelBackend(Backend):
         device, depth = arguments.hidden.device, len(prepared.weights)
         if (reason := self._missing()) is not None:
             return reason
-        if not self._runs_on(device):
-            return f"it runs on {self.devices}, the tensors are on {device}"
+        if device.type not in self.device_types:
+            return f"it runs on {self.devices}, the tensors are on {device}{self.hint if device.type == 'cpu' else ''}"
         if arguments.hidden.dtype == torch.float64:
             return "it computes in float32, the tensors are float64"
         if depth not in self.depths:

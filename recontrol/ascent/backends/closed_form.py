@@ -1,16 +1,17 @@
-"""Backend "torch": the closed form of the ascent in plain PyTorch, any depth, any device, no autograd.
+"""The backends in plain PyTorch, any depth, any device: "torch", the closed form without autograd, and "oracle".
 
-Everything happens in the pre-activations of the first layer. With z = W_1 h + b_1 and c = dV/dz, a step moves
+In the closed form everything happens in the pre-activations of the first layer. With z = W_1 h + b_1 and c = dV/dz, a step moves
 h by alpha W_1^T c and therefore z by alpha G c, G = W_1 W_1^T. The hidden state itself is needed only at the end:
 h_n = h_0 + W_1^T S, S = sum of alpha c.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from recontrol.ascent.arguments import AscentArguments
 from recontrol.ascent.backends.base import Backend
-from recontrol.ascent.oracle import fraction_to_radius
+from recontrol.ascent.oracle import ascend_loop, fraction_to_radius
 from recontrol.value.prepared import Prepared
 
 
@@ -27,17 +28,13 @@ class _Path:
         self.first_bias = None if self.linear else biases[0]
         self.gram = self.first @ self.first.T if self.linear else prepared.gram
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """First-layer pre-activations: (rows, hidden_size) -> (rows, dims[1])."""
-        return torch.nn.functional.linear(hidden, self.first, self.first_bias)
-
     def objective_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """V and c = dV/dz: (rows, dims[1]) -> (rows,), (rows, dims[1])."""
         if self.linear:
             return z[:, 0] + self.offset, torch.ones_like(z)
         zs = [z]
         for weight, bias in self.middle:
-            zs.append(torch.nn.functional.linear(torch.relu(zs[-1]), weight, bias))
+            zs.append(linear(torch.relu(zs[-1]), weight, bias))
         values = torch.relu(zs[-1]) @ self.out + self.offset
         slope = self.out * (zs[-1] > 0)
         for (weight, _), below in zip(reversed(self.middle), reversed(zs[:-1]), strict=True):
@@ -46,7 +43,7 @@ class _Path:
 
 
 class TorchBackend(Backend):
-    """The closed form, any depth, any device."""
+    """The closed form."""
 
     name = "torch"
 
@@ -56,19 +53,15 @@ class TorchBackend(Backend):
         path = _Path(prepared, arguments.head_weights)
         live_steps, most = arguments.live_steps(), arguments.most_steps()
         start = arguments.hidden.to(prepared.compute_dtype)
-        z = path.enter(start)  # (rows, dims[1])
+        z = linear(start, path.first, path.first_bias)  # (rows, dims[1])
         total, lost = torch.zeros_like(z), torch.zeros_like(z)  # S, and what its last rounding lost
         edit_square = z.new_zeros(z.shape[0])  # u.u
         stopped = torch.zeros_like(live_steps, dtype=torch.bool)
         trace = z.new_empty(z.shape[0], trace_columns)
-        for step in range(most + 1):
-            if step == most and not trace_columns:
-                break
+        for step in range(most):
             values, slope = path.objective_and_slope(z)
             if trace_columns:
                 trace[:, step] = values
-            if step == most:
-                break
             scale = arguments.step_size if arguments.target is None else 2 * arguments.step_size * (arguments.target - values)
             scale = torch.where((step < live_steps) & ~stopped, scale, 0)
             velocity = slope @ path.gram  # (rows, dims[1])
@@ -86,5 +79,19 @@ class TorchBackend(Backend):
             term = scale[:, None] * slope - lost
             grown = total + term
             total, lost = grown, (grown - total) - term
+        if trace_columns:
+            trace[:, most] = path.objective_and_slope(z)[0]
         edited = (start + total @ path.first).to(arguments.hidden.dtype)
         return torch.where((live_steps > 0)[:, None], edited, arguments.hidden), trace
+
+
+class OracleBackend(Backend):
+    """The autograd loop of `recontrol.oracle`."""
+
+    name = "oracle"
+
+    def run(self, arguments: AscentArguments, prepared: Prepared, trace_columns: int) -> tuple[Tensor, Tensor]:
+        """As `Backend.run`."""
+        arguments.check()
+        edited, trace = ascend_loop(arguments, prepared.weights, prepared.biases, prepared.compute_dtype)
+        return edited, trace if trace_columns else trace.new_empty(trace.shape[0], 0)

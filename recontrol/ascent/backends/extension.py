@@ -13,7 +13,6 @@ from recontrol.value.prepared import Prepared
 module: Any = None
 load_error: str | None = None
 try:
-    # It lies beside this package and imports nothing from it.
     module = importlib.import_module("recontrol._C")
 except ImportError as error:
     load_error = f"the C++ extension could not be loaded ({error}); install recontrol with a C++ compiler at hand"
@@ -29,7 +28,7 @@ def launch(
     out, offset = prepared.output(arguments.head_weights)
     edited = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     trace = torch.empty(hidden.shape[0], trace_columns, device=hidden.device)
-    operator(hidden, weights[0], biases[0], prepared.gram, *second, out, as_offset(offset), *arguments.of_rows, edited, trace)
+    operator(hidden, weights[0], biases[0], prepared.gram, *second, out, as_offset(offset), *arguments[1:6], edited, trace)
     return edited, trace
 
 
