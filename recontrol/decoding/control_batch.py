@@ -17,13 +17,7 @@ logger = logging.getLogger("recontrol")
 
 
 class EditTrace(NamedTuple):
-    """What the edits of a batch did.
-
-    Tensors:
-        value_before: (rows,), V(h), with several heads their weighted sum.
-        value_after: (rows,), V(h + u).
-        edit_norm: (rows,), |u|, of the edit as the model reads it.
-    """
+    """What the edits of a batch did: (rows,) of V(h), with several heads their weighted sum, of V(h + u), and of |u| as the model reads it."""
 
     value_before: Tensor
     value_after: Tensor
@@ -60,12 +54,8 @@ class ControlBatch:
         if self._controls is not None and self._controls == controls:
             return
         self._controls = controls
-        places: dict[Any, list[int]] = {}
         listed = [controls] if isinstance(controls, Control) else controls
-        for row, control in enumerate(listed):
-            if control is not None:
-                places.setdefault(_group_key(control), []).append(row)
-        self._groups = [_group([listed[row] for row in rows], None if len(rows) == len(listed) else rows) for rows in places.values()]
+        self._groups = _groups(listed)
         if self._groups and self._counts is None:
             # No inference tensor, so that rows can be counted in any mode.
             with torch.inference_mode(False):
@@ -74,17 +64,12 @@ class ControlBatch:
     def try_out(self, controls: Iterable[Control], dtype: torch.dtype) -> None:
         """Edit one state of each group: a backend that cannot run says so here, and what it precomputes from the weights is ready."""
         for control in {_group_key(control): control for control in controls}.values():
-            group = _group([control], None)
-            hidden = torch.zeros(1, group.value.hidden_size, dtype=dtype, device=group.value.device)
-            ascend(hidden, group.value, backend=self.backend, **group.settings)
+            (group,) = _groups([control])
+            ascend(torch.zeros(1, group.value.hidden_size, dtype=dtype, device=group.value.device), group.value, backend=self.backend, **group.settings)
 
     def edit(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """The edited states, (rows, hidden_size); those given are not written to. Rows outside of `mask`, (rows,), stay as they are."""
-        return self._edit(states, mask, traced=False)[0]
-
-    def edit_and_trace(self, states: Tensor) -> tuple[Tensor, EditTrace]:
-        """The edited states, and what was done to them."""
-        return self._edit(states, None, traced=True)
+        return self.edit_and_trace(states, mask, traced=False)[0]
 
     @property
     def edited_rows(self) -> int:
@@ -99,7 +84,8 @@ class ControlBatch:
             self._warned = True
             logger.warning("%d states stay unedited: they, or what the ascent makes of them, are not finite; a smaller step_size may help", unedited)
 
-    def _edit(self, states: Tensor, mask: Tensor | None, *, traced: bool) -> tuple[Tensor, EditTrace]:
+    def edit_and_trace(self, states: Tensor, mask: Tensor | None = None, *, traced: bool = True) -> tuple[Tensor, EditTrace]:
+        """The edited states, and what was done to them."""
         if isinstance(self._controls, list) and states.shape[0] != len(self._controls):
             raise RuntimeError(f"{states.shape[0]} states enter the logits, controls are known for {len(self._controls)}: whose states they are is unknown")
         # No gradient flows through an edit.
@@ -134,15 +120,22 @@ def _group_key(control: Control) -> Any:
     return id(control.value), control.head_weights, *(getattr(control, option.name) is None for option in ROW_OPTIONS)
 
 
-def _group(controls: Sequence[Any], places: list[int] | None) -> _Group:
-    value, weights = controls[0].value, controls[0].head_weights
-    wide, device = wide_dtype(value.dtype), value.device
-    settings: dict[str, Any] = {"head_weights": None if weights is None else torch.tensor(weights, dtype=wide, device=device)}
-    for option in ROW_OPTIONS:
-        numbers = [getattr(control, option.name) for control in controls]
-        dtype = torch.int64 if option.integer else wide
-        settings[option.name] = numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=dtype, device=device)
-    return _Group(value, None if places is None else torch.tensor(places, device=device), settings)
+def _groups(controls: Sequence[Control | None]) -> list[_Group]:
+    members: dict[Any, dict[int, Control]] = {}
+    for row, control in enumerate(controls):
+        if control is not None:
+            members.setdefault(_group_key(control), {})[row] = control
+    groups = []
+    for of_rows in members.values():
+        first = next(iter(of_rows.values()))
+        wide, device = wide_dtype(first.value.dtype), first.value.device
+        settings: dict[str, Any] = {"head_weights": None if first.head_weights is None else torch.tensor(first.head_weights, dtype=wide, device=device)}
+        for option in ROW_OPTIONS:
+            numbers = [getattr(control, option.name) for control in of_rows.values()]
+            dtype = torch.int64 if option.integer else wide
+            settings[option.name] = numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=dtype, device=device)
+        groups.append(_Group(first.value, None if len(of_rows) == len(controls) else torch.tensor([*of_rows], device=device), settings))
+    return groups
 
 
 def _rows(whole: Tensor, group: _Group) -> Tensor:

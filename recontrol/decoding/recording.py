@@ -18,14 +18,10 @@ _recorders: "weakref.WeakValueDictionary[int, HiddenStateRecorder]" = weakref.We
 class HiddenStateRecorder(Attachment):
     """Keeps the input of the output embedding at the last position of every forward call; use `record_hidden_states`.
 
-    Time index: `steps[t]` is the state whose logits sample the new token y_t; `steps[0]` is that of the last prompt position.
-    Prompts must be padded on the left, so that the last position is every row's own.
+    Time index: `steps[t]`, (batch, hidden_size), a copy in the model's dtype on its device, is the state whose logits sample the new token y_t; `steps[0]`
+    is that of the last prompt position. Prompts must be padded on the left.
 
-    The states are those before the edit of a `Controller`, whichever was attached first: a recorder's hook is put before
-    all other hooks of the output embedding.
-
-    Attributes:
-        steps: one (batch, hidden_size) tensor for each forward call, a copy in the model's dtype, on its device.
+    The states are those before the edit of a `Controller`, whichever was attached first.
     """
 
     def __init__(self, model: Any):
@@ -36,6 +32,7 @@ class HiddenStateRecorder(Attachment):
         with torch.inference_mode(False):
             self._calls = torch.zeros((), dtype=torch.int64)
         _recorders[self._key] = self
+        # Before all other hooks of the output embedding.
         self._hooks.append(self.site.module.register_forward_pre_hook(self._before_site, prepend=True, with_kwargs=True))
         forget_compiled()
 
@@ -56,22 +53,9 @@ class HiddenStateRecorder(Attachment):
 
 @contextlib.contextmanager
 def record_hidden_states(model: Any) -> Iterator[HiddenStateRecorder]:
-    """Record, inside the block, the hidden states that the model reads to sample its tokens.
-
-    Args:
-        model: a causal language model of transformers, compiled or not.
-
-    Yields:
-        The recorder, whose `steps[t]` sampled the new token y_t.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
-    """
-    recorder = HiddenStateRecorder(model)
-    try:
+    """Record, inside the block, the hidden states that a model, compiled or not, reads to sample its tokens: `steps[t]` sampled the new token y_t."""
+    with HiddenStateRecorder(model) as recorder:
         yield recorder
-    finally:
-        recorder.detach()
 
 
 # Opaque to the compiler, and never part of a CUDA graph, whose replay would run no Python.

@@ -16,16 +16,11 @@ CONTEXT_TOKENS = 4
 
 @dataclass
 class Response:
-    """One response.
-
-    Attributes:
-        token_ids: the tokens kept; the end-of-sequence token, if there is one, is the last.
-        text: what the tokens add to the prompt's text, without special tokens.
-        finish: "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
-    """
+    """One response: the tokens kept (the end-of-sequence token, if there is one, is the last), and what they add to the prompt's text."""
 
     token_ids: list[int]
     text: str
+    # "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
     finish: str
 
 
@@ -34,10 +29,8 @@ def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
 
     The prompt is without padding; the new tokens may have padding behind them. If a stop string begins in the middle of a token, that token goes too.
     """
-    ids = list(new_ids)
-    end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
-    if end is not None:
-        ids = ids[: end + 1]
+    end = next((place for place, token in enumerate(new_ids) if token in eos_ids), None)
+    ids = list(new_ids if end is None else new_ids[: end + 1])
     kept = _count_before_stop(tokenizer, prompt_ids, ids, stop_strings)
     finish = "stop" if kept is not None else "length" if end is None else "eos"
     ids = ids[:kept]
@@ -55,7 +48,7 @@ def decode_after(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[in
 def _count_before_stop(tokenizer: Any, prompt_ids: Sequence[int], ids: list[int], stop_strings: Sequence[str]) -> int | None:
     """How many tokens lie wholly before the first stop string; None if there is no stop string."""
     text = decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False)
-    found = [place for place in (text.find(stop) for stop in stop_strings) if place >= 0]
+    found = [text.find(stop) for stop in stop_strings if stop in text]
     if not found:
         return None
     for count in range(len(ids), 0, -1):
@@ -70,16 +63,13 @@ class StopStrings(StoppingCriteria):
     """Ends the generation of a row once its new text holds a stop string; the first `prompt_length` positions are the prompt."""
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int):
-        self.tokenizer = tokenizer
-        self.stop_strings = list(stop_strings)
-        self.prompt_length = prompt_length
+        self.tokenizer, self.stop_strings, self.prompt_length = tokenizer, list(stop_strings), prompt_length
         # A token is at least a byte, so no stop string that ends in the newest token begins further back.
         self.window = max(len(stop.encode()) for stop in self.stop_strings) + CONTEXT_TOKENS
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Which rows are done: (rows,), bool."""
-        new = input_ids[:, self.prompt_length :]
-        return torch.tensor([self.ends(row) for row in new.tolist()], device=input_ids.device)
+        return torch.tensor([self.ends(row) for row in input_ids[:, self.prompt_length :].tolist()], device=input_ids.device)
 
     def ends(self, new_ids: list[int]) -> bool:
         """Whether the newest of these tokens of a response completes a stop string."""

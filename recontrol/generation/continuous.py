@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +40,9 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
         warnings.simplefilter("ignore")
         processors = model._get_logits_processor(wanted)
     unsupported = [type(each).__name__ for each in processors if not getattr(each, "supports_continuous_batching", False)]
+    unsupported += sorted(name for name in ("max_time", "min_length", "min_new_tokens", "stop_strings") if getattr(wanted, name, None))
     if unsupported:
         return f"the model's generation config asks for {', '.join(unsupported)}, which transformers' continuous batching would pass over"
-    limits = sorted(name for name in ("max_time", "min_length", "min_new_tokens", "stop_strings") if getattr(wanted, name, None))
-    if limits:
-        return f"the model's generation config asks for {', '.join(limits)}, which transformers' continuous batching would pass over"
     owner = embedding_owner(model, output_embedding(model))
     if not getattr(owner, "_supports_attention_backend", False) or getattr(owner, "_is_stateful", False):
         return f"the attention of {type(owner).__name__} cannot be exchanged for a paged one"
@@ -62,10 +61,9 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
 def tokens(
     model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding
 ) -> Generator[tuple[int, int | None], None, None]:
-    """Generate with transformers' continuous batching.
+    """Generate with transformers' continuous batching; a RuntimeError has its reason.
 
-    Yields (prompt, token), as tokens come if `decoding.streaming`, else when its response is finished, and (prompt, None) when it is. A RuntimeError
-    has transformers' own reason.
+    Yields (prompt, token), as tokens come if `decoding.streaming`, else when its response is finished, and (prompt, None) when it is.
     """
     config = _batching_config(model, plan, decoding, steered=editing.steers)
     attention = model.config._attn_implementation
@@ -73,7 +71,7 @@ def tokens(
     watched = decoding.streaming or decoding.ends is not None
     counts = dict.fromkeys(range(len(prompts)), 0)
     if editing.steers:
-        editing.source = _source(manager)
+        editing.source = functools.partial(_rows, manager)
     manager.start()
     try:
         eos = sorted(decoding.eos_ids) or -1
@@ -91,14 +89,11 @@ def tokens(
                 continue
             if result.error is not None:
                 raise RuntimeError(f"continuous batching failed at prompt {index}: {result.error}")
-            new = result.generated_tokens
-            stopped = False
-            for place in range(counts[index], len(new)):
-                yield index, new[place]
-                stopped = decoding.ends is not None and decoding.ends(new[: place + 1])
-                if stopped:
-                    break
-            counts[index] = len(new)
+            new, stopped = result.generated_tokens, False
+            while not stopped and counts[index] < len(new):
+                yield index, new[counts[index]]
+                counts[index] += 1
+                stopped = decoding.ends is not None and decoding.ends(new[: counts[index]])
             if stopped or result.is_finished():
                 del counts[index]
                 if not result.is_finished():
@@ -113,23 +108,18 @@ def tokens(
             model.set_attn_implementation(attention)
 
 
-def _source(manager: Any) -> Callable[[dict[str, Any]], Rows | None]:
-    """A function that says which rows of a forward call belong to which request of transformers' manager; None if the call is not the manager's.
+def _rows(manager: Any, given: dict[str, Any]) -> Rows | None:
+    """Which rows of a forward call belong to which request of transformers' manager; None if the call is not the manager's.
 
     The manager lists the requests that get a new token in the order of their states. If the model is told which states to keep, it keeps these;
     otherwise all tokens of the batch go through the output embedding, and only the states at these places are read.
     """
-
-    def rows(given: dict[str, Any]) -> Rows | None:
-        processor = manager.batch_processor
-        if processor is None or given.get("cache") is not processor.cache:
-            return None
-        positions = processor.inputs_and_outputs.req_id_to_new_token_position
-        kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
-        places = list(range(len(positions))) if kept else list(positions.values())
-        return Rows([int(name) for name in positions], places, last=False)
-
-    return rows
+    processor = manager.batch_processor
+    if processor is None or given.get("cache") is not processor.cache:
+        return None
+    positions = processor.inputs_and_outputs.req_id_to_new_token_position
+    kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
+    return Rows([int(name) for name in positions], list(range(len(positions)) if kept else positions.values()), last=False)
 
 
 def release() -> tuple[int, int]:
@@ -154,10 +144,10 @@ def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered
     """The settings, in the words of the installed release."""
     # By name, since older releases have none.
     config_class = configuration_utils.ContinuousBatchingConfig
-    known = {each.name for each in dataclasses.fields(config_class)}
     wanted: dict[str, Any] = {
         # It was renamed.
-        "page_size" if "page_size" in known else "block_size": plan.block_tokens,
+        "page_size": plan.block_tokens,
+        "block_size": plan.block_tokens,
         "num_blocks": plan.blocks,
         "max_batch_tokens": plan.batch_tokens,
         "max_requests_per_batch": plan.batch_size,
@@ -168,4 +158,5 @@ def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered
     if steered:
         # A graph that is replayed runs no hook, and of two batches under way it could not be told whose rows these are.
         wanted |= {"use_cuda_graph": False, "use_async_batching": False}
+    known = {each.name for each in dataclasses.fields(config_class)}
     return config_class(**{name: given for name, given in wanted.items() if name in known})

@@ -1,35 +1,37 @@
-"""The settings from the environment: the bank of value functions, and the control of requests that carry none."""
+"""The settings from the environment, the bank of value functions and the control of requests that carry none; and the control that a request carries."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from recontrol.decoding.control import Control
+from recontrol.decoding.control import Control, control_from_mapping
 from recontrol.value import ValueFunction
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config
-from recontrol.vllm_plugin.controls import parse_control
 
 BANK = "RECONTROL_BANK"
 DEFAULT = "RECONTROL_DEFAULT"
 # Where a request carries its control: a key of `extra_args`, or of `vllm_xargs` over HTTP.
 KEY = "recontrol"
+# A policy of the server: a request must not keep the others waiting. The paper takes 200 steps at most.
+MOST_STEPS = 1000
+# Characters of what a request sent that an error shows.
+SHOWN = 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the plugin.
+    """The settings of the plugin."""
 
-    Attributes:
-        bank: the folder whose subfolders are value functions; None where there is none and no request is steered.
-        default: the control of requests that carry none, as given (JSON); None where those are not steered.
-        known: the value functions of the bank by name, without weights: enough to check a control.
-    """
-
+    # The folder whose subfolders are value functions; None where no request is steered.
     bank: Path | None = None
+    # The control of requests that carry none, as given (JSON); None where those are not steered.
     default: str | None = None
+    # The value functions of the bank by name, without weights: enough to check a control.
     known: Mapping[str, ValueFunction] = field(default_factory=dict)
 
     @classmethod
@@ -79,3 +81,35 @@ def _without_weights(bank: Path) -> dict[str, ValueFunction]:
         with torch.device("meta"):
             known[folder.name] = ValueFunction(config["hidden_size"], config["hidden_dims"], config["num_heads"], provenance=config.get("provenance"))
     return known
+
+
+def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | None:
+    """The control of a request: None, a mapping with the fields of `Control`, where `value` is a name of the bank, or the same as JSON.
+
+    JSON, because `vllm_xargs` of the OpenAI-compatible server holds no mapping. The value functions of the bank may lack weights.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise ValueError(f'a control must be JSON such as {{"value": "name", "step_size": 0.5, "steps": 30}}, found {_shown(given)}') from None
+    if given is None:
+        return None
+
+    def value_of(name: Any) -> ValueFunction:
+        # A name of the listing, never a path: nothing outside the bank can be reached.
+        if not isinstance(name, str) or name not in bank:
+            found = "it is missing" if name is None else f"found {_shown(name)}"
+            raise ValueError(f"value must name a value function of this server, one of {', '.join(map(repr, bank))}; {found}")
+        return bank[name]
+
+    control = control_from_mapping(given, value_of)
+    if control.steps > MOST_STEPS:
+        raise ValueError(f"steps must be {MOST_STEPS} or less, found {control.steps}")
+    control.check_range(torch.float32)
+    return control
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."

@@ -34,16 +34,12 @@ def install(settings: Settings) -> None:
 class Steering:
     """Steers one worker: u is added to the states of the requests that carry a control, y_t ~ softmax(W_lm (o_t + u_t)).
 
-    The states are edited by a hook on the model's logits processor, and only while the model runner computes the logits that it
-    samples from. Prompt log-probabilities, profiling runs and draft models use the same module at other times and are not edited.
-
-    The worker's model runner is made and its model is not loaded yet.
+    The states are edited by a hook on the model's logits processor, and only while the model runner computes the logits that it samples from. Prompt
+    log-probabilities, profiling runs and draft models use the same module at other times. The worker's runner is made and its model not loaded yet.
     """
 
     def __init__(self, worker: Any, settings: Settings):
-        self.worker = worker
-        self.runner = worker.model_runner
-        self.settings = settings
+        self.worker, self.runner, self.settings = worker, worker.model_runner, settings
         self.bank: dict[str, ValueFunction] = {}
         self.requests = RequestControls(lambda extra_args: settings.control_of(extra_args, self.bank))
         self._hooks: list[Any] = []
@@ -52,9 +48,7 @@ class Steering:
         self._batch = ControlBatch()
         if getattr(self.runner, "is_pooling_model", False):
             raise RuntimeError(f"a pooling model samples no tokens and cannot be steered; unset {BANK}")
-        # Before a model is loaded.
-        for name, value in settings.known.items():
-            self._check_fit(name, value)
+        self._check_fit()
         self._wrap_runner()
         wrap(worker, "load_model", after=lambda *args, **kwargs: self._attach())
         wrap(worker, "compile_or_warm_up_model", after=lambda *args, **kwargs: self._prove())
@@ -127,11 +121,13 @@ class Steering:
         finally:
             self._edit = None
 
-    def _before_logits(self, site: EditSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _before_logits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if self._edit is None:
             return None
         # Once: a layer that wraps this one may have been called before it.
         edit, self._edit = self._edit, None
+        # A logits processor is called with the output embedding and the states.
+        site = EditSite(module, position=1)
         return site.replaced(args, kwargs, edit(site.states(args, kwargs)))
 
     def _attach(self) -> None:
@@ -148,41 +144,30 @@ class Steering:
             raise RuntimeError(f"sampling that is sharded over the batch (enable_batch_sharded_sampling) cannot be steered; turn it off, or unset {BANK}")
         model = self.runner.get_model()
         # Where adapters are served, the layer is called through one that wraps it.
-        processors = [module for module in model.modules() if isinstance(module, LogitsProcessor) or isinstance(_wrapped_by(module), LogitsProcessor)]
+        processors = [each for each in model.modules() if isinstance(each, LogitsProcessor) or isinstance(getattr(each, "base_layer", None), LogitsProcessor)]
         if not processors:
             raise RuntimeError(f"{type(model).__name__} computes its logits without a LogitsProcessor and cannot be steered; unset {BANK}")
         self.bank = self.settings.load(torch.device(self.runner.device))
         if hasattr(self.runner, "model_memory_usage"):
-            # So that the key/value cache leaves room for them.
-            self.runner.model_memory_usage += sum(_bytes(value) for value in self.bank.values())
-        # A logits processor is called with the output embedding and the states.
-        sites = [EditSite(module, position=1) for module in processors]
-        self._hooks = [site.module.register_forward_pre_hook(functools.partial(self._before_logits, site), with_kwargs=True) for site in sites]
+            # So that the key/value cache leaves room for them, and for what the ascent computes from them in advance.
+            for value in self.bank.values():
+                self.runner.model_memory_usage += sum(weight.nbytes for weight in value.parameters()) + 4 * value.hidden_dims[0] ** 2
+        self._hooks = [each.register_forward_pre_hook(self._before_logits, with_kwargs=True) for each in processors]
 
-    def _check_fit(self, name: str, value: ValueFunction) -> None:
-        """Refuse a value function that cannot be climbed from this model's states, or was trained for another model."""
-        model_config = self.worker.model_config
-        width = model_config.get_hidden_size()
-        if value.hidden_size != width:
-            raise ValueError(f"the value function {name!r} is for hidden states of size {value.hidden_size}, the model has size {width}")
-        recorded = value.provenance.get("base_model")
-        for field in CONFIG_FIELDS:
-            found = getattr(model_config.hf_text_config, field, None)
-            if isinstance(recorded, dict) and field in recorded and recorded[field] != found:
-                raise ValueError(f"the value function {name!r} was trained for another model: its {field} was {recorded[field]}, here it is {found}")
+    def _check_fit(self) -> None:
+        """Refuse value functions that cannot be climbed from this model's states, or were trained for another model; before a model is loaded."""
+        config, width = self.worker.model_config.hf_text_config, self.worker.model_config.get_hidden_size()
+        for name, value in self.settings.known.items():
+            if value.hidden_size != width:
+                raise ValueError(f"the value function {name!r} is for hidden states of size {value.hidden_size}, the model has size {width}")
+            recorded: Any = value.provenance.get("base_model")
+            for field in CONFIG_FIELDS if isinstance(recorded, dict) else ():
+                found = getattr(config, field, None)
+                if recorded.get(field, found) != found:
+                    raise ValueError(f"the value function {name!r} was trained for another model: its {field} was {recorded[field]}, here it is {found}")
 
     def _prove(self) -> None:
         if self._hooks:
             prove(self.runner, self.bank, self._editing)
             logger.info("edits reach the logits; value functions: %s", ", ".join(self.bank))
         self._proven = True
-
-
-def _wrapped_by(module: nn.Module) -> Any:
-    return getattr(module, "base_layer", None)
-
-
-def _bytes(value: ValueFunction) -> int:
-    """What a value function takes on the device, with what the ascent computes from it in advance."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in value.parameters())
-    return weights + 4 * value.hidden_dims[0] ** 2
