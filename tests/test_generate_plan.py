@@ -22,14 +22,14 @@ def test_blocks_follow_from_the_budget():
     assert (made.bytes_per_token, made.blocks) == (PER_TOKEN, 8)
     assert made.blocks_needed == [1, 2, 3, 4, 1]
     # 8 blocks: two prompts of 4 blocks, or three of 11 / 5.
-    assert (made.longest_at_once, made.average_at_once) == (2, 3)
+    assert "at once:          2 as long as the longest, 3 of average length" in str(made)
     assert made.checked() is made
 
 
 def test_no_more_blocks_than_the_prompts_at_once_can_need():
     assert plan(cache_budget="1GB").blocks == 11
     assert plan(cache_budget="1GB", batch_size=2).blocks == 7
-    assert plan(cache_budget="1GB", batch_size=2).average_at_once == 2
+    assert "2 of average length" in str(plan(cache_budget="1GB", batch_size=2))
 
 
 def test_static_batches_are_the_longest_first_and_fit():

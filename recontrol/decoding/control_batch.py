@@ -25,12 +25,10 @@ class EditTrace(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Rows that one ascent serves: they share the value function, the weights of its heads, and which settings are in use."""
+    """Rows that one ascent serves: their value function, places in the batch (None: all of it, in order), and the keywords of `ascend`."""
 
     value: ValueFunction
-    # (rows,), int64, their places in the batch; None where they are the whole batch, in order.
     rows: Tensor | None
-    # Keywords of `ascend`: a number for all rows, or a tensor with one a row.
     settings: dict[str, Any]
 
 
@@ -54,8 +52,7 @@ class ControlBatch:
         if self._controls is not None and self._controls == controls:
             return
         self._controls = controls
-        listed = [controls] if isinstance(controls, Control) else controls
-        self._groups = _groups(listed)
+        self._groups = _groups([controls] if isinstance(controls, Control) else controls)
         if self._groups and self._counts is None:
             # No inference tensor, so that rows can be counted in any mode.
             with torch.inference_mode(False):
@@ -93,7 +90,7 @@ class ControlBatch:
         edited, before = states, states.new_zeros(states.shape[0] if traced else 0, dtype=wide_dtype(states.dtype))
         after = before
         for group in self._groups:
-            climbed, path = self._climb(group, _rows(states, group), None if mask is None else _rows(mask, group), traced=traced)
+            climbed, path = self._climb(group, _rows(states, group), None if mask is None else _rows(mask, group), traced)
             edited = _with_rows(edited, group, climbed)
             if traced:
                 # A row that ends early keeps its last value.
@@ -101,7 +98,7 @@ class ControlBatch:
         norm = (edited.to(after.dtype) - states.to(after.dtype)).norm(dim=-1) if traced else after
         return edited, EditTrace(before, after, norm)
 
-    def _climb(self, group: _Group, states: Tensor, mask: Tensor | None, *, traced: bool) -> tuple[Tensor, Tensor]:
+    def _climb(self, group: _Group, states: Tensor, mask: Tensor | None, traced: bool) -> tuple[Tensor, Tensor]:
         assert self._counts is not None
         finite = torch.isfinite(states).all(dim=1)
         live = finite if mask is None else mask & finite

@@ -63,10 +63,8 @@ class Controller(Control):
     def attach(self, model: Any) -> "Handle":
         """Put the hooks in place; `with controller.attach(model) as handle: model.generate(...)` removes them at the end.
 
-        Compiled functions are compiled again when they are next called, after attaching and after detaching.
-
-        Args:
-            model: a causal language model of transformers, compiled or not; for a pipeline, its `model`.
+        The model is a causal language model of transformers, compiled or not; for a pipeline, its `model`. Compiled functions are compiled again when they
+        are next called, after attaching and after detaching.
 
         Raises:
             TypeError: `model` is no language model, or float64 meets another dtype.
@@ -89,7 +87,11 @@ class Handle(Editing):
     def __init__(self, controller: Controller, model: Any):
         super().__init__(model)
         self.controller = controller
-        self.stop_token_ids = tuple(_stop_token_ids(self.owner) if controller.stop_token_ids is None else controller.stop_token_ids)
+        # By default the end-of-sequence tokens of the generation config and the padding token.
+        config = getattr(self.owner, "generation_config", None) or self.owner.config.get_text_config()
+        known = [getattr(config, name, None) for name in ("eos_token_id", "pad_token_id")]
+        tokens = dict.fromkeys(int(token) for given in known if given is not None for token in torch.as_tensor(given).flatten())
+        self.stop_token_ids = tuple(tokens if controller.stop_token_ids is None else controller.stop_token_ids)
         check_fit(self, controller.value, controller.allow_other_model)
         controller.check_range(wide_dtype(self.dtype()))
         self._batch = ControlBatch(controller.backend)
@@ -133,21 +135,12 @@ class Handle(Editing):
         if self.controller.steps == 0:
             return None
         states = hidden.reshape(-1, hidden.shape[-1])
+        mask = None
         # No mask if row counts differ.
-        mask = self._live_rows(rows).to(states.device) if rows is not None and rows.ids.shape[0] == states.shape[0] else None
+        if rows is not None and rows.ids.shape[0] == states.shape[0]:
+            finished = functools.reduce(operator.or_, (rows.ids[:, 0] == token for token in self.stop_token_ids))
+            if rows.cache is not None:
+                # All layers have put the token into the cache. A static cache keeps its length on the device; reading it here would wait for the device.
+                finished = finished & (rows.cache.get_seq_length() > 1).to(rows.ids.device)
+            mask = ~finished.to(states.device)
         return self._batch.edit(states, mask).reshape(hidden.shape)
-
-    def _live_rows(self, step: _DecodeStep) -> Tensor:
-        """(batch,) bool, False where the row's response ended before; asked when all layers have put the token into the cache."""
-        finished = functools.reduce(operator.or_, (step.ids[:, 0] == token for token in self.stop_token_ids))
-        if step.cache is None:
-            return ~finished
-        # A static cache keeps its length on the device; reading it here would wait for the device.
-        return ~(finished & (step.cache.get_seq_length() > 1).to(step.ids.device))
-
-
-def _stop_token_ids(owner: Any) -> tuple[int, ...]:
-    """The end-of-sequence tokens of the generation config and the padding token."""
-    config = getattr(owner, "generation_config", None) or owner.config.get_text_config()
-    found = [getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)]
-    return tuple(dict.fromkeys(int(token) for given in found if given is not None for token in torch.as_tensor(given).flatten()))

@@ -31,9 +31,15 @@ def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
     """
     end = next((place for place, token in enumerate(new_ids) if token in eos_ids), None)
     ids = list(new_ids if end is None else new_ids[: end + 1])
-    kept = _count_before_stop(tokenizer, prompt_ids, ids, stop_strings)
-    finish = "stop" if kept is not None else "length" if end is None else "eos"
-    ids = ids[:kept]
+    finish = "length" if end is None else "eos"
+    text = decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False) if stop_strings else ""
+    stops = [text.find(stop) for stop in stop_strings if stop in text]
+    while stops:
+        finish, before = "stop", decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False)
+        # A prefix that ends inside a character decodes to something else and does not count.
+        if not ids or (len(before) <= min(stops) and text.startswith(before)):
+            break
+        ids = ids[:-1]
     return Response(ids, decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=True), finish)
 
 
@@ -43,20 +49,6 @@ def decode_after(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[in
     context = list(prompt_ids[-CONTEXT_TOKENS:])
     before, whole = tokenizer.decode(context, **options), tokenizer.decode([*context, *new_ids], **options)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new_ids), **options)
-
-
-def _count_before_stop(tokenizer: Any, prompt_ids: Sequence[int], ids: list[int], stop_strings: Sequence[str]) -> int | None:
-    """How many tokens lie wholly before the first stop string; None if there is no stop string."""
-    text = decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False)
-    found = [text.find(stop) for stop in stop_strings if stop in text]
-    if not found:
-        return None
-    for count in range(len(ids), 0, -1):
-        before = decode_after(tokenizer, prompt_ids, ids[:count], skip_special_tokens=False)
-        # A prefix that ends inside a character decodes to something else and does not count.
-        if len(before) <= min(found) and text.startswith(before):
-            return count
-    return 0
 
 
 class StopStrings(StoppingCriteria):

@@ -15,11 +15,9 @@ from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, 
 
 # Modes of the compiler that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
-_OWN_CACHE = "the decoder has a cache of its own"
-_ONE_TOKEN = "the step is for one token a row"
 REFUSED = {
-    **dict.fromkeys((*CACHE_NAMES, "cache_implementation", "use_cache"), _OWN_CACHE),
-    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"), _ONE_TOKEN),
+    **dict.fromkeys((*CACHE_NAMES, "cache_implementation", "use_cache"), "the decoder has a cache of its own"),
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"), "the step is for one token a row"),
     "inputs_embeds": "prompts are tokens here",
     "max_length": "use max_new_tokens",
     "compile_config": "it is an argument of StaticDecoder",
@@ -69,16 +67,13 @@ class StaticDecoder:
         self.compile_config = chosen
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:
-        """Respond to prompts as `model.generate` does.
+        """Respond to prompts as `model.generate` does, which says what is returned.
 
         Args:
             input_ids: (prompts, tokens), padded on the left; with `num_return_sequences` they make `batch_size` rows.
             attention_mask: (prompts, tokens), 0 at padding; by default nothing is padding.
             max_new_tokens: length of a response at most.
             options: of `model.generate`: sampling, stopping, processors of logits.
-
-        Returns:
-            What `model.generate` returns.
 
         Raises:
             ValueError: other rows than the cache has, more tokens than it holds, beams, or an option about caches or several tokens a step.
@@ -94,7 +89,11 @@ class StaticDecoder:
         if length > self.max_tokens:
             parts = f"{input_ids.shape[1]} tokens of the prompts and {max_new_tokens} new ones"
             raise ValueError(f"{parts} make {length}, this decoder is for {self.max_tokens}: give a larger max_tokens")
-        self._check_backend()
+        if self.compile_config is not None and self.compile_config.mode in GRAPH_MODES and self.model.device.type != "cpu":
+            for handle in attachments(output_embedding(self.model)):
+                if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in capturable():
+                    choices = f"{', '.join(map(repr, capturable()))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
+                    raise RuntimeError(f"backend {backend!r} of the controller waits for the device at every step; choose one of {choices}")
         options["attention_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.compile_config is not None:
             options["compile_config"] = self.compile_config
@@ -102,15 +101,6 @@ class StaticDecoder:
         with torch.inference_mode(False):
             self.cache.reset()
             return self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
-
-    def _check_backend(self) -> None:
-        """Refuse a backend that cannot be recorded in a graph."""
-        if self.compile_config is None or self.compile_config.mode not in GRAPH_MODES or self.model.device.type == "cpu":
-            return
-        for handle in attachments(output_embedding(self.model)):
-            if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in capturable():
-                choices = f"{', '.join(map(repr, capturable()))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
-                raise RuntimeError(f"backend {backend!r} of the controller waits for the device at every step; choose one of {choices}")
 
 
 def cache_name(model: Any) -> str:

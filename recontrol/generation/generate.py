@@ -86,8 +86,8 @@ def generate(
 
     Raises:
         TypeError: prompts or controls of the wrong kind, or a value function that does not go with the model's dtype.
-        ValueError: prompts without tokens, too long for the model or the budget, as many controls as there are not prompts, a value function of
-            another size, device or model, an option that does not go with batches, or one that rules out the batching asked for.
+        ValueError: prompts without tokens or too long, as many controls as there are not prompts, a value function of another size, device or model, or an
+            option that does not go with batches, or with the batching asked for.
         RuntimeError: a `Controller` is attached, the backend cannot run here, edits do not reach the logits, or transformers failed.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).

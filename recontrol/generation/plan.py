@@ -42,16 +42,6 @@ class Plan:
         """Blocks that each prompt takes when its response is finished."""
         return [math.ceil(length / self.block_tokens) for length in self.lengths]
 
-    @property
-    def longest_at_once(self) -> int:
-        """How many requests as long as the longest fit at once, all finished to the last token."""
-        return min(self.batch_size, self.blocks // max(self.blocks_needed))
-
-    @property
-    def average_at_once(self) -> int:
-        """How many requests of the average length fit at once."""
-        return min(self.batch_size, len(self.lengths), int(self.blocks / (sum(self.blocks_needed) / len(self.lengths))))
-
     def static_batches(self) -> list[list[int]]:
         """The prompts of each padded batch, the longest first; prompts that do not fit even alone are refused by name."""
         return pack_by_length(self.lengths, self.budget, self.bytes_per_token, largest=self.batch_size)
@@ -68,6 +58,9 @@ class Plan:
     def __str__(self) -> str:
         """The plan in words, a line for each number."""
         need, block_bytes, batches = sum(self.blocks_needed), self.block_tokens * self.bytes_per_token, self.static_batches()
+        # All of them finished to the last token.
+        longest = min(self.batch_size, self.blocks // max(self.blocks_needed))
+        average = min(self.batch_size, len(self.lengths), int(self.blocks / (need / len(self.lengths))))
         padded = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in batches)
         padding = f"{1 - sum(self.lengths) / padded:.0%} of their cache is padding"
         lines = [
@@ -75,7 +68,7 @@ class Plan:
             ("budget", f"{self.budget} bytes, {self.budget // self.bytes_per_token} tokens"),
             ("prompts", f"{len(self.lengths)}, the longest {max(self.lengths)} tokens with its response, all {sum(self.lengths)} tokens"),
             ("blocks", f"{self.blocks} of {self.block_tokens} tokens ({block_bytes} bytes each); all prompts at once need {need}"),
-            ("at once", f"{self.longest_at_once} as long as the longest, {self.average_at_once} of average length, {self.batch_size} at most"),
+            ("at once", f"{longest} as long as the longest, {average} of average length, {self.batch_size} at most"),
             ("tokens a step", f"{self.batch_tokens} at most"),
             ("static batches", f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {padding}"),
         ]

@@ -43,6 +43,7 @@ class RequestEditing(Editing):
         self.source: Callable[[dict[str, Any]], Rows | None] = lambda given: None
         # Without steps there is nothing to do, unless the value is to be traced.
         self._controls = {index: control for index, control in enumerate(controls) if control is not None and (trace or control.steps > 0)}
+        self.steers = bool(self._controls)
         # The unedited states then go through the output embedding too.
         self.traces = {index: Trace() for index in self._controls} if trace else {}
         self._places: tuple[list[int], Tensor] | None = None
@@ -58,11 +59,6 @@ class RequestEditing(Editing):
         """Remove the hooks; the model is as it was. May be called again."""
         super().detach()
         self._batch.warn()
-
-    @property
-    def steers(self) -> bool:
-        """Whether any request has a control that does something."""
-        return bool(self._controls)
 
     def rows(self, given: dict[str, Any]) -> Rows | None:
         """The rows of this call."""

@@ -66,13 +66,11 @@ class StreamedToken:
 
 @dataclass(frozen=True, eq=False)
 class BatchDecoding(Decoding):
-    """A decoding, and what follows from the model and its tokenizer."""
+    """A decoding, and what follows from the model and its tokenizer; `ends` says whether the newest token completes a stop string."""
 
     eos_ids: frozenset[int] = frozenset()
     pad_id: int = 0
-    # Whether the newest token completes a stop string; None without stop strings.
     ends: Callable[[list[int]], bool] | None = None
-    # Whether tokens are handed over as they come.
     streaming: bool = False
 
 
@@ -99,7 +97,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[li
 def listed_controls(control: Control | Sequence[Control | None] | None, count: int) -> list[Control | None]:
     """One control a prompt, from one for all or a list."""
     several = isinstance(control, Sequence) and not isinstance(control, str)
-    controls: list[Any] = list(control) if isinstance(control, Sequence) and several else [control] * count
+    controls: list[Any] = [*control] if isinstance(control, Sequence) and several else [control] * count
     for index, given in enumerate(controls):
         # What else a controller is set to would have no effect here.
         if given is not None and (not isinstance(given, Control) or isinstance(given, Controller)):

@@ -81,5 +81,5 @@ class _Watcher(StoppingCriteria):
             else:
                 live.append(row)
         self.live = live
-        done = [self.abandoned or row not in live for row in range(len(self.batch))]
-        return torch.tensor(done, device=input_ids.device)
+        going = set() if self.abandoned else set(live)
+        return torch.tensor([row not in going for row in range(len(self.batch))], device=input_ids.device)

@@ -14,8 +14,7 @@ from recontrol.decoding.editing import check_reach
 from recontrol.value import ValueFunction
 
 Edited = Callable[[Callable[[Tensor], Tensor]], AbstractContextManager[None]]
-ROWS = 2
-STEP_SIZE, STEPS = 0.1, 3
+ROWS, STEP_SIZE, STEPS = 2, 0.1, 3
 
 
 @torch.inference_mode()

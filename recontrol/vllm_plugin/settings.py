@@ -19,32 +19,37 @@ DEFAULT = "RECONTROL_DEFAULT"
 KEY = "recontrol"
 # A policy of the server: a request must not keep the others waiting. The paper takes 200 steps at most.
 MOST_STEPS = 1000
-# Characters of what a request sent that an error shows.
-SHOWN = 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the plugin."""
+    """The folder whose subfolders are value functions, the control of requests that carry none (JSON), and the value functions without their weights."""
 
-    # The folder whose subfolders are value functions; None where no request is steered.
     bank: Path | None = None
-    # The control of requests that carry none, as given (JSON); None where those are not steered.
     default: str | None = None
-    # The value functions of the bank by name, without weights: enough to check a control.
     known: Mapping[str, ValueFunction] = field(default_factory=dict)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read and check RECONTROL_BANK and RECONTROL_DEFAULT; an empty one counts as absent."""
         folder, default = environment.get(BANK) or None, environment.get(DEFAULT) or None
+        if folder is None and default is not None:
+            raise ValueError(f"{DEFAULT} needs {BANK}, a folder whose subfolders are value functions; it is not set")
         if folder is None:
-            if default is not None:
-                raise ValueError(f"{DEFAULT} needs {BANK}, a folder whose subfolders are value functions; it is not set")
             return cls()
         # The processes of vLLM need not share a working directory.
         bank = Path(folder).absolute()
-        known = _without_weights(bank)
+        if not bank.is_dir():
+            raise FileNotFoundError(f"{BANK} is {bank}, which is no folder")
+        known = {}
+        for each in sorted(path for path in bank.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            if not (each / WEIGHTS_NAME).is_file():
+                raise FileNotFoundError(f"{each} is no value function: it lacks {WEIGHTS_NAME}")
+            config = read_config(each / CONFIG_NAME)
+            with torch.device("meta"):
+                known[each.name] = ValueFunction(config["hidden_size"], config["hidden_dims"], config["num_heads"], provenance=config.get("provenance"))
+        if not known:
+            raise FileNotFoundError(f"{BANK} is {bank}, which holds no value function: a subfolder for each is wanted, as `save_pretrained` writes them")
         if default is not None:
             try:
                 parse_control(default, known)
@@ -65,22 +70,6 @@ class Settings:
         if self.bank is None:
             raise ValueError(f"this server steers no request: it was started without {BANK}, a folder whose subfolders are value functions")
         return parse_control(request[KEY], bank)
-
-
-def _without_weights(bank: Path) -> dict[str, ValueFunction]:
-    if not bank.is_dir():
-        raise FileNotFoundError(f"{BANK} is {bank}, which is no folder")
-    folders = sorted(path for path in bank.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise FileNotFoundError(f"{BANK} is {bank}, which holds no value function: a subfolder for each is wanted, as `save_pretrained` writes them")
-    known = {}
-    for folder in folders:
-        if not (folder / WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"{folder} is no value function: it lacks {WEIGHTS_NAME}")
-        config = read_config(folder / CONFIG_NAME)
-        with torch.device("meta"):
-            known[folder.name] = ValueFunction(config["hidden_size"], config["hidden_dims"], config["num_heads"], provenance=config.get("provenance"))
-    return known
 
 
 def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | None:
@@ -112,4 +101,4 @@ def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | No
 
 def _shown(given: Any) -> str:
     text = repr(given)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if len(text) <= 100 else text[:100] + "..."

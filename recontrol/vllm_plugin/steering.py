@@ -39,7 +39,7 @@ class Steering:
     """
 
     def __init__(self, worker: Any, settings: Settings):
-        self.worker, self.runner, self.settings = worker, worker.model_runner, settings
+        self.runner, self.settings = worker.model_runner, settings
         self.bank: dict[str, ValueFunction] = {}
         self.requests = RequestControls(lambda extra_args: settings.control_of(extra_args, self.bank))
         self._hooks: list[Any] = []
@@ -48,7 +48,16 @@ class Steering:
         self._batch = ControlBatch()
         if getattr(self.runner, "is_pooling_model", False):
             raise RuntimeError(f"a pooling model samples no tokens and cannot be steered; unset {BANK}")
-        self._check_fit()
+        config, width = worker.model_config.hf_text_config, worker.model_config.get_hidden_size()
+        # Before a model is loaded.
+        for name, value in settings.known.items():
+            if value.hidden_size != width:
+                raise ValueError(f"the value function {name!r} is for hidden states of size {value.hidden_size}, the model has size {width}")
+            recorded: Any = value.provenance.get("base_model")
+            for field in CONFIG_FIELDS if isinstance(recorded, dict) else ():
+                found = getattr(config, field, None)
+                if recorded.get(field, found) != found:
+                    raise ValueError(f"the value function {name!r} was trained for another model: its {field} was {recorded[field]}, here it is {found}")
         self._wrap_runner()
         wrap(worker, "load_model", after=lambda *args, **kwargs: self._attach())
         wrap(worker, "compile_or_warm_up_model", after=lambda *args, **kwargs: self._prove())
@@ -59,34 +68,29 @@ class Steering:
 
             @functools.wraps(run)
             def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-                if not self._take_in(scheduler_output):
-                    return run(scheduler_output, *args, **kwargs)
                 # The runner puts its batch in order only now, so the controls of the rows are asked for when the states come.
-                with self._armed(lambda: self.requests.rows_of_first_runner(runner, scheduler_output)):
+                with self._armed(lambda: self.requests.rows_of_first_runner(runner, scheduler_output), self._take_in(scheduler_output)):
                     return run(scheduler_output, *args, **kwargs)
 
+            runner.execute_model = execute_model
         elif hasattr(runner, "req_states") and "input_batch" in inspect.signature(getattr(runner, "sample", len)).parameters:
             sample, signature = runner.sample, inspect.signature(run)
 
-            @functools.wraps(run)
-            def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            def take_in(scheduler_output: Any, *args: Any, **kwargs: Any) -> None:
                 if not signature.bind(scheduler_output, *args, **kwargs).arguments.get("dummy_run", False):
                     self._take_in(scheduler_output)
-                return run(scheduler_output, *args, **kwargs)
 
             @functools.wraps(sample)
             def sample_steered(hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
                 rows = self.requests.rows_of_second_runner(input_batch) if len(self.requests) else []
-                if not any(rows):
-                    return sample(hidden_states, input_batch, *args, **kwargs)
-                with self._armed(lambda: rows):
+                with self._armed(lambda: rows, any(rows)):
                     return sample(hidden_states, input_batch, *args, **kwargs)
 
+            wrap(runner, "execute_model", before=take_in)
             runner.sample = sample_steered
         else:
             kind = f"{type(runner).__module__}.{type(runner).__name__}"
             raise RuntimeError(f"{kind} is no model runner that the plugin recontrol knows; unset {BANK} to go without")
-        runner.execute_model = execute_model
 
     def _take_in(self, scheduler_output: Any) -> bool:
         """Take in a step of the scheduler; whether rows of it are to be edited here."""
@@ -101,20 +105,20 @@ class Steering:
         return False
 
     @contextlib.contextmanager
-    def _armed(self, rows: Callable[[], list[Control | None]]) -> Iterator[None]:
-        """Edit the next states that enter the logits; an error if none does inside the block."""
+    def _armed(self, rows: Callable[[], list[Control | None]], steered: bool) -> Iterator[None]:
+        """Edit the next states that enter the logits, if some are steered; an error if none enters inside the block."""
 
         def edit(hidden: Tensor) -> Tensor:
             self._batch.assign(rows())
             return self._batch.edit(hidden)
 
-        with self._editing(edit):
+        with self._editing(edit if steered else None):
             yield
             if self._edit is not None:
                 raise RuntimeError("the model runner computed logits in a way that the plugin recontrol does not know, and requests would go unsteered")
 
     @contextlib.contextmanager
-    def _editing(self, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def _editing(self, edit: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
         self._edit = edit
         try:
             yield
@@ -153,18 +157,6 @@ class Steering:
             for value in self.bank.values():
                 self.runner.model_memory_usage += sum(weight.nbytes for weight in value.parameters()) + 4 * value.hidden_dims[0] ** 2
         self._hooks = [each.register_forward_pre_hook(self._before_logits, with_kwargs=True) for each in processors]
-
-    def _check_fit(self) -> None:
-        """Refuse value functions that cannot be climbed from this model's states, or were trained for another model; before a model is loaded."""
-        config, width = self.worker.model_config.hf_text_config, self.worker.model_config.get_hidden_size()
-        for name, value in self.settings.known.items():
-            if value.hidden_size != width:
-                raise ValueError(f"the value function {name!r} is for hidden states of size {value.hidden_size}, the model has size {width}")
-            recorded: Any = value.provenance.get("base_model")
-            for field in CONFIG_FIELDS if isinstance(recorded, dict) else ():
-                found = getattr(config, field, None)
-                if recorded.get(field, found) != found:
-                    raise ValueError(f"the value function {name!r} was trained for another model: its {field} was {recorded[field]}, here it is {found}")
 
     def _prove(self) -> None:
         if self._hooks:
