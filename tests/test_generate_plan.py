@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from recontrol.generation import plan as planning
-from recontrol.generation.plan import batches_of, free_bytes, make_plan, tells_its_cache
+from recontrol.generation.plan import free_bytes, make_plan, tells_its_cache
 
 CONFIG = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2)
 # 3 layers * 2 heads * (8 + 8) numbers * 2 bytes.
@@ -86,11 +86,9 @@ def test_what_cannot_be_planned_is_refused(options, message):
         plan(**options)
 
 
-def test_without_a_known_cache_there_is_a_number_of_prompts():
+def test_whether_a_config_tells_the_size_of_the_cache():
     class Recurrent:
         def get_text_config(self):
             return self
 
     assert tells_its_cache(CONFIG) and not tells_its_cache(Recurrent())
-    assert batches_of([3, 9, 5], 2) == [[1, 2], [0]]
-    assert [len(batch) for batch in batches_of([4] * 70, None)] == [32, 32, 6]

@@ -44,7 +44,7 @@ class ControlBatch:
         self._controls: Control | list[Control | None] | None = None
         self._groups: list[_Group] = []
         # On the device: rows that were edited, and rows that stayed unedited because of numbers that are not finite.
-        self._counts: Tensor | None = None
+        self._counts: Any = None
         self._warned = False
 
     def assign(self, controls: Control | list[Control | None]) -> None:
@@ -89,28 +89,21 @@ class ControlBatch:
         states = states.detach()
         edited, before = states, states.new_zeros(states.shape[0] if traced else 0, dtype=wide_dtype(states.dtype))
         after = before
-        for group in self._groups:
-            climbed, path = self._climb(group, _rows(states, group), None if mask is None else _rows(mask, group), traced)
-            edited = _with_rows(edited, group, climbed)
-            if traced:
-                # A row that ends early keeps its last value.
-                before, after = _with_rows(before, group, path[:, 0]), _with_rows(after, group, path[:, -1])
+        for value, rows, settings in self._groups:
+            hidden = states if rows is None else states.index_select(0, rows)
+            live = mask if mask is None or rows is None else mask.index_select(0, rows)
+            finite = torch.isfinite(hidden).all(dim=1)
+            result = ascend(hidden, value, mask=finite if live is None else live & finite, return_trace=traced, backend=self.backend, **settings)
+            climbed, path = result if isinstance(result, tuple) else (result, None)
+            finite = torch.isfinite(climbed).all(dim=1)
+            count = (finite if live is None else live & finite).sum()
+            self._counts.add_(torch.stack([count, (hidden.shape[0] if live is None else live.sum()) - count]))
+            edited = _with_rows(edited, rows, torch.where(finite[:, None], climbed, hidden))
+            if path is not None:
+                # A row that ends early keeps its last value, one that stays unedited its first.
+                before, after = _with_rows(before, rows, path[:, 0]), _with_rows(after, rows, torch.where(finite, path[:, -1], path[:, 0]))
         norm = (edited.to(after.dtype) - states.to(after.dtype)).norm(dim=-1) if traced else after
         return edited, EditTrace(before, after, norm)
-
-    def _climb(self, group: _Group, states: Tensor, mask: Tensor | None, traced: bool) -> tuple[Tensor, Tensor]:
-        assert self._counts is not None
-        finite = torch.isfinite(states).all(dim=1)
-        live = finite if mask is None else mask & finite
-        result = ascend(states, group.value, mask=live, return_trace=traced, backend=self.backend, **group.settings)
-        climbed, path = result if isinstance(result, tuple) else (result, result)
-        finite = torch.isfinite(climbed).all(dim=1)
-        edited = (finite if mask is None else mask & finite).sum()
-        unedited = (states.shape[0] if mask is None else mask.sum()) - edited
-        self._counts.add_(torch.stack([edited, unedited]))
-        if traced:
-            path = torch.where(finite[:, None], path, path[:, :1])
-        return torch.where(finite[:, None], climbed, states), path
 
 
 def _group_key(control: Control) -> Any:
@@ -135,10 +128,6 @@ def _groups(controls: Sequence[Control | None]) -> list[_Group]:
     return groups
 
 
-def _rows(whole: Tensor, group: _Group) -> Tensor:
-    return whole if group.rows is None else whole.index_select(0, group.rows)
-
-
-def _with_rows(whole: Tensor, group: _Group, part: Tensor) -> Tensor:
+def _with_rows(whole: Tensor, rows: Tensor | None, part: Tensor) -> Tensor:
     """`whole` with the rows of a group replaced."""
-    return part if group.rows is None else whole.index_copy(0, group.rows, part)
+    return part if rows is None else whole.index_copy(0, rows, part)

@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from recontrol.ascent import backends
 from recontrol.ascent.arguments import normalise
 from recontrol.checks import integer, several, wide_dtype
 from recontrol.decoding.control import SETTINGS, Control
-from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import CACHE_NAMES
 
@@ -74,13 +73,6 @@ class Controller(Control):
         return Handle(self, model)
 
 
-class _DecodeStep(NamedTuple):
-    """A forward call of one token a row: the tokens that go in, (batch, 1), and the cache where its length is on the device, None if it holds tokens."""
-
-    ids: Tensor
-    cache: Any | None
-
-
 class Handle(Editing):
     """The hooks of one controller on one model, made by `Controller.attach`; `detach` or leaving its `with` block removes them."""
 
@@ -94,7 +86,7 @@ class Handle(Editing):
         self.stop_token_ids = tuple(tokens if controller.stop_token_ids is None else controller.stop_token_ids)
         check_fit(self, controller.value, controller.allow_other_model)
         controller.check_range(wide_dtype(self.dtype()))
-        self._batch = ControlBatch(controller.backend)
+        self._batch.backend = controller.backend
         self._batch.assign(controller)
         self._batch.try_out([controller], self.dtype())
         self.attach(self_check=controller.self_check)
@@ -110,13 +102,8 @@ class Handle(Editing):
         hidden = torch.zeros(rows, value.hidden_size, dtype=self.dtype(), device=value.device)
         return backends.choose(self.controller.backend, normalise(hidden, value, **settings), value.prepared()).name
 
-    def detach(self) -> None:
-        """Remove the hooks; the model is as it was. May be called again."""
-        super().detach()
-        self._batch.warn()
-
-    def rows(self, given: dict[str, Any]) -> _DecodeStep | None:
-        """The decode step that begins with these arguments of the model; None at prefill, where every row is live."""
+    def rows(self, given: dict[str, Any]) -> tuple[Tensor, Any] | None:
+        """The tokens of a decode step, (batch, 1), and its cache where the length is on the device, else None. No step is prefill: every row is live."""
         ids = given.get("input_ids")
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if not self.stop_token_ids or cache is None or ids is None or ids.dim() != 2 or ids.shape[1] != 1:
@@ -127,20 +114,21 @@ class Handle(Editing):
             # A cache of recurrent states only has no length.
             length = int(cache.has_previous_state())
         if isinstance(length, Tensor):
-            return _DecodeStep(ids, cache)
-        return _DecodeStep(ids, None) if length > 0 else None
+            return ids, cache
+        return (ids, None) if length > 0 else None
 
-    def edit(self, hidden: Tensor, rows: _DecodeStep | None) -> Tensor | None:
+    def edit(self, hidden: Tensor, rows: tuple[Tensor, Any] | None) -> Tensor | None:
         """The states after the ascent; finished rows as they were."""
         if self.controller.steps == 0:
             return None
         states = hidden.reshape(-1, hidden.shape[-1])
+        ids, cache = rows or (None, None)
         mask = None
         # No mask if row counts differ.
-        if rows is not None and rows.ids.shape[0] == states.shape[0]:
-            finished = functools.reduce(operator.or_, (rows.ids[:, 0] == token for token in self.stop_token_ids))
-            if rows.cache is not None:
+        if ids is not None and ids.shape[0] == states.shape[0]:
+            finished = functools.reduce(operator.or_, (ids[:, 0] == token for token in self.stop_token_ids))
+            if cache is not None:
                 # All layers have put the token into the cache. A static cache keeps its length on the device; reading it here would wait for the device.
-                finished = finished & (rows.cache.get_seq_length() > 1).to(rows.ids.device)
+                finished = finished & (cache.get_seq_length() > 1).to(ids.device)
             mask = ~finished.to(states.device)
         return self._batch.edit(states, mask).reshape(hidden.shape)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width, seeded
 from recontrol.value import ValueFunction
@@ -39,6 +40,7 @@ class Editing(Attachment):
         # From the class, because an instance's forward may be a compiled one.
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
         self._call = _Call()
+        self._batch = ControlBatch()
         self._traced_rows: tuple[Any] | None = None
         if any(isinstance(other, Editing) for other in attachments(self.owner)):
             found = f"is attached to this {type(self.owner).__name__} already"
@@ -64,6 +66,11 @@ class Editing(Attachment):
         except BaseException:
             self.detach()
             raise
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is as it was. May be called again."""
+        super().detach()
+        self._batch.warn()
 
     def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # No arithmetic here: the compiler makes a graph of its own of a hook on the model that it compiles.

@@ -62,9 +62,8 @@ def difference(recorded: dict[str, Any], model: Any) -> str | None:
     config = owner.config.get_text_config()
     name = recorded.get("name") or "the recorded model"
     for field in CONFIG_FIELDS:
-        found = getattr(config, field, None)
-        if field in recorded and recorded[field] != found:
-            return f"{field} is {found}, that of {name} is {recorded[field]}"
+        if (wanted := recorded.get(field, found := getattr(config, field, None))) != found:
+            return f"{field} is {found}, that of {name} is {wanted}"
     parameters = _parameters(owner)
     for parameter, wanted in recorded.get("samples", {}).items():
         if parameter not in parameters:
@@ -75,7 +74,7 @@ def difference(recorded: dict[str, Any], model: Any) -> str | None:
         pairs = enumerate(zip(found, wanted, strict=False))
         apart = [place for place, (a, b) in pairs if not abs(a - b) <= RELATIVE_TOLERANCE * max(abs(a), abs(b)) + ABSOLUTE_TOLERANCE]
         if apart or len(found) != len(wanted):
-            first = apart[0] if apart else 0
+            first = [*apart, 0][0]
             return f"the weights differ from those of {name}: in {parameter} {found[first]:.6g} was found, {wanted[first]:.6g} was wanted"
     return None
 

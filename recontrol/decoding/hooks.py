@@ -34,9 +34,8 @@ def embedding_owner(model: nn.Module, embedding: nn.Module) -> Any:
 def input_width(model: Any, embedding: nn.Module) -> int:
     """The size of the states that the output embedding reads; it need not be the `hidden_size` of the config."""
     width, weight = getattr(embedding, "in_features", None), getattr(embedding, "weight", None)
-    if isinstance(width, int):
-        return width
-    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else model.config.get_text_config().hidden_size
+    read = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else model.config.get_text_config().hidden_size
+    return width if isinstance(width, int) else read
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +64,8 @@ class Attachment:
     """
 
     def __init__(self, model: Any):
-        self.model = model
-        self.embedding = output_embedding(model)
-        self.owner = embedding_owner(model, self.embedding)
-        self.site = EditSite(self.embedding)
+        self.model, self.embedding = model, output_embedding(model)
+        self.owner, self.site = embedding_owner(model, self.embedding), EditSite(self.embedding)
         self._hooks: list[RemovableHandle] = []
         self._paused = False
 

@@ -15,11 +15,9 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass(frozen=True)
 class Packing:
-    """How entries, prompts for example, are put into batches."""
+    """How entries are batched: at most `batch_size` (None: 16, or no limit with a budget), and by length under a budget of bytes for the key/value cache."""
 
-    # Entries in a batch at most; None is no limit with a `cache_budget`, else 16.
     batch_size: int | None = None
-    # Bytes for the key/value cache of a batch, or a text such as "8GiB"; None keeps the given order.
     cache_budget: int | str | None = None
 
     def __post_init__(self) -> None:

@@ -65,8 +65,6 @@ class StopStrings(StoppingCriteria):
 
     def ends(self, new_ids: list[int]) -> bool:
         """Whether the newest of these tokens of a response completes a stop string."""
-        return self._holds(new_ids[-self.window :]) and self._holds(new_ids)
-
-    def _holds(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(stop in text for stop in self.stop_strings)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        texts = (self.tokenizer.decode(ids, **options) for ids in (new_ids[-self.window :], new_ids))
+        return all(any(stop in text for stop in self.stop_strings) for text in texts)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.generation import configuration_utils
 from recontrol.decoding.hooks import embedding_owner, output_embedding
 from recontrol.generation.plan import Plan
 from recontrol.generation.request_editing import RequestEditing, Rows
-from recontrol.generation.requests import BatchDecoding
+from recontrol.generation.requests import BatchDecoding, Tokens
 
 # What transformers' continuous batching does with a generation config beside end-of-sequence tokens; it would pass over the rest.
 UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id", "generation_config"}
@@ -58,13 +58,8 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
     return None
 
 
-def tokens(
-    model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding
-) -> Generator[tuple[int, int | None], None, None]:
-    """Generate with transformers' continuous batching; a RuntimeError has its reason.
-
-    Yields (prompt, token), as tokens come if `decoding.streaming`, else when its response is finished, and (prompt, None) when it is.
-    """
+def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding) -> Tokens:
+    """Generate with transformers' continuous batching; a RuntimeError has its reason. Tokens come at once if `decoding.streaming`, else with the last."""
     config = _batching_config(model, plan, decoding, steered=editing.steers)
     attention = model.config._attn_implementation
     manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
@@ -79,13 +74,10 @@ def tokens(
             manager.add_request(ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
         while counts:
             result = manager.get_result(timeout=_PATIENCE)
-            if result is None:
-                if not manager.is_running():
-                    raise RuntimeError(f"continuous batching ended before {len(counts)} responses were finished")
-                continue
-            index = int(result.request_id)
-            if index not in counts:
-                # Cut at a stop string before; this one was on its way.
+            if result is None and not manager.is_running():
+                raise RuntimeError(f"continuous batching ended before {len(counts)} responses were finished")
+            # What is not counted was cut at a stop string before; this one was on its way.
+            if result is None or (index := int(result.request_id)) not in counts:
                 continue
             if result.error is not None:
                 raise RuntimeError(f"continuous batching failed at prompt {index}: {result.error}")
@@ -144,10 +136,10 @@ def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered
     """The settings, in the words of the installed release."""
     # By name, since older releases have none.
     config_class = configuration_utils.ContinuousBatchingConfig
+    known = {each.name for each in dataclasses.fields(config_class)}
     wanted: dict[str, Any] = {
         # It was renamed.
-        "page_size": plan.block_tokens,
-        "block_size": plan.block_tokens,
+        "page_size" if "page_size" in known else "block_size": plan.block_tokens,
         "num_blocks": plan.blocks,
         "max_batch_tokens": plan.batch_tokens,
         "max_requests_per_batch": plan.batch_size,
@@ -158,5 +150,4 @@ def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered
     if steered:
         # A graph that is replayed runs no hook, and of two batches under way it could not be told whose rows these are.
         wanted |= {"use_cuda_graph": False, "use_async_batching": False}
-    known = {each.name for each in dataclasses.fields(config_class)}
     return config_class(**{name: given for name, given in wanted.items() if name in known})

@@ -12,9 +12,10 @@ from recontrol.decoding import batches
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 from recontrol.decoding.hooks import output_embedding
+from recontrol.decoding.packing import pack_by_length
 from recontrol.decoding.responses import StopStrings, make_response
 from recontrol.generation import continuous, static
-from recontrol.generation.plan import Plan, batches_of, make_plan, tells_its_cache
+from recontrol.generation.plan import REQUESTS_AT_ONCE, Plan, make_plan, tells_its_cache
 from recontrol.generation.request_editing import RequestEditing
 from recontrol.generation.requests import BatchDecoding, Generation, StreamedToken, listed_controls, token_ids
 
@@ -58,7 +59,7 @@ def generate(
 
     Batching is "continuous" (transformers' own, with paged cache: a prompt joins when there are free blocks, and makes room when it is finished) or
     "static" (padded batches, decoded to the end one after the other); "auto" is continuous where model, options and release of transformers allow it, and
-    logs the reason where not. Each response says which it was.
+    logs the reason where not.
 
     A state stays unedited, and a warning says so once, if it is not finite or if its edit would leave the range of its dtype. The model is left as it was:
     after an error, after Ctrl-C, and when a stream is closed early. Meanwhile it must not be used elsewhere.
@@ -141,7 +142,8 @@ def _planned(
         logger.info("batching is static: %s", reason)
     lengths = [len(each) + decoding.max_new_tokens for each in ids]
     if reason is not None and cache_budget is None and not tells_its_cache(model.config):
-        return batches_of(lengths, decoding.batch_size)
+        # Nothing is known of the cache: so many prompts, the longest first.
+        return pack_by_length(lengths, sum(lengths) * len(lengths), 1, largest=decoding.batch_size or REQUESTS_AT_ONCE)
     limits: dict[str, Any] = {"cache_budget": cache_budget, "batch_size": decoding.batch_size, "block_tokens": block_tokens}
     plan = make_plan(model.config, model.dtype, lengths, device=model.device, **limits)
     return plan.checked() if reason is None else plan.static_batches()

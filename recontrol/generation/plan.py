@@ -24,10 +24,7 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """How prompts are batched under a budget, in bytes, for the key/value cache of all layers.
-
-    `lengths` are the tokens of each prompt when its response is finished; at most `batch_tokens` and `batch_size` prompts are decoded at once.
-    """
+    """How prompts, whose `lengths` are their tokens when the response is finished, are batched under a budget of bytes for the key/value cache."""
 
     bytes_per_token: int
     budget: int
@@ -48,11 +45,10 @@ class Plan:
 
     def checked(self) -> "Plan":
         """This plan; prompts that do not fit into the paged cache even alone are refused by name."""
-        alone = [index for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
+        alone = [f"{index} ({self.lengths[index]} tokens)" for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
         if alone:
-            named = first_few([f"{index} ({self.lengths[index]} tokens)" for index in alone])
             room = f"{self.blocks} blocks of {self.block_tokens} tokens"
-            raise ValueError(f"{len(alone)} prompts do not fit into {room} even alone: {named}; give a larger cache_budget")
+            raise ValueError(f"{len(alone)} prompts do not fit into {room} even alone: {first_few(alone)}; give a larger cache_budget")
         return self
 
     def __str__(self) -> str:
@@ -117,18 +113,11 @@ def tells_its_cache(config: Any) -> bool:
     return True
 
 
-def batches_of(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
-    """Batches of so many prompts, by default 32, the longest first, where nothing is known of the cache."""
-    return pack_by_length(lengths, max(lengths) * len(lengths), 1, largest=batch_size or REQUESTS_AT_ONCE)
-
-
 def free_bytes(device: str | torch.device) -> int:
     """Memory that is free on a device now."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        found = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        # Not on Linux.
-        return required("psutil", "train").virtual_memory().available
-    return 1024 * int(found["MemAvailable"].split()[0])
+    # Linux has it.
+    if (memory := Path("/proc/meminfo")).exists():
+        return 1024 * int(memory.read_text().split("MemAvailable:")[1].split()[0])
+    return required("psutil", "train").virtual_memory().available

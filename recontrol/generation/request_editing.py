@@ -9,17 +9,15 @@ from torch import Tensor, nn
 from recontrol.ascent import backends
 from recontrol.checks import wide_dtype
 from recontrol.decoding.control import Control
-from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.generation.requests import Trace
 
 
 class Rows(NamedTuple):
-    """Which states of a forward call are read to sample the next token of which request."""
+    """For each request the place of its next state among those that the output embedding reads, or, with `last`, its sequence, whose last state is read."""
 
     requests: list[int]
-    # For each request the place of its state among those that the output embedding reads; or, with `last`, its sequence, whose last state is read.
     places: list[int]
     last: bool
 
@@ -47,7 +45,7 @@ class RequestEditing(Editing):
         # The unedited states then go through the output embedding too.
         self.traces = {index: Trace() for index in self._controls} if trace else {}
         self._places: tuple[list[int], Tensor] | None = None
-        self._batch = ControlBatch(backends.check_name(backend))
+        self._batch.backend = backends.check_name(backend)
         for index, control in self._controls.items():
             control.check_range(wide_dtype(self.dtype()), f" in the control of prompt {index}")
         for value in dict.fromkeys(control.value for control in self._controls.values()):
@@ -55,21 +53,16 @@ class RequestEditing(Editing):
         self._batch.try_out(self._controls.values(), self.dtype())
         self.attach(self_check=self.steers)
 
-    def detach(self) -> None:
-        """Remove the hooks; the model is as it was. May be called again."""
-        super().detach()
-        self._batch.warn()
-
     def rows(self, given: dict[str, Any]) -> Rows | None:
         """The rows of this call."""
         return self.source(given)
 
     def edit(self, hidden: Tensor, rows: Rows | None) -> Tensor | None:
         """The states after the ascents; in a traced call the unedited ones behind them."""
-        steps = hidden.shape[-2]
         found = {} if rows is None else {request: place for request, place in zip(rows.requests, rows.places, strict=True) if request in self._controls}
         if rows is None or not found:
             return None
+        steps = hidden.shape[-2]
         requests, places = list(found), [place * steps + steps - 1 if rows.last else place for place in found.values()]
         if self._places is None or self._places[0] != places:
             # Kept while they stay the same.
@@ -81,8 +74,9 @@ class RequestEditing(Editing):
         if not self.traces:
             return states.index_copy(0, place, self._batch.edit(chosen)).reshape(hidden.shape)
         edited, trace = self._batch.edit_and_trace(chosen)
-        for request, *numbers in zip(requests, *(each.tolist() for each in trace), strict=True):
-            self.traces[request].add(**dict(zip(trace._fields, numbers, strict=True)))
+        for name, numbers in trace._asdict().items():
+            for request, each in zip(requests, numbers.tolist(), strict=True):
+                getattr(self.traces[request], name).append(each)
         # The unedited states go the same way to the logits, whatever the model does to them after the output embedding.
         self._call.kept = _Kept(hidden.shape[:-1], place, requests)
         return torch.cat([states.index_copy(0, place, edited), chosen])[None]
@@ -101,5 +95,5 @@ class RequestEditing(Editing):
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         count = kept.shape.numel()
         for request, moved in zip(kept.requests, divergence(logits[kept.places], logits[count:]).tolist(), strict=True):
-            self.traces[request].add(divergence=moved)
+            self.traces[request].divergence.append(moved)
         output.logits = logits[:count].reshape(*kept.shape, -1)

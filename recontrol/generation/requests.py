@@ -1,6 +1,6 @@
 """What goes into a batched generation and what comes out of it, prompt by prompt."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -11,6 +11,9 @@ from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
+
+# (prompt, token) as there are tokens, and (prompt, None) when the response is finished.
+Tokens = Generator[tuple[int, int | None], None, None]
 
 
 @dataclass
@@ -28,11 +31,6 @@ class Trace:
     value_after: list[float] = field(default_factory=list)
     edit_norm: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
-
-    def add(self, **numbers: float) -> None:
-        """Add to some of the lists, by name, an entry for one more token."""
-        for name, each in numbers.items():
-            getattr(self, name).append(each)
 
     def cut(self, tokens: int) -> "Trace":
         """The first entries, as many as there are tokens."""

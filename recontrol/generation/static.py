@@ -3,7 +3,7 @@
 import functools
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from recontrol.decoding.batches import left_padded
 from recontrol.generation.request_editing import RequestEditing, Rows
-from recontrol.generation.requests import BatchDecoding
+from recontrol.generation.requests import BatchDecoding, Tokens
 
 
-def tokens(
-    model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding
-) -> Generator[tuple[int, int | None], None, None]:
-    """Generate batch by batch; yields (prompt, token) as tokens come, and (prompt, None) when its response is finished."""
+def tokens(model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding) -> Tokens:
+    """Generate batch by batch."""
     for batch in batches:
         watcher = _Watcher(batch, decoding)
         # `generate` returns when all is done, so it runs in a thread of its own, and hands over each token when there is one; None comes last.
