@@ -43,10 +43,7 @@ class Batch:
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
-    """Respond to one batch of prompts with the model as it is: under control if the caller has attached a controller.
-
-    `keywords` are settings of `Decoding` by name, and options of `model.generate`. The caller's generators are left as they were.
-    """
+    """Respond to one batch of prompts with the model as it is, under control if a controller is attached; `keywords` as for `Decoding.of`."""
     decoding = Decoding.of(decoding, **keywords)
     check_options(decoding.options)
     if not prompts:
@@ -59,10 +56,7 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding:
 
 
 def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: list[str], options: dict[str, Any]) -> Batch:
-    """Run `model.generate` on one batch of prompts, in the caller's mode and with the caller's generators, and cut the responses.
-
-    Without do_sample in the options the model is greedy. Row r of several a prompt responds to prompt r // num_return_sequences.
-    """
+    """Run `model.generate` in the caller's mode and with the caller's generators; row r responds to prompt r // num_return_sequences."""
     ids = tokenizer(list(prompts)).input_ids
     padding = padding_token(tokenizer, {})
     options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}

@@ -33,10 +33,9 @@ class _Group(NamedTuple):
 
 
 class ControlBatch:
-    """Edits states, h <- h + u, each row under its own control: one ascent for each group of rows.
+    """Edits states, h <- h + u, each row under its own control, one ascent for each group of rows; no host synchronisation, so CUDA graphs can hold it.
 
-    As with `recontrol.ascend`, a row's result does not depend on the other rows. A row stays unedited if its state is not finite, or if its ascent
-    would leave the range of its dtype; a warning says so once, when the count is read. No host synchronisation, so an edit can be captured in a CUDA graph.
+    A row stays unedited if its state is not finite, or its ascent would leave the range of its dtype; a warning says so once, when the count is read.
     """
 
     def __init__(self, backend: str = "auto"):

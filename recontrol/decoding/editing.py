@@ -28,10 +28,7 @@ class _Call(threading.local):
 
 
 class Editing(Attachment):
-    """Edits the states at the site of a model, h <- edit(h). A model has at most one such set of hooks.
-
-    A subclass defines `edit`, and `rows` where the edit depends on the forward call; at the end of its `__init__` it calls `attach`.
-    """
+    """Edits the states at the one site of a model, h <- edit(h, rows). A subclass defines `edit` and, if need be, `rows`; its `__init__` ends with `attach`."""
 
     def __init__(self, model: Any):
         super().__init__(model)

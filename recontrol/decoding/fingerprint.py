@@ -54,10 +54,7 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 
 
 def difference(recorded: dict[str, Any], model: Any) -> str | None:
-    """One sentence that names the first difference of a model from a fingerprint; None when it is the same model, perhaps in another dtype.
-
-    Sizes must be equal and every sampled weight must agree to 1 %; the name is not compared. Quantised weights and those not on this machine are skipped.
-    """
+    """The first difference of a model from a fingerprint, in sizes or readable weights; None when it is the same model, perhaps in another dtype."""
     owner = embedding_owner(model, output_embedding(model))
     config = owner.config.get_text_config()
     name = recorded.get("name") or "the recorded model"

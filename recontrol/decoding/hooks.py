@@ -58,10 +58,7 @@ class EditSite:
 
 
 class Attachment:
-    """Hooks on one model, removed together by `detach` or at the end of a `with` block.
-
-    `owner` is the innermost model that the output embedding belongs to; `site` is where states are read, by default the embedding's input, o_t.
-    """
+    """Hooks on one model (`owner`: the innermost), at a `site`, by default the input of its output embedding, removed together by `detach` or `with`."""
 
     def __init__(self, model: Any):
         self.model, self.embedding = model, output_embedding(model)

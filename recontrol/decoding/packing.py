@@ -81,8 +81,7 @@ def pack_by_length(
 ) -> list[list[int]]:
     """Batches, as places in `lengths`: rows_per_entry * entries of a batch * its longest length * bytes_per_token <= budget, at most `largest` entries.
 
-    The longest come first, so that a budget that is too large for the device fails in the first batch, not in the last. One list of lengths has one
-    result. Entries that do not fit even alone are refused by `names`.
+    The longest come first, so that a budget that is too large fails in the first batch. Entries that do not fit even alone are refused by `names`.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     fitting = [budget // (rows_per_entry * lengths[place] * bytes_per_token) for place in order]

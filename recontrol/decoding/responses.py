@@ -25,10 +25,7 @@ class Response:
 
 
 def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int], eos_ids: Collection[int], stop_strings: Sequence[str] = ()) -> Response:
-    """Cut new tokens after the first end-of-sequence token, and before the first token that touches a stop string.
-
-    The prompt is without padding; the new tokens may have padding behind them. If a stop string begins in the middle of a token, that token goes too.
-    """
+    """Cut new tokens, behind which may be padding, after the first end-of-sequence token, and before the first token that touches a stop string."""
     end = next((place for place, token in enumerate(new_ids) if token in eos_ids), None)
     ids = list(new_ids if end is None else new_ids[: end + 1])
     finish = "length" if end is None else "eos"

@@ -101,15 +101,12 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
 
 
 def _rows(manager: Any, given: dict[str, Any]) -> Rows | None:
-    """Which rows of a forward call belong to which request of transformers' manager; None if the call is not the manager's.
-
-    The manager lists the requests that get a new token in the order of their states. If the model is told which states to keep, it keeps these;
-    otherwise all tokens of the batch go through the output embedding, and only the states at these places are read.
-    """
+    """The rows of a forward call of transformers' manager, which lists the requests that get a token in the order of their states; None for other calls."""
     processor = manager.batch_processor
     if processor is None or given.get("cache") is not processor.cache:
         return None
     positions = processor.inputs_and_outputs.req_id_to_new_token_position
+    # The model may be told which states to keep; otherwise all tokens of the batch go through the output embedding.
     kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
     return Rows([int(name) for name in positions], list(range(len(positions)) if kept else positions.values()), last=False)
 

@@ -81,10 +81,7 @@ def make_plan(
     batch_size: int | None = None,
     block_tokens: int | None = None,
 ) -> Plan:
-    """Plan a generation from the model's config; `lengths` are those of `Plan`, the other settings those of `recontrol.generate`.
-
-    blocks = min(budget // (block_tokens * bytes_per_token), sum of what the prompts need)
-    """
+    """Plan a generation: blocks = min(budget // (block_tokens * bytes_per_token), what the prompts need); settings as for `recontrol.generate`."""
     on_gpu = torch.device(device).type == "cuda"
     if not lengths:
         raise ValueError("there are no prompts to plan for")

@@ -31,10 +31,7 @@ class _Kept(NamedTuple):
 
 
 class RequestEditing(Editing):
-    """Edits the states of each request by its own control, whatever rows of a batch the requests are in; the others stay as they are.
-
-    Who runs the model sets `source`, from the arguments of a forward call to its rows, or None for calls that are not to be edited.
-    """
+    """Edits the states of each request by its own control; who runs the model sets `source`, from the arguments of a forward call to its rows, or None."""
 
     def __init__(self, model: Any, controls: Sequence[Control | None], *, backend: str = "auto", allow_other_model: bool = False, trace: bool = False):
         super().__init__(model)

@@ -53,9 +53,7 @@ class RequestControls:
         return any(request in self._controls for request in scheduler_output.num_scheduled_tokens)
 
     def rows_of_first_runner(self, runner: Any, scheduler_output: Any) -> list[Control | None]:
-        """The controls of the rows in the order of the persistent batch (`vllm.v1.worker.gpu_model_runner`): a request has one for each draft token and
-        one more. The row of a prompt that is not yet read to its end is not sampled from and gets None.
-        """
+        """The controls of the persistent batch (`vllm.v1.worker.gpu_model_runner`), one a draft token and one more; None while a prompt is being read."""
         rows: list[Control | None] = []
         for request in runner.input_batch.req_ids:
             state = runner.requests[request]
