@@ -73,7 +73,7 @@ class BatchDecoding(Decoding):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt, texts tokenised; what is no text and no list of token ids, or empty, is refused by place."""
+    """The tokens of each prompt, texts tokenised; what is no text and no list of token ids is refused by place."""
     wanted = "prompts must be a list of texts, or of lists of token ids"
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise TypeError(f"{wanted}, found {type(prompts).__name__}: {prompts!r:.40}")
