@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from recontrol.generation import plan as planning
-from recontrol.generation.plan import batches_of, free_bytes, make_plan, tells_its_cache
+from recontrol.generation.plan import free_bytes, make_plan, tells_its_cache
 
 CONFIG = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2)
 # 3 layers * 2 heads * (8 + 8) numbers * 2 bytes.
@@ -19,17 +19,17 @@ def plan(lengths=LENGTHS, **options):
 
 def test_blocks_follow_from_the_budget():
     made = plan()
-    assert (made.bytes_per_token, made.block_bytes, made.blocks) == (PER_TOKEN, 16 * PER_TOKEN, 8)
+    assert (made.bytes_per_token, made.blocks) == (PER_TOKEN, 8)
     assert made.blocks_needed == [1, 2, 3, 4, 1]
     # 8 blocks: two prompts of 4 blocks, or three of 11 / 5.
-    assert (made.longest_at_once, made.average_at_once) == (2, 3)
+    assert "at once:          2 as long as the longest, 3 of average length" in str(made)
     assert made.checked() is made
 
 
 def test_no_more_blocks_than_the_prompts_at_once_can_need():
     assert plan(cache_budget="1GB").blocks == 11
     assert plan(cache_budget="1GB", batch_size=2).blocks == 7
-    assert plan(cache_budget="1GB", batch_size=2).average_at_once == 2
+    assert "2 of average length" in str(plan(cache_budget="1GB", batch_size=2))
 
 
 def test_static_batches_are_the_longest_first_and_fit():
@@ -86,11 +86,9 @@ def test_what_cannot_be_planned_is_refused(options, message):
         plan(**options)
 
 
-def test_without_a_known_cache_there_is_a_number_of_prompts():
+def test_whether_a_config_tells_the_size_of_the_cache():
     class Recurrent:
         def get_text_config(self, decoder=None):
             return self
 
     assert tells_its_cache(CONFIG) and not tells_its_cache(Recurrent())
-    assert batches_of([3, 9, 5], 2) == [[1, 2], [0]]
-    assert [len(batch) for batch in batches_of([4] * 70, None)] == [32, 32, 6]

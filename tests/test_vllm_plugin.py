@@ -12,10 +12,9 @@ import torch
 
 import recontrol as rc
 from recontrol.cli import main
-from recontrol.vllm_plugin.controls import MOST_STEPS, parse_control
-from recontrol.vllm_plugin.rows import RequestControls
 from recontrol.vllm_plugin.self_test import prove
-from recontrol.vllm_plugin.settings import Settings
+from recontrol.vllm_plugin.settings import MOST_STEPS, Settings, parse_control
+from recontrol.vllm_plugin.steering import RequestControls
 from recontrol.vllm_plugin.wrapping import wrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")

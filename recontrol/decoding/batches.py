@@ -1,6 +1,7 @@
 """Generating responses in batches: left padding, a seed for each batch, and the wall-clock time of generation alone."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import StoppingCriteriaList
 
 from recontrol.checks import first_few
 from recontrol.decoding.config import Decoding
+from recontrol.decoding.hooks import seeded as seeded
 from recontrol.decoding.model_config import context_length
 from recontrol.decoding.responses import Response, StopStrings, make_response
 
@@ -29,13 +31,7 @@ TOKENISED_AT_ONCE = 1024
 
 @dataclass
 class Batch:
-    """The responses to a batch of prompts.
-
-    Attributes:
-        responses: one a prompt, or several.
-        steps: decode steps, those of the longest row, at least 1.
-        seconds: wall-clock time of `model.generate`, prefill included.
-    """
+    """The responses to a batch of prompts, the decode steps of the longest row (at least 1), and the seconds that `model.generate` took, prefill included."""
 
     responses: list[Response]
     steps: int
@@ -48,10 +44,7 @@ class Batch:
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
-    """Respond to one batch of prompts with the model as it is: under control if the caller has attached a controller.
-
-    `keywords` are settings of `Decoding` by name, and options of `model.generate`. The caller's generators are left as they were.
-    """
+    """Respond to one batch of prompts with the model as it is, under control if a controller is attached; `keywords` as for `Decoding.of`."""
     decoding = Decoding.of(decoding, **keywords)
     check_options(decoding.options)
     if not prompts:
@@ -64,22 +57,21 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding:
 
 
 def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: list[str], options: dict[str, Any]) -> Batch:
-    """Run `model.generate` on one batch of prompts, in the caller's mode and with the caller's generators, and cut the responses.
-
-    Without do_sample in the options the model is greedy. Row r of several a prompt responds to prompt r // num_return_sequences.
-    """
+    """Run `model.generate` in the caller's mode and with the caller's generators; row r responds to prompt r // num_return_sequences."""
     ids = tokenizer(list(prompts)).input_ids
-    padding = padding_token(tokenizer)
+    padding = padding_token(tokenizer, {})
+    options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
     inputs, mask = left_padded(ids, padding, model.device)
     width = inputs.shape[1]
-    options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
     if stop_strings:
         options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stop_strings, width)])
+    # What was queued on an accelerator is finished before the clock is read.
+    wait = functools.partial(torch.cuda.synchronize, model.device) if model.device.type == "cuda" else lambda: None
     with torch.no_grad():
-        _wait(model)
+        wait()
         start = time.perf_counter()
         output = model.generate(input_ids=inputs, attention_mask=mask, **options)
-        _wait(model)
+        wait()
         seconds = time.perf_counter() - start
     new = output[:, width:].tolist()
     samples = max(1, len(new) // len(ids))
@@ -110,19 +102,14 @@ def check_options(generation_kwargs: Mapping[str, Any], refused: Mapping[str, st
 
 def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
     """Refuse, before any work is done, prompts that leave no room for the response in the model's context, or are longer than `max_prompt_tokens`."""
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list of texts, found one text, {prompts[:40]!r}")
     others = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-    if others:
-        raise TypeError(f"prompts must be a list of texts, found {type(prompts[others[0]]).__name__} at {first_few(others)}")
+    if others or isinstance(prompts, str):
+        found = f"{type(prompts[others[0]]).__name__} at {first_few(others)}" if others else f"one text, {prompts[:40]!r}"
+        raise TypeError(f"prompts must be a list of texts, found {found}")
     if not prompts:
         raise ValueError("there are no prompts")
-    check_token_counts(model, token_counts(tokenizer, prompts), max_new_tokens, max_prompt_tokens)
-
-
-def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """The tokens of each text."""
-    return [len(ids) for start in range(0, len(texts), TOKENISED_AT_ONCE) for ids in tokenizer(list(texts[start : start + TOKENISED_AT_ONCE])).input_ids]
+    parts = [list(prompts[start : start + TOKENISED_AT_ONCE]) for start in range(0, len(prompts), TOKENISED_AT_ONCE)]
+    check_token_counts(model, [len(ids) for part in parts for ids in tokenizer(part).input_ids], max_new_tokens, max_prompt_tokens)
 
 
 def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
@@ -131,29 +118,17 @@ def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, 
     if empty:
         raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")
     context = context_length(model.config)
-    wanted = f"leave no room for {max_new_tokens} new tokens in a context of {context}"
-    limits = [(context - max_new_tokens, wanted)] if context is not None else []
-    if max_prompt_tokens is not None:
-        limits.append((max_prompt_tokens, f"are longer than {max_prompt_tokens} tokens"))
-    for limit, complaint in limits:
-        too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if length > limit]
+    room = None if context is None else context - max_new_tokens
+    complaints = f"leave no room for {max_new_tokens} new tokens in a context of {context}", f"are longer than {max_prompt_tokens} tokens"
+    for limit, complaint in zip((room, max_prompt_tokens), complaints, strict=True):
+        too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if limit is not None and length > limit]
         if too_long:
             raise ValueError(f"{len(too_long)} prompts {complaint}: {first_few(too_long)}")
 
 
 def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The tokens after which a row of `generate_batch` has ended, the `stop_token_ids` of a `Controller`."""
-    filling = generation_kwargs.get("pad_token_id")
-    return tuple(sorted(eos_tokens(model, generation_kwargs) | {padding_token(tokenizer) if filling is None else filling}))
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A seed inside, the caller's generators as they were outside."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+    return tuple(sorted(eos_tokens(model, generation_kwargs) | {padding_token(tokenizer, generation_kwargs)}))
 
 
 @contextlib.contextmanager
@@ -170,24 +145,16 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 def effective(model: Any, options: dict[str, Any], name: str) -> Any:
     """What `generate` will use for an option: that of the call, else that of the generation config given, else that of the model's."""
-    if name in options:
-        return options[name]
     given = getattr(options.get("generation_config"), name, None)
-    return getattr(model.generation_config, name, None) if given is None else given
+    return options[name] if name in options else getattr(model.generation_config, name, None) if given is None else given
 
 
-def padding_token(tokenizer: Any) -> int:
+def padding_token(tokenizer: Any, options: Mapping[str, Any]) -> int:
     """What fills the places before a prompt and after a response that has ended."""
-    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    return next(token for token in (options.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def eos_tokens(model: Any, options: dict[str, Any]) -> set[int]:
     """The end-of-sequence tokens that `generate` stops at, with these options."""
     eos = effective(model, options, "eos_token_id")
     return set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
-
-
-def _wait(model: Any) -> None:
-    """Let an accelerator finish what was queued, so that the clock reads the work and not its launch."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

@@ -9,11 +9,7 @@ from recontrol.checks import integer
 
 
 def listed_stop_strings(stop_strings: str | Sequence[str] | None) -> list[str]:
-    """The stop strings as a list; one text is one of them.
-
-    Raises:
-        ValueError: something that is no text, or is empty.
-    """
+    """The stop strings as a list; one text is one of them. What is no text, or is empty, is a ValueError."""
     stops = [stop_strings] if isinstance(stop_strings, str) else list([] if stop_strings is None else stop_strings)
     if any(not isinstance(stop, str) or not stop for stop in stops):
         raise ValueError(f"stop_strings must be texts that are not empty, found {stops!r}")
@@ -29,8 +25,7 @@ class Decoding:
         batch_size: prompts decoded at once; None is the default of whoever decodes.
         seed: of sampling; batch b is decoded with `seed + b`.
         stop_strings: strings at which a response ends; it is cut before the first token that touches one.
-        options: passed on to `model.generate`, for example {"do_sample": True, "temperature": 1.0}; without do_sample the model is greedy,
-            whatever its own default.
+        options: of `model.generate`, as {"do_sample": True, "temperature": 1.0}; without do_sample the model is greedy, whatever its own default.
 
     Raises:
         TypeError, ValueError: a number that is not a positive integer (the seed: a negative one), or an empty stop string.
@@ -54,8 +49,5 @@ class Decoding:
     def of(cls, decoding: "Decoding | None" = None, **keywords: Any) -> "Decoding":
         """A decoding with some settings replaced, from keywords as public functions take them: what is no field is an option of `model.generate`."""
         base = decoding or cls()
-        names = {each.name for each in dataclasses.fields(cls)}
-        given = {name: keywords.pop(name) for name in list(keywords) if name in names}
-        if given.get("stop_strings", ()) is None:
-            given["stop_strings"] = ()
+        given = {each.name: keywords.pop(each.name) for each in dataclasses.fields(cls) if each.name in keywords}
         return dataclasses.replace(base, **{**given, "options": {**base.options, **given.get("options", {}), **keywords}})

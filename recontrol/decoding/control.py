@@ -13,6 +13,8 @@ from recontrol.value import ValueFunction
 
 # Upper bound of `steps`: must fit int32.
 MOST_STEPS = 2**31 - 1
+# What a control has beside its value function.
+SETTINGS = (*(option.name for option in ROW_OPTIONS), "head_weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,33 +55,24 @@ class Control:
                 object.__setattr__(self, option.name, checked)
         if self.steps > MOST_STEPS:
             raise ValueError(f"steps must be at most {MOST_STEPS}, found {self.steps}")
-        object.__setattr__(self, "head_weights", _head_weights(self.head_weights, self.value.num_heads))
+        heads = self.value.num_heads
+        if self.head_weights is None and heads != 1:
+            raise ValueError(f"the value function has {heads} heads: give head_weights, {heads} numbers")
+        if self.head_weights is not None:
+            weights = tuple(number("head_weights", weight) for weight in several("head_weights", self.head_weights))
+            if len(weights) != heads:
+                raise ValueError(f"head_weights must be {heads} numbers, one a head, found {len(weights)}")
+            object.__setattr__(self, "head_weights", weights)
 
     def check_range(self, dtype: torch.dtype, where: str = "") -> None:
         """Refuse, before the first token, settings that are infinite in the dtype of the ascent."""
-        for name in (*(option.name for option in ROW_OPTIONS), "head_weights"):
+        for name in SETTINGS:
             given = getattr(self, name)
-            numbers = given if isinstance(given, tuple) else () if given is None else (given,)
-            if any(abs(each) > torch.finfo(dtype).max for each in numbers):
+            if given is not None and any(abs(each) > torch.finfo(dtype).max for each in (given if isinstance(given, tuple) else (given,))):
                 raise ValueError(f"{name} must be within the range of {dtype_name(dtype)}, found {given}{where}")
 
 
 def control_from_mapping(given: Any, value_of: Callable[[Any], ValueFunction], where: str = "control") -> Control:
-    """The control that a mapping of its fields describes; `value_of` makes the value function from the entry `value`, None where there is none.
-
-    Raises:
-        ValueError: no mapping, an unknown field, one of the wrong type, or what `Control` refuses.
-    """
+    """The control that a mapping of its fields describes (else a ValueError); `value_of` makes the value function from the entry `value` or None."""
     named = isinstance(given, Mapping)
     return from_mapping(Control, {**given, "value": value_of(given.get("value"))} if named else given, where)
-
-
-def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:
-    if given is None:
-        if num_heads != 1:
-            raise ValueError(f"the value function has {num_heads} heads: give head_weights, {num_heads} numbers")
-        return None
-    weights = tuple(number("head_weights", weight) for weight in several("head_weights", given))
-    if len(weights) != num_heads:
-        raise ValueError(f"head_weights must be {num_heads} numbers, one a head, found {len(weights)}")
-    return weights

@@ -4,16 +4,15 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recontrol.ascent import backends
-from recontrol.ascent.arguments import ROW_OPTIONS, normalise
+from recontrol.ascent.arguments import normalise
 from recontrol.checks import integer, several, wide_dtype
-from recontrol.decoding.control import Control
-from recontrol.decoding.control_batch import ControlBatch
+from recontrol.decoding.control import SETTINGS, Control
 from recontrol.decoding.editing import Editing, check_fit
 from recontrol.decoding.hooks import CACHE_NAMES
 
@@ -22,13 +21,12 @@ from recontrol.decoding.hooks import CACHE_NAMES
 class Controller(Control):
     """Adds a control signal to the state that is read to sample each token: y_t ~ softmax(W_lm (o_t + u_t)).
 
-    u_t comes from `recontrol.ascend` on o_t, the hidden state after the final norm at the position whose logits sample
-    y_t; the key/value cache is not touched. Only positions whose logits are computed are edited: with `generate`, one row
-    a sequence, at prefill too.
+    u_t comes from `recontrol.ascend` on o_t, the hidden state after the final norm at the position whose logits sample y_t; the key/value cache is not
+    touched. Only positions whose logits are computed are edited: with `generate`, one row a sequence, at prefill too.
 
-    Rows that are finished are not edited: at a decode step (one token a row goes in, and the cache is not empty) those
-    whose input token is one of `stop_token_ids`. Without a cache (`use_cache=False`) finished rows cannot be told. A row stays
-    unedited, and a warning says so, if its state is not finite or if the edit would leave the range of its dtype.
+    Finished rows are not edited: at a decode step (one token a row goes in, and the cache is not empty) those whose input token is one of
+    `stop_token_ids`. Without a cache (`use_cache=False`) they cannot be told. A row stays unedited, and a warning says so, if its state is not finite or
+    if the edit would leave the range of its dtype.
 
     Args:
         value: the value function to climb, on the model's device; its dtype may be another than the model's.
@@ -38,15 +36,14 @@ class Controller(Control):
         target: climb towards this value instead of upward, in V's own unit: where V is standardised, `value.from_reward` makes it of rewards.
         head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
         backend: as for `recontrol.ascend`.
-        stop_token_ids: tokens after which a row is finished; by default the model's end-of-sequence tokens and its padding.
-            Name here what you give `generate` as `eos_token_id` or `pad_token_id`. `()`: rows are never finished.
+        stop_token_ids: tokens after which a row is finished, also those that you give `generate` as `eos_token_id` or `pad_token_id`; by default the
+            model's end-of-sequence tokens and its padding. `()`: rows are never finished.
         allow_other_model: attach although `value` was trained on the states of another model.
         self_check: prove at attach, by running the model on one token three times, that edits reach the logits.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a number that is NaN, infinite or (but for `target` and `head_weights`) negative, an unknown backend,
-            `head_weights` missing or of the wrong length.
+        ValueError: an unknown backend, or as for `Control`.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
@@ -60,19 +57,13 @@ class Controller(Control):
         super().__post_init__()
         object.__setattr__(self, "backend", backends.check_name(self.backend))
         if self.stop_token_ids is not None:
-            tokens = tuple(integer("stop_token_ids", token) for token in several("stop_token_ids", self.stop_token_ids))
-            object.__setattr__(self, "stop_token_ids", tokens)
+            object.__setattr__(self, "stop_token_ids", tuple(integer("stop_token_ids", token) for token in several("stop_token_ids", self.stop_token_ids)))
 
     def attach(self, model: Any) -> "Handle":
         """Put the hooks in place; `with controller.attach(model) as handle: model.generate(...)` removes them at the end.
 
-        Compiled functions are compiled again when they are next called, after attaching and after detaching.
-
-        Args:
-            model: a causal language model of transformers, compiled or not; for a pipeline, its `model`.
-
-        Returns:
-            The handle, already attached.
+        The model is a causal language model of transformers, compiled or not; for a pipeline, its `model`. Compiled functions are compiled again when they
+        are next called, after attaching and after detaching.
 
         Raises:
             TypeError: `model` is no language model, or float64 meets another dtype.
@@ -82,33 +73,20 @@ class Controller(Control):
         return Handle(self, model)
 
 
-class _DecodeStep(NamedTuple):
-    """A forward call of one token a row.
-
-    Attributes:
-        ids: (batch, 1), the tokens that go in.
-        cache: the key/value cache where its length is on the device, None where it is known to hold tokens.
-    """
-
-    ids: Tensor
-    cache: Any | None
-
-
 class Handle(Editing):
-    """The hooks of one controller on one model, made by `Controller.attach`; `detach` or leaving its `with` block removes them.
-
-    Attributes:
-        controller: what to do with the states.
-        stop_token_ids: the tokens after which a row is finished.
-    """
+    """The hooks of one controller on one model, made by `Controller.attach`; `detach` or leaving its `with` block removes them."""
 
     def __init__(self, controller: Controller, model: Any):
         super().__init__(model)
         self.controller = controller
-        self.stop_token_ids = _stop_token_ids(self.owner) if controller.stop_token_ids is None else tuple(controller.stop_token_ids)
+        # By default the end-of-sequence tokens of the generation config and the padding token.
+        config = getattr(self.owner, "generation_config", None) or self.owner.config.get_text_config()
+        known = [getattr(config, name, None) for name in ("eos_token_id", "pad_token_id")]
+        tokens = dict.fromkeys(int(token) for given in known if given is not None for token in torch.as_tensor(given).flatten())
+        self.stop_token_ids = tuple(tokens if controller.stop_token_ids is None else controller.stop_token_ids)
         check_fit(self, controller.value, controller.allow_other_model)
         controller.check_range(wide_dtype(self.dtype()))
-        self._batch = ControlBatch(controller.backend)
+        self._batch.backend = controller.backend
         self._batch.assign(controller)
         self._batch.try_out([controller], self.dtype())
         self.attach(self_check=controller.self_check)
@@ -120,59 +98,37 @@ class Handle(Editing):
 
     def backend(self, rows: int) -> str:
         """The name of the backend that climbs from this many states: the controller's, or what "auto" takes for them."""
-        chosen = self.controller
-        hidden = torch.zeros(rows, chosen.value.hidden_size, dtype=self.dtype(), device=chosen.value.device)
-        settings: dict[str, Any] = {name: getattr(chosen, name) for name in (*(option.name for option in ROW_OPTIONS), "head_weights")}
-        return backends.choose(chosen.backend, normalise(hidden, chosen.value, **settings), chosen.value.prepared()).name
+        value, settings = self.controller.value, {name: getattr(self.controller, name) for name in SETTINGS}
+        hidden = torch.zeros(rows, value.hidden_size, dtype=self.dtype(), device=value.device)
+        return backends.choose(self.controller.backend, normalise(hidden, value, **settings), value.prepared()).name
 
-    def detach(self) -> None:
-        """Remove the hooks; the model is as it was. May be called again."""
-        attached = self.attached
-        super().detach()
-        if attached:
-            self._batch.warn()
-
-    def rows(self, given: dict[str, Any]) -> _DecodeStep | None:
-        """The decode step that begins with these arguments of the model; None at prefill, where every row is live."""
+    def rows(self, given: dict[str, Any]) -> tuple[Tensor, Any] | None:
+        """The tokens of a decode step, (batch, 1), and its cache where the length is on the device, else None. No step is prefill: every row is live."""
         ids = given.get("input_ids")
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if not self.stop_token_ids or cache is None or ids is None or ids.dim() != 2 or ids.shape[1] != 1:
             return None
-        filled = _filled(cache)
-        if isinstance(filled, Tensor):
-            return _DecodeStep(ids, cache)
-        return _DecodeStep(ids, None) if filled else None
+        try:
+            length = cache.get_seq_length()
+        except ValueError:
+            # A cache of recurrent states only has no length.
+            length = int(cache.has_previous_state())
+        if isinstance(length, Tensor):
+            return ids, cache
+        return (ids, None) if length > 0 else None
 
-    def edit(self, hidden: Tensor, rows: _DecodeStep | None) -> Tensor | None:
+    def edit(self, hidden: Tensor, rows: tuple[Tensor, Any] | None) -> Tensor | None:
         """The states after the ascent; finished rows as they were."""
         if self.controller.steps == 0:
             return None
         states = hidden.reshape(-1, hidden.shape[-1])
+        ids, cache = rows or (None, None)
+        mask = None
         # No mask if row counts differ.
-        mask = self._live_rows(rows).to(states.device) if rows is not None and rows.ids.shape[0] == states.shape[0] else None
+        if ids is not None and ids.shape[0] == states.shape[0]:
+            finished = functools.reduce(operator.or_, (ids[:, 0] == token for token in self.stop_token_ids))
+            if cache is not None:
+                # All layers have put the token into the cache. A static cache keeps its length on the device; reading it here would wait for the device.
+                finished = finished & (cache.get_seq_length() > 1).to(ids.device)
+            mask = ~finished.to(states.device)
         return self._batch.edit(states, mask).reshape(hidden.shape)
-
-    def _live_rows(self, step: _DecodeStep) -> Tensor:
-        """(batch,) bool, False where the row's response ended before; asked when all layers have put the token into the cache."""
-        finished = functools.reduce(operator.or_, (step.ids[:, 0] == token for token in self.stop_token_ids))
-        if step.cache is None:
-            return ~finished
-        # A static cache keeps its length on the device; reading it here would wait for the device.
-        return ~(finished & (step.cache.get_seq_length() > 1).to(step.ids.device))
-
-
-def _filled(cache: Any) -> bool | Tensor:
-    """Whether a cache holds tokens; where it keeps its length on the device, that length."""
-    try:
-        length = cache.get_seq_length()
-    except ValueError:
-        # A cache of recurrent states only has no length.
-        return cache.has_previous_state()
-    return length if isinstance(length, Tensor) else length > 0
-
-
-def _stop_token_ids(owner: Any) -> tuple[int, ...]:
-    """The end-of-sequence tokens of the generation config and the padding token."""
-    config = getattr(owner, "generation_config", None) or owner.config.get_text_config()
-    found = [getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)]
-    return tuple(dict.fromkeys(int(token) for given in found if given is not None for token in torch.as_tensor(given).flatten()))

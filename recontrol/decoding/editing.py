@@ -3,25 +3,23 @@
 import contextlib
 import inspect
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.fingerprint import difference
-from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
+from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width, seeded
 from recontrol.decoding.model_config import padding_token, text_config, vocabulary_size
 from recontrol.value import ValueFunction
 
 
 class _Call(threading.local):
-    """The forward call that this thread is in; one model may run in several threads at once.
+    """The forward call that this thread is in; one model may run in several threads at once."""
 
-    Attributes:
-        rows: what `Editing.rows` said of it.
-        kept: what a subclass keeps between the site and the end of the model.
-    """
-
+    # What `Editing.rows` said of it, and what a subclass keeps between the site and the end of the model.
     rows: Any = None
     kept: Any = None
 
@@ -31,10 +29,7 @@ class _Call(threading.local):
 
 
 class Editing(Attachment):
-    """Edits the states at the site of a model, h <- edit(h). A model has at most one such set of hooks.
-
-    A subclass defines `edit`, and `rows` where the edit depends on the forward call; at the end of its `__init__` it calls `attach`.
-    """
+    """Edits the states at the one site of a model, h <- edit(h, rows). A subclass defines `edit` and, if need be, `rows`; its `__init__` ends with `attach`."""
 
     def __init__(self, model: Any):
         super().__init__(model)
@@ -43,10 +38,11 @@ class Editing(Attachment):
         # From the class, because an instance's forward may be a compiled one.
         self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
         self._call = _Call()
+        self._batch = ControlBatch()
         self._traced_rows: tuple[Any] | None = None
         if any(isinstance(other, Editing) for other in attachments(self.owner)):
-            kind = type(self.owner).__name__
-            raise RuntimeError(f"a Controller, or what else edits states, is attached to this {kind} already; detach it first, or leave its with block")
+            found = f"is attached to this {type(self.owner).__name__} already"
+            raise RuntimeError(f"a Controller, or what else edits states, {found}; detach it first, or leave its with block")
 
     def rows(self, given: dict[str, Any]) -> Any:
         """What is known of the rows of a forward call that begins, from its arguments by name."""
@@ -68,6 +64,11 @@ class Editing(Attachment):
         except BaseException:
             self.detach()
             raise
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is as it was. May be called again."""
+        super().detach()
+        self._batch.warn()
 
     def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # No arithmetic here: the compiler makes a graph of its own of a hook on the model that it compiles.
@@ -91,52 +92,46 @@ class Editing(Attachment):
         if not torch.compiler.is_compiling():
             self._call.rows = None
 
+    @torch.no_grad()
     def _prove(self) -> None:
         """Negate the state of one token: the logits must change, and must not when it is left as it is."""
-        with contextlib.ExitStack() as paused:
-            # A recorder must not take the probe for a token.
-            for other in attachments(self.embedding):
-                if other is not self:
-                    paused.enter_context(other.pause())
-            plain, again, negated = (self._probe(sign) for sign in (1.0, 1.0, -1.0))
-        noise, change = differences(plain, again, negated)
-        if not change > 2 * noise:
-            raise RuntimeError(
-                f"edits do not reach the logits: with the input of get_output_embeddings() negated, the logits of this {type(self.owner).__name__} "
-                f"changed by {change:.3g} (and by {noise:.3g} without), so it does not compute them through get_output_embeddings(); nothing is attached"
-            )
-
-    @torch.no_grad()
-    def _probe(self, sign: float) -> Tensor:
-        """The logits after one token, its state multiplied by `sign`."""
         config = text_config(self.owner.config)
         # The embedding of padding is often zero, and so would be the state.
         known = (getattr(config, "bos_token_id", None), 0, 1)
         token = next(token for token in known if isinstance(token, int) and token != padding_token(config) and 0 <= token < (vocabulary_size(config) or 2))
         ids = torch.tensor([[token]], device=self.owner.device)
-        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-        self._sign = torch.tensor(sign)
-        try:
-            # Each run starts from the generators' present state, so dropout falls on the same units, and leaves them there.
-            with torch.random.fork_rng(devices=cuda):
-                output = self.model(input_ids=ids, use_cache=False)
-        finally:
-            self._sign = None
-        return (output[0] if isinstance(output, tuple) else output.logits).detach().float().clone()
+        logits = []
+        with contextlib.ExitStack() as stack:
+            # A recorder must not take the probe for a token.
+            for each in attachments(self.embedding):
+                stack.enter_context(each.pause())
+            stack.callback(setattr, self, "_sign", None)
+            for sign in (1.0, 1.0, -1.0):
+                self._sign = torch.tensor(sign)
+                # Each run starts from the same state of the generators, so dropout falls on the same units.
+                with seeded(None):
+                    output = self.model(input_ids=ids, use_cache=False)
+                logits.append((output[0] if isinstance(output, tuple) else output.logits).float().clone())
+        about = "the input of get_output_embeddings()", f"this {type(self.owner).__name__}"
+        check_reach(*about, logits, "so it does not compute them through get_output_embeddings(); nothing is attached")
 
 
-def differences(plain: Tensor, *others: Tensor) -> list[float]:
-    """The largest difference of each from the plain logits; kernels that are not deterministic make small ones."""
+def check_reach(negated: str, model: str, logits: Sequence[Tensor], hence: str) -> None:
+    """Refuse a model whose logits, (plain, plain again, with states negated), change no more than kernels that are not deterministic change them."""
     # Some models have logits that are minus infinity.
-    return [(other.float() - plain.float()).nan_to_num(0, 0, 0).abs().max().item() for other in others]
+    noise, change = [(other.float() - logits[0].float()).nan_to_num(0, 0, 0).abs().max().item() for other in logits[1:]]
+    if not change > 2 * noise:
+        raise RuntimeError(
+            f"edits do not reach the logits: with {negated} negated, the logits of {model} changed by {change:.3g} (and by {noise:.3g} without), {hence}"
+        )
 
 
 def check_fit(attached: Attachment, value: ValueFunction, allow_other_model: bool) -> None:
     """Refuse a value function that cannot be, or should not be, used on the states that a model's output embedding reads."""
-    kind = type(attached.owner).__name__
     width = input_width(attached.owner, attached.embedding)
     if value.hidden_size != width:
-        raise ValueError(f"the value function is for hidden states of size {value.hidden_size}, the output embedding of this {kind} reads size {width}")
+        reads = f"the output embedding of this {type(attached.owner).__name__} reads size {width}"
+        raise ValueError(f"the value function is for hidden states of size {value.hidden_size}, {reads}")
     weight = getattr(attached.embedding, "weight", None)
     device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else value.device
     if value.device != device:

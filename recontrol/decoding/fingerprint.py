@@ -24,28 +24,27 @@ WRAPPING = re.compile(r"^base_model\.model\.|\b_orig_mod\.|\bbase_layer\.")
 
 
 def model_fingerprint(model: Any) -> dict[str, Any]:
-    """Describe a language model so that it can be told from another: sizes, and one weight from each of up to 64 matrices.
+    """Describe a language model so that it can be recognised: sizes, and one weight from each of up to 64 matrices; this takes milliseconds.
 
-    Adapters (LoRA) do not show, unless they are merged into the weights. Reading takes milliseconds, whatever the model's size.
+    Adapters (LoRA) do not show, unless they are merged into the weights.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
 
     Returns:
-        a dictionary that JSON can hold: `name` (where it was loaded from), `model_type`, `hidden_size`, `vocab_size`,
-        `num_hidden_layers`, and `samples`, from the name of a parameter to weights of it (32 of the output embedding, 1 of others).
+        What JSON can hold: `name` (where it was loaded from), `model_type`, `hidden_size`, `vocab_size`, `num_hidden_layers`, and `samples`, from the name
+        of a parameter to weights of it (32 of the output embedding, 1 of others).
 
     Raises:
         TypeError, ValueError: `model` is no model with an output embedding.
     """
     owner = embedding_owner(model, output_embedding(model))
     parameters = _parameters(owner)
-    names = [name for name in sorted(parameters) if name != OUTPUT_EMBEDDING and _readable(parameters[name])]
+    readable = [name for name in sorted(parameters) if _readable(parameters[name])]
+    names = [name for name in readable if name != OUTPUT_EMBEDDING]
     # Evenly spread, with the first and the last.
     count = min(MATRICES, len(names))
-    chosen = [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)]
-    if OUTPUT_EMBEDDING in parameters and _readable(parameters[OUTPUT_EMBEDDING]):
-        chosen.append(OUTPUT_EMBEDDING)
+    chosen = [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)] + [OUTPUT_EMBEDDING] * (OUTPUT_EMBEDDING in readable)
     config = owner.config.get_text_config()
     return {
         "name": getattr(owner.config, "_name_or_path", ""),
@@ -55,17 +54,13 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 
 
 def difference(recorded: dict[str, Any], model: Any) -> str | None:
-    """One sentence that names the first difference of a model from a fingerprint; None when it is the same model, perhaps in another dtype.
-
-    Sizes must be equal and every sampled weight must agree to 1 %; the name is not compared. Quantised weights and those not on this machine are skipped.
-    """
+    """The first difference of a model from a fingerprint, in sizes or readable weights; None when it is the same model, perhaps in another dtype."""
     owner = embedding_owner(model, output_embedding(model))
     config = owner.config.get_text_config()
     name = recorded.get("name") or "the recorded model"
     for field in CONFIG_FIELDS:
-        found = getattr(config, field, None)
-        if field in recorded and recorded[field] != found:
-            return f"{field} is {found}, that of {name} is {recorded[field]}"
+        if (wanted := recorded.get(field, found := getattr(config, field, None))) != found:
+            return f"{field} is {found}, that of {name} is {wanted}"
     parameters = _parameters(owner)
     for parameter, wanted in recorded.get("samples", {}).items():
         if parameter not in parameters:
@@ -73,9 +68,10 @@ def difference(recorded: dict[str, Any], model: Any) -> str | None:
         if not _readable(parameters[parameter]):
             continue
         found = _samples(parameter, parameters[parameter])
-        apart = [i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if not _close(a, b)]
+        pairs = enumerate(zip(found, wanted, strict=False))
+        apart = [place for place, (a, b) in pairs if not abs(a - b) <= RELATIVE_TOLERANCE * max(abs(a), abs(b)) + ABSOLUTE_TOLERANCE]
         if apart or len(found) != len(wanted):
-            first = apart[0] if apart else 0
+            first = [*apart, 0][0]
             return f"the weights differ from those of {name}: in {parameter} {found[first]:.6g} was found, {wanted[first]:.6g} was wanted"
     return None
 
@@ -101,7 +97,3 @@ def _samples(name: str, parameter: Tensor) -> list[float]:
     # Indexed in every dimension: flattening would copy a matrix that is not contiguous.
     index = torch.unravel_index(torch.tensor(places, device=parameter.device), parameter.shape)
     return parameter.detach()[index].double().tolist()
-
-
-def _close(found: float, wanted: float) -> bool:
-    return abs(found - wanted) <= RELATIVE_TOLERANCE * max(abs(found), abs(wanted)) + ABSOLUTE_TOLERANCE

@@ -17,12 +17,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def output_embedding(model: Any) -> nn.Module:
-    """The module that turns the last hidden state into logits, `model.get_output_embeddings()`.
-
-    Raises:
-        TypeError: `model` is no language model of transformers.
-        ValueError: it has no output embedding, or is not decoder-only.
-    """
+    """The module that turns the last hidden state into logits; TypeError for what is no language model, ValueError for one that has none or an encoder."""
     if not isinstance(model, nn.Module) or not callable(getattr(model, "get_output_embeddings", None)):
         raise TypeError(f"a causal language model of transformers is wanted, one with get_output_embeddings(); found {type(model).__name__}")
     embedding = _embedding_of(model)
@@ -40,22 +35,14 @@ def embedding_owner(model: nn.Module, embedding: nn.Module) -> Any:
 
 def input_width(model: Any, embedding: nn.Module) -> int:
     """The size of the states that the output embedding reads; it need not be the `hidden_size` of the config."""
-    width = getattr(embedding, "in_features", None)
-    if isinstance(width, int):
-        return width
-    weight = getattr(embedding, "weight", None)
-    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else state_width(model.config)
+    width, weight = getattr(embedding, "in_features", None), getattr(embedding, "weight", None)
+    read = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else state_width(model.config)
+    return width if isinstance(width, int) else read
 
 
 @dataclass(frozen=True, eq=False)
 class EditSite:
-    """Where states are read and edited: an argument of the forward call of a module.
-
-    Attributes:
-        module: reads the states.
-        position: of the states among its positional arguments.
-        name: of that argument when it is given by name.
-    """
+    """Where states are read and edited: an argument of the forward call of a module, by position, or by name where it is given so."""
 
     module: nn.Module
     position: int = 0
@@ -73,20 +60,11 @@ class EditSite:
 
 
 class Attachment:
-    """Hooks on one model, removed together by `detach`, at the end of a `with` block, or when attaching fails.
-
-    Attributes:
-        model: what was attached to.
-        embedding: its output embedding.
-        owner: the innermost model that the embedding belongs to.
-        site: where states are read: the input of the output embedding, o_t.
-    """
+    """Hooks on one model (`owner`: the innermost), at a `site`, by default the input of its output embedding, removed together by `detach` or `with`."""
 
     def __init__(self, model: Any):
-        self.model = model
-        self.embedding = output_embedding(model)
-        self.owner = embedding_owner(model, self.embedding)
-        self.site = EditSite(self.embedding)
+        self.model, self.embedding = model, output_embedding(model)
+        self.owner, self.site = embedding_owner(model, self.embedding), EditSite(self.embedding)
         self._hooks: list[RemovableHandle] = []
         self._paused = False
 
@@ -132,19 +110,22 @@ def attachments(module: nn.Module) -> list[Attachment]:
 
 
 def forget_compiled() -> None:
-    """Make every compiled function be compiled again when it is next called.
-
-    By default compiled code does not check whether a module has gained or lost hooks since. Which functions contain a model is not known, so all go.
-    """
+    """Make every compiled function be compiled again when it is next called: compiled code does not check which hooks a module has gained or lost."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """A seed inside (None: the generators' present state), the caller's generators as they were outside."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 def _embedding_of(module: nn.Module) -> nn.Module | None:
     getter = getattr(module, "get_output_embeddings", None)
-    if not callable(getter):
-        return None
-    try:
-        return getter()
-    except NotImplementedError:
-        return None
+    with contextlib.suppress(NotImplementedError):
+        return getter() if callable(getter) else None
+    return None

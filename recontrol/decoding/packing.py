@@ -14,15 +14,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass(frozen=True)
 class Packing:
-    """How entries, prompts for example, are put into batches: so many at once, or as many as fit into memory.
-
-    Args:
-        batch_size: entries in a batch at most; None is no limit with a `cache_budget`, else 16.
-        cache_budget: bytes for the key/value cache of a batch, or a text such as "8GiB"; None keeps the given order.
-
-    Raises:
-        ValueError: one of them is not above 0.
-    """
+    """How entries are batched: at most `batch_size` (None: 16, or no limit with a budget), and by length under a budget of bytes for the key/value cache."""
 
     batch_size: int | None = None
     cache_budget: int | str | None = None
@@ -59,40 +51,20 @@ def byte_count(size: int | str) -> int:
 def pack_by_length(
     lengths: Sequence[int], budget: int, bytes_per_token: int, *, rows_per_entry: int = 1, largest: int | None = None, names: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Sort entries by length and cut them into batches that fit.
+    """Batches, as places in `lengths`: rows_per_entry * entries of a batch * its longest length * bytes_per_token <= budget, at most `largest` entries.
 
-        rows_per_entry * entries of a batch * its longest length * bytes_per_token <= budget
-
-    The longest come first, so that a budget that is too large for the device fails in the first batch, not in the last.
-    Within a batch and between batches of equal length the given order is kept, so one list of lengths has one result.
-
-    Args:
-        lengths: tokens of each entry when it is finished: those of the prompt and those that may be generated.
-        budget: bytes.
-        bytes_per_token: see `cache_bytes_per_token`.
-        rows_per_entry: rows that an entry takes, for example several samples to one prompt.
-        largest: entries in a batch at most.
-        names: what entries are called in an error; their places in `lengths` by default.
-
-    Returns:
-        The entries of each batch, as places in `lengths`; every entry is in one batch.
-
-    Raises:
-        ValueError: entries do not fit even alone; they are named, with the bytes that the longest one takes.
+    The longest come first, so that a budget that is too large fails in the first batch. Entries that do not fit even alone are refused by `names`.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     fitting = [budget // (rows_per_entry * lengths[place] * bytes_per_token) for place in order]
     alone = fitting.count(0)
     if alone:
-        called = first_few([place if names is None else names[place] for place in order[:alone]])
-        raise ValueError(
-            f"the key/value cache of {alone} entries does not fit into {budget} bytes: {called}; the longest needs "
-            f"{rows_per_entry} rows * {lengths[order[0]]} tokens * {bytes_per_token} bytes = {rows_per_entry * lengths[order[0]] * bytes_per_token} bytes"
-        )
+        called, longest = first_few([place if names is None else names[place] for place in order[:alone]]), lengths[order[0]]
+        needed = f"{rows_per_entry} rows * {longest} tokens * {bytes_per_token} bytes = {rows_per_entry * longest * bytes_per_token} bytes"
+        raise ValueError(f"the key/value cache of {alone} entries does not fit into {budget} bytes: {called}; the longest needs {needed}")
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        count = min(fitting[start], largest or len(order))
-        batches.append(sorted(order[start : start + count]))
-        start += count
+        batches.append(sorted(order[start : start + min(fitting[start], largest or len(order))]))
+        start += len(batches[-1])
     return batches

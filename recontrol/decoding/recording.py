@@ -1,9 +1,7 @@
 """Recording the hidden states that a model reads to sample its tokens."""
 
-import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,16 +14,10 @@ _recorders: "weakref.WeakValueDictionary[int, HiddenStateRecorder]" = weakref.We
 
 
 class HiddenStateRecorder(Attachment):
-    """Keeps the input of the output embedding at the last position of every forward call; use `record_hidden_states`.
+    """Keeps, in a `with` block, the input of a model's output embedding at the last position of every forward call, compiled or not.
 
-    Time index: `steps[t]` is the state whose logits sample the new token y_t; `steps[0]` is that of the last prompt position.
-    Prompts must be padded on the left, so that the last position is every row's own.
-
-    The states are those before the edit of a `Controller`, whichever was attached first: a recorder's hook is put before
-    all other hooks of the output embedding.
-
-    Attributes:
-        steps: one (batch, hidden_size) tensor for each forward call, a copy in the model's dtype, on its device.
+    Time index: `steps[t]`, (batch, hidden_size), a copy in the model's dtype on its device, is the state whose logits sample the new token y_t; `steps[0]`
+    is that of the last prompt position. Prompts must be padded on the left. The states are those before the edit of a `Controller`.
     """
 
     def __init__(self, model: Any):
@@ -36,6 +28,7 @@ class HiddenStateRecorder(Attachment):
         with torch.inference_mode(False):
             self._calls = torch.zeros((), dtype=torch.int64)
         _recorders[self._key] = self
+        # Before all other hooks of the output embedding.
         self._hooks.append(self.site.module.register_forward_pre_hook(self._before_site, prepend=True, with_kwargs=True))
         forget_compiled()
 
@@ -54,32 +47,14 @@ class HiddenStateRecorder(Attachment):
             self.steps.append(last.detach().clone())
 
 
-@contextlib.contextmanager
-def record_hidden_states(model: Any) -> Iterator[HiddenStateRecorder]:
-    """Record, inside the block, the hidden states that the model reads to sample its tokens.
-
-    Args:
-        model: a causal language model of transformers, compiled or not.
-
-    Yields:
-        The recorder, whose `steps[t]` sampled the new token y_t.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
-    """
-    recorder = HiddenStateRecorder(model)
-    try:
-        yield recorder
-    finally:
-        recorder.detach()
+record_hidden_states = HiddenStateRecorder
 
 
 # Opaque to the compiler, and never part of a CUDA graph, whose replay would run no Python.
 @torch.library.custom_op("recontrol::record", mutates_args=("calls",), tags=(torch.Tag.cudagraph_unsafe,))
 def _record(hidden: Tensor, calls: Tensor, key: int) -> None:
     calls.add_(1)
-    recorder = _recorders.get(key)
-    if recorder is not None:
+    if (recorder := _recorders.get(key)) is not None:
         recorder.steps.append(hidden.detach().clone())
 
 

@@ -16,31 +16,27 @@ CONTEXT_TOKENS = 4
 
 @dataclass
 class Response:
-    """One response.
-
-    Attributes:
-        token_ids: the tokens kept; the end-of-sequence token, if there is one, is the last.
-        text: what the tokens add to the prompt's text, without special tokens.
-        finish: "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
-    """
+    """One response: the tokens kept (the end-of-sequence token, if there is one, is the last), and what they add to the prompt's text."""
 
     token_ids: list[int]
     text: str
+    # "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
     finish: str
 
 
 def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int], eos_ids: Collection[int], stop_strings: Sequence[str] = ()) -> Response:
-    """Cut new tokens after the first end-of-sequence token, and before the first token that touches a stop string.
-
-    The prompt is without padding; the new tokens may have padding behind them. If a stop string begins in the middle of a token, that token goes too.
-    """
-    ids = list(new_ids)
-    end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
-    if end is not None:
-        ids = ids[: end + 1]
-    kept = _count_before_stop(tokenizer, prompt_ids, ids, stop_strings)
-    finish = "stop" if kept is not None else "length" if end is None else "eos"
-    ids = ids[:kept]
+    """Cut new tokens, behind which may be padding, after the first end-of-sequence token, and before the first token that touches a stop string."""
+    end = next((place for place, token in enumerate(new_ids) if token in eos_ids), None)
+    ids = list(new_ids if end is None else new_ids[: end + 1])
+    finish = "length" if end is None else "eos"
+    text = decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False) if stop_strings else ""
+    stops = [text.find(stop) for stop in stop_strings if stop in text]
+    while stops:
+        finish, before = "stop", decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False)
+        # A prefix that ends inside a character decodes to something else and does not count.
+        if not ids or (len(before) <= min(stops) and text.startswith(before)):
+            break
+        ids = ids[:-1]
     return Response(ids, decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=True), finish)
 
 
@@ -52,39 +48,20 @@ def decode_after(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[in
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new_ids), **options)
 
 
-def _count_before_stop(tokenizer: Any, prompt_ids: Sequence[int], ids: list[int], stop_strings: Sequence[str]) -> int | None:
-    """How many tokens lie wholly before the first stop string; None if there is no stop string."""
-    text = decode_after(tokenizer, prompt_ids, ids, skip_special_tokens=False)
-    found = [place for place in (text.find(stop) for stop in stop_strings) if place >= 0]
-    if not found:
-        return None
-    for count in range(len(ids), 0, -1):
-        before = decode_after(tokenizer, prompt_ids, ids[:count], skip_special_tokens=False)
-        # A prefix that ends inside a character decodes to something else and does not count.
-        if len(before) <= min(found) and text.startswith(before):
-            return count
-    return 0
-
-
 class StopStrings(StoppingCriteria):
     """Ends the generation of a row once its new text holds a stop string; the first `prompt_length` positions are the prompt."""
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int):
-        self.tokenizer = tokenizer
-        self.stop_strings = list(stop_strings)
-        self.prompt_length = prompt_length
+        self.tokenizer, self.stop_strings, self.prompt_length = tokenizer, list(stop_strings), prompt_length
         # A token is at least a byte, so no stop string that ends in the newest token begins further back.
         self.window = max(len(stop.encode()) for stop in self.stop_strings) + CONTEXT_TOKENS
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Which rows are done: (rows,), bool."""
-        new = input_ids[:, self.prompt_length :]
-        return torch.tensor([self.ends(row) for row in new.tolist()], device=input_ids.device)
+        return torch.tensor([self.ends(row) for row in input_ids[:, self.prompt_length :].tolist()], device=input_ids.device)
 
     def ends(self, new_ids: list[int]) -> bool:
         """Whether the newest of these tokens of a response completes a stop string."""
-        return self._holds(new_ids[-self.window :]) and self._holds(new_ids)
-
-    def _holds(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(stop in text for stop in self.stop_strings)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        texts = (self.tokenizer.decode(ids, **options) for ids in (new_ids[-self.window :], new_ids))
+        return all(any(stop in text for stop in self.stop_strings) for text in texts)

@@ -16,11 +16,9 @@ from recontrol.decoding.model_config import context_length, text_config
 
 # Modes of the compiler that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
-_OWN_CACHE = "the decoder has a cache of its own"
-_ONE_TOKEN = "the step is for one token a row"
 REFUSED = {
-    **dict.fromkeys((*CACHE_NAMES, "cache_implementation", "use_cache"), _OWN_CACHE),
-    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"), _ONE_TOKEN),
+    **dict.fromkeys((*CACHE_NAMES, "cache_implementation", "use_cache"), "the decoder has a cache of its own"),
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"), "the step is for one token a row"),
     "inputs_embeds": "prompts are tokens here",
     "max_length": "use max_new_tokens",
     "compile_config": "it is an argument of StaticDecoder",
@@ -30,24 +28,19 @@ REFUSED = {
 class StaticDecoder:
     """Prepares a language model for the lowest latency per token, with or without a `Controller` attached.
 
-    The key/value cache is allocated once, for `batch_size` rows of `max_tokens` positions, and keeps its place; the decode step is
-    compiled whole and recorded as one CUDA graph, in which the ascent of a controller is one node among others. `generate` of
-    transformers makes a new static cache at each call, for which the graph is recorded again.
+    The key/value cache is allocated once, for `batch_size` rows of `max_tokens` positions, and keeps its place; the decode step is compiled whole and
+    recorded as one CUDA graph, in which the ascent of a controller is one node among others. `generate` of transformers makes a new static cache at each
+    call, for which the graph is recorded again.
 
-    The first call of `generate` compiles, which takes long for a large model, and one of its next tokens records the graph; later
-    calls replay it. Attaching or detaching a controller, and padding where there was none, compile again. One thread at a time.
-    Graph and cache stay in memory until the decoder is gone and `torch.compiler.reset()` was called.
+    The first call of `generate` compiles, which takes long for a large model, and one of its next tokens records the graph; later calls replay it.
+    Attaching or detaching a controller, and padding where there was none, compile again. One thread at a time. Graph and cache stay in memory until the
+    decoder is gone and `torch.compiler.reset()` was called.
 
     Args:
         model: a causal language model of transformers on its device; on the CPU nothing is compiled unless `compile_config` asks for it.
         batch_size: rows, over all sequences of a prompt.
         max_tokens: prompt and new tokens of the longest row.
         compile_config: how the step is compiled; by default whole (`fullgraph`), for fixed shapes, with CUDA graphs.
-
-    Attributes:
-        model: as given.
-        cache: the key/value cache.
-        compile_config: how the step is compiled, None where it is not.
 
     Raises:
         TypeError: `model` is no causal language model, or keeps no key/value cache that a static one can replace.
@@ -58,29 +51,29 @@ class StaticDecoder:
         for name, given in (("batch_size", batch_size), ("max_tokens", max_tokens)):
             if isinstance(given, bool) or not isinstance(given, int) or given < 1:
                 raise ValueError(f"{name} must be a positive integer, found {given!r}")
-        self._embedding = output_embedding(model)
-        owner = embedding_owner(model, self._embedding)
+        owner = embedding_owner(model, output_embedding(model))
         self._cache_name = cache_name(owner)
         context = context_length(owner.config)
         if context is not None and max_tokens > context:
             raise ValueError(f"max_tokens is {max_tokens}, the context of this model {context}")
-        self.model = model
-        self.batch_size = batch_size
-        self.max_tokens = max_tokens
+        self.model, self.batch_size, self.max_tokens = model, batch_size, max_tokens
         self.cache = StaticCache(config=text_config(owner.config), max_cache_len=max_tokens)
-        self.compile_config = _compile_config(model, compile_config)
+        chosen: Any = copy.copy(compile_config)
+        if model.device.type != "cpu":
+            chosen = chosen or CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
+        elif chosen is not None:
+            # Without this, transformers does not compile there.
+            chosen._compile_all_devices = True
+        self.compile_config = chosen
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:
-        """Respond to prompts as `model.generate` does.
+        """Respond to prompts as `model.generate` does, which says what is returned.
 
         Args:
             input_ids: (prompts, tokens), padded on the left; with `num_return_sequences` they make `batch_size` rows.
             attention_mask: (prompts, tokens), 0 at padding; by default nothing is padding.
             max_new_tokens: length of a response at most.
             options: of `model.generate`: sampling, stopping, processors of logits.
-
-        Returns:
-            What `model.generate` returns.
 
         Raises:
             ValueError: other rows than the cache has, more tokens than it holds, beams, or an option about caches or several tokens a step.
@@ -94,9 +87,13 @@ class StaticDecoder:
             raise ValueError(f"this decoder is for {self.batch_size} rows, found {rows}")
         length = input_ids.shape[1] + max_new_tokens
         if length > self.max_tokens:
-            found = f"{input_ids.shape[1]} tokens of the prompts and {max_new_tokens} new ones make {length}"
-            raise ValueError(f"{found}, this decoder is for {self.max_tokens}: give a larger max_tokens")
-        self._check_backend()
+            parts = f"{input_ids.shape[1]} tokens of the prompts and {max_new_tokens} new ones"
+            raise ValueError(f"{parts} make {length}, this decoder is for {self.max_tokens}: give a larger max_tokens")
+        if self.compile_config is not None and self.compile_config.mode in GRAPH_MODES and self.model.device.type != "cpu":
+            for handle in attachments(output_embedding(self.model)):
+                if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in capturable():
+                    choices = f"{', '.join(map(repr, capturable()))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
+                    raise RuntimeError(f"backend {backend!r} of the controller waits for the device at every step; choose one of {choices}")
         options["attention_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.compile_config is not None:
             options["compile_config"] = self.compile_config
@@ -104,17 +101,6 @@ class StaticDecoder:
         with torch.inference_mode(False):
             self.cache.reset()
             return self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
-
-    def _check_backend(self) -> None:
-        """Refuse a backend that cannot be recorded in a graph."""
-        if self.compile_config is None or self.compile_config.mode not in GRAPH_MODES or self.model.device.type == "cpu":
-            return
-        for handle in attachments(self._embedding):
-            if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in capturable():
-                raise RuntimeError(
-                    f"backend {backend!r} of the controller waits for the device at every step, so no CUDA graph can hold it; choose one of "
-                    f"{', '.join(map(repr, capturable()))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
-                )
 
 
 def cache_name(model: Any) -> str:
@@ -124,14 +110,3 @@ def cache_name(model: Any) -> str:
     if found is None:
         raise TypeError(f"{type(model).__name__} keeps no key/value cache that a static one can replace")
     return found
-
-
-def _compile_config(model: Any, given: CompileConfig | None) -> CompileConfig | None:
-    on_cpu = model.device.type == "cpu"
-    if given is None:
-        return None if on_cpu else CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
-    chosen: Any = copy.copy(given)
-    if on_cpu:
-        # Without this, transformers does not compile there.
-        chosen._compile_all_devices = True
-    return chosen

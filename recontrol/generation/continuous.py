@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.generation import configuration_utils
 from recontrol.decoding.hooks import embedding_owner, output_embedding
 from recontrol.generation.plan import Plan
 from recontrol.generation.request_editing import RequestEditing, Rows
-from recontrol.generation.requests import BatchDecoding
+from recontrol.generation.requests import BatchDecoding, Tokens
 
 # What transformers' continuous batching does with a generation config beside end-of-sequence tokens; it would pass over the rest.
 UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id", "generation_config"}
@@ -39,11 +40,9 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
         warnings.simplefilter("ignore")
         processors = model._get_logits_processor(wanted)
     unsupported = [type(each).__name__ for each in processors if not getattr(each, "supports_continuous_batching", False)]
+    unsupported += sorted(name for name in ("max_time", "min_length", "min_new_tokens", "stop_strings") if getattr(wanted, name, None))
     if unsupported:
         return f"the model's generation config asks for {', '.join(unsupported)}, which transformers' continuous batching would pass over"
-    limits = sorted(name for name in ("max_time", "min_length", "min_new_tokens", "stop_strings") if getattr(wanted, name, None))
-    if limits:
-        return f"the model's generation config asks for {', '.join(limits)}, which transformers' continuous batching would pass over"
     owner = embedding_owner(model, output_embedding(model))
     if not getattr(owner, "_supports_attention_backend", False) or getattr(owner, "_is_stateful", False):
         return f"the attention of {type(owner).__name__} cannot be exchanged for a paged one"
@@ -59,21 +58,15 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
     return None
 
 
-def tokens(
-    model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding
-) -> Generator[tuple[int, int | None], None, None]:
-    """Generate with transformers' continuous batching.
-
-    Yields (prompt, token), as tokens come if `decoding.streaming`, else when its response is finished, and (prompt, None) when it is. A RuntimeError
-    has transformers' own reason.
-    """
+def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding) -> Tokens:
+    """Generate with transformers' continuous batching; a RuntimeError has its reason. Tokens come at once if `decoding.streaming`, else with the last."""
     config = _batching_config(model, plan, decoding, steered=editing.steers)
     attention = model.config._attn_implementation
     manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
     watched = decoding.streaming or decoding.ends is not None
     counts = dict.fromkeys(range(len(prompts)), 0)
     if editing.steers:
-        editing.source = _source(manager)
+        editing.source = functools.partial(_rows, manager)
     manager.start()
     try:
         eos = sorted(decoding.eos_ids) or -1
@@ -81,24 +74,18 @@ def tokens(
             manager.add_request(ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
         while counts:
             result = manager.get_result(timeout=_PATIENCE)
-            if result is None:
-                if not manager.is_running():
-                    raise RuntimeError(f"continuous batching ended before {len(counts)} responses were finished")
-                continue
-            index = int(result.request_id)
-            if index not in counts:
-                # Cut at a stop string before; this one was on its way.
+            if result is None and not manager.is_running():
+                raise RuntimeError(f"continuous batching ended before {len(counts)} responses were finished")
+            # What is not counted was cut at a stop string before; this one was on its way.
+            if result is None or (index := int(result.request_id)) not in counts:
                 continue
             if result.error is not None:
                 raise RuntimeError(f"continuous batching failed at prompt {index}: {result.error}")
-            new = result.generated_tokens
-            stopped = False
-            for place in range(counts[index], len(new)):
-                yield index, new[place]
-                stopped = decoding.ends is not None and decoding.ends(new[: place + 1])
-                if stopped:
-                    break
-            counts[index] = len(new)
+            new, stopped = result.generated_tokens, False
+            while not stopped and counts[index] < len(new):
+                yield index, new[counts[index]]
+                counts[index] += 1
+                stopped = decoding.ends is not None and decoding.ends(new[: counts[index]])
             if stopped or result.is_finished():
                 del counts[index]
                 if not result.is_finished():
@@ -113,23 +100,15 @@ def tokens(
             model.set_attn_implementation(attention)
 
 
-def _source(manager: Any) -> Callable[[dict[str, Any]], Rows | None]:
-    """A function that says which rows of a forward call belong to which request of transformers' manager; None if the call is not the manager's.
-
-    The manager lists the requests that get a new token in the order of their states. If the model is told which states to keep, it keeps these;
-    otherwise all tokens of the batch go through the output embedding, and only the states at these places are read.
-    """
-
-    def rows(given: dict[str, Any]) -> Rows | None:
-        processor = manager.batch_processor
-        if processor is None or given.get("cache") is not processor.cache:
-            return None
-        positions = processor.inputs_and_outputs.req_id_to_new_token_position
-        kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
-        places = list(range(len(positions))) if kept else list(positions.values())
-        return Rows([int(name) for name in positions], places, last=False)
-
-    return rows
+def _rows(manager: Any, given: dict[str, Any]) -> Rows | None:
+    """The rows of a forward call of transformers' manager, which lists the requests that get a token in the order of their states; None for other calls."""
+    processor = manager.batch_processor
+    if processor is None or given.get("cache") is not processor.cache:
+        return None
+    positions = processor.inputs_and_outputs.req_id_to_new_token_position
+    # The model may be told which states to keep; otherwise all tokens of the batch go through the output embedding.
+    kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
+    return Rows([int(name) for name in positions], list(range(len(positions)) if kept else positions.values()), last=False)
 
 
 def release() -> tuple[int, int]:

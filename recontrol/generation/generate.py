@@ -3,70 +3,35 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from recontrol.decoding.batches import (
-    REFUSED,
-    check_options,
-    check_token_counts,
-    effective,
-    eos_tokens,
-    evaluation_mode,
-    greedy_unless_asked,
-    padding_token,
-    seeded,
-)
+from recontrol.decoding import batches
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 from recontrol.decoding.hooks import output_embedding
+from recontrol.decoding.packing import pack_by_length
 from recontrol.decoding.responses import StopStrings, make_response
 from recontrol.generation import continuous, static, trial
-from recontrol.generation.plan import Plan, batches_of, make_plan, tells_its_cache
+from recontrol.generation.plan import REQUESTS_AT_ONCE, Plan, make_plan, tells_its_cache
 from recontrol.generation.request_editing import RequestEditing
 from recontrol.generation.requests import BatchDecoding, Generation, StreamedToken, listed_controls, token_ids
 
 logger = logging.getLogger("recontrol")
 
 BATCHINGS = ("auto", "continuous", "static")
-_ONE_EACH = "there is one response to a prompt; repeat the prompt"
-_OWN_CACHE = "batches have a cache of their own; for a static one there is recontrol.StaticDecoder"
-_OWN_INPUTS = "inputs are made from the prompts"
+ONE_EACH = "there is one response to a prompt; repeat the prompt"
+OWN_CACHE = "batches have a cache of their own; for a static one there is recontrol.StaticDecoder"
 NOT_TAKEN = {
-    **REFUSED,
+    **batches.REFUSED,
     "streamer": "use stream=True",
-    "num_return_sequences": _ONE_EACH,
-    "num_beams": _ONE_EACH,
-    **dict.fromkeys(("past_key_values", "cache_implementation", "use_cache", "compile_config"), _OWN_CACHE),
-    **dict.fromkeys(("input_ids", "inputs", "attention_mask", "inputs_embeds"), _OWN_INPUTS),
+    **dict.fromkeys(("num_return_sequences", "num_beams"), ONE_EACH),
+    **dict.fromkeys(("past_key_values", "cache_implementation", "use_cache", "compile_config"), OWN_CACHE),
+    **dict.fromkeys(("input_ids", "inputs", "attention_mask", "inputs_embeds"), "inputs are made from the prompts"),
     **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"), "a step is one token a row"),
 }
-
-
-@overload
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | Sequence[int]],
-    control: Control | Sequence[Control | None] | None = ...,
-    *,
-    stream: Literal[False] = ...,
-    **options: Any,
-) -> list[Generation]: ...
-
-
-@overload
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | Sequence[int]],
-    control: Control | Sequence[Control | None] | None = ...,
-    *,
-    stream: Literal[True],
-    **options: Any,
-) -> Iterator[StreamedToken]: ...
 
 
 def generate(
@@ -85,20 +50,19 @@ def generate(
     backend: str = "auto",
     allow_other_model: bool = False,
     **keywords: Any,
-) -> list[Generation] | Iterator[StreamedToken]:
+) -> Any:
     """Respond to prompts, each under its own control: y_t ~ softmax(W_lm (o_t + u_t)), u_t by the control of the prompt.
 
-    Only the states that are read to sample a new token are edited, never those of prompt positions before the last, and the key/value cache
-    is not touched. What one prompt gets does not depend on its neighbours' controls, and greedy tokens not on the batch, but for
-    rounding of the model's own sums where two tokens are equally likely. Sampled tokens depend on the seed and on the batch.
+    Only the states that are read to sample a new token are edited, never those of prompt positions before the last, and the key/value cache is not
+    touched. What one prompt gets does not depend on its neighbours' controls, and greedy tokens not on the batch, but for rounding of the model's own sums
+    where two tokens are equally likely. Sampled tokens depend on the seed and on the batch.
 
-    Batching is "continuous" (transformers' own, with paged cache: a prompt joins when there are free blocks, and makes room when it is finished)
-    or "static" (padded batches, decoded to the end one after the other); "auto" is continuous where model, options and release of
-    transformers allow it, and logs the reason where not. Each response says which it was.
+    Batching is "continuous" (transformers' own, with paged cache: a prompt joins when there are free blocks, and makes room when it is finished) or
+    "static" (padded batches, decoded to the end one after the other); "auto" is continuous where model, options and release of transformers allow it, and
+    logs the reason where not.
 
-    A state stays unedited, and a warning says so once, if it is not finite or if its edit would leave the range of its dtype.
-
-    The model is left as it was: after an error, after Ctrl-C, and when a stream is closed early. Meanwhile it must not be used elsewhere.
+    A state stays unedited, and a warning says so once, if it is not finite or if its edit would leave the range of its dtype. The model is left as it was:
+    after an error, after Ctrl-C, and when a stream is closed early. Meanwhile it must not be used elsewhere.
 
     Args:
         model: a causal language model of transformers, without a `Controller`.
@@ -119,12 +83,12 @@ def generate(
             as do_sample and temperature; without do_sample the model is greedy, whatever its own default.
 
     Returns:
-        One `Generation` a prompt, in the order of the prompts; with `stream`, the iterator.
+        list[Generation], in the order of the prompts; with `stream`, Iterator[StreamedToken].
 
     Raises:
         TypeError: prompts or controls of the wrong kind, or a value function that does not go with the model's dtype.
-        ValueError: prompts without tokens, too long for the model or the budget, as many controls as there are not prompts, a value function of
-            another size, device or model, an option that does not go with batches, or one that rules out the batching asked for.
+        ValueError: prompts without tokens or too long, as many controls as there are not prompts, a value function of another size, device or model, or an
+            option that does not go with batches, or with the batching asked for.
         RuntimeError: a `Controller` is attached, the backend cannot run here, edits do not reach the logits, or transformers failed.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
@@ -133,7 +97,7 @@ def generate(
     ids = token_ids(tokenizer, prompts)
     controls = listed_controls(control, len(ids))
     decoding = _for_batches(model, tokenizer, Decoding.of(decoding, **keywords), stream)
-    check_token_counts(model, [len(each) for each in ids], decoding.max_new_tokens)
+    batches.check_token_counts(model, [len(each) for each in ids], decoding.max_new_tokens)
     plan = _planned(batching, model, ids, decoding, cache_budget, block_tokens)
     attach = functools.partial(RequestEditing, model, controls, backend=backend, allow_other_model=allow_other_model, trace=trace)
     running = _run(model, tokenizer, ids, plan, decoding, attach)
@@ -151,15 +115,15 @@ def generate(
 def _for_batches(model: Any, tokenizer: Any, decoding: Decoding, stream: bool) -> BatchDecoding:
     """The decoding with what the model's generation config and the tokenizer add; refuses options that do not go with batches."""
     options = dict(decoding.options)
-    check_options(options, NOT_TAKEN)
+    batches.check_options(options, NOT_TAKEN)
     for name in ("num_beams", "num_return_sequences"):
-        if (effective(model, options, name) or 1) != 1:
-            raise ValueError(f"the generation config asks for {name}={effective(model, options, name)}: {_ONE_EACH}")
-    padding, stops = options.get("pad_token_id"), decoding.stop_strings
+        if (given := batches.effective(model, options, name) or 1) != 1:
+            raise ValueError(f"the generation config asks for {name}={given}: {ONE_EACH}")
+    stops = decoding.stop_strings
     return BatchDecoding(
-        **{**vars(decoding), "options": {**greedy_unless_asked(options), **options}},
-        eos_ids=frozenset(eos_tokens(model, options)),
-        pad_id=padding_token(tokenizer) if padding is None else padding,
+        **{**vars(decoding), "options": {**batches.greedy_unless_asked(options), **options}},
+        eos_ids=frozenset(batches.eos_tokens(model, options)),
+        pad_id=batches.padding_token(tokenizer, options),
         ends=StopStrings(tokenizer, stops, 0).ends if stops else None,
         streaming=stream,
     )
@@ -169,35 +133,20 @@ def _planned(
     batching: str, model: Any, ids: list[list[int]], decoding: BatchDecoding, cache_budget: int | str | None, block_tokens: int | None
 ) -> Plan | list[list[int]]:
     """The plan of continuous batches, or the static batches. Prompts that do not fit are refused before any work is done."""
-    chosen = _chosen(batching, model, decoding)
-    lengths = [len(each) + decoding.max_new_tokens for each in ids]
-    if chosen == "static" and cache_budget is None and not tells_its_cache(model.config):
-        return batches_of(lengths, decoding.batch_size)
-    plan = make_plan(
-        model.config,
-        model.dtype,
-        lengths,
-        device=model.device,
-        cache_budget=cache_budget,
-        batch_size=decoding.batch_size,
-        block_tokens=block_tokens,
-    )
-    return plan.static_batches() if chosen == "static" else plan.checked()
-
-
-def _chosen(batching: str, model: Any, decoding: BatchDecoding) -> str:
-    """How prompts are batched."""
     if batching not in BATCHINGS:
         raise ValueError(f"batching must be one of {', '.join(map(repr, BATCHINGS))}, found {batching!r}")
-    if batching == "static":
-        return batching
-    reason = continuous.why_not(model, decoding) or trial.why_not(model)
-    if reason is None:
-        return "continuous"
-    if batching == "continuous":
+    reason = "it was asked for" if batching == "static" else continuous.why_not(model, decoding) or trial.why_not(model)
+    if batching == "continuous" and reason is not None:
         raise ValueError(f"batching='continuous' cannot be had here: {reason}; use batching='static' or 'auto'")
-    logger.info("batching is static: %s", reason)
-    return "static"
+    if batching == "auto" and reason is not None:
+        logger.info("batching is static: %s", reason)
+    lengths = [len(each) + decoding.max_new_tokens for each in ids]
+    if reason is not None and cache_budget is None and not tells_its_cache(model.config):
+        # Nothing is known of the cache: so many prompts, the longest first.
+        return pack_by_length(lengths, sum(lengths) * len(lengths), 1, largest=decoding.batch_size or REQUESTS_AT_ONCE)
+    limits: dict[str, Any] = {"cache_budget": cache_budget, "batch_size": decoding.batch_size, "block_tokens": block_tokens}
+    plan = make_plan(model.config, model.dtype, lengths, device=model.device, **limits)
+    return plan.checked() if reason is None else plan.static_batches()
 
 
 def _run(
@@ -206,19 +155,18 @@ def _run(
     """The hooks are in place from the first token on until the last, or until the iterator is closed."""
     new: list[list[int]] = [[] for _ in prompts]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(seeded(decoding.seed))
-        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(batches.seeded(decoding.seed))
+        stack.enter_context(batches.evaluation_mode(model))
         editing = stack.enter_context(attach())
         if isinstance(plan, Plan):
             batching, engine = "continuous", continuous.tokens(model, prompts, plan, editing, decoding)
         else:
             batching, engine = "static", static.tokens(model, prompts, plan, editing, decoding)
         for index, token in stack.enter_context(contextlib.closing(engine)):
-            if token is not None:
+            if token is None:
+                response = make_response(tokenizer, prompts[index], new[index], decoding.eos_ids, decoding.stop_strings)
+                trace = editing.traces[index].cut(len(response.token_ids)) if index in editing.traces else None
+                yield StreamedToken(index, None, Generation(**vars(response), batching=batching, trace=trace))
+            else:
                 new[index].append(token)
                 yield StreamedToken(index, token, None)
-                continue
-            response = make_response(tokenizer, prompts[index], new[index], decoding.eos_ids, decoding.stop_strings)
-            trace = editing.traces.get(index)
-            cut = None if trace is None else trace.cut(len(response.token_ids))
-            yield StreamedToken(index, None, Generation(response.token_ids, response.text, response.finish, batching, cut))

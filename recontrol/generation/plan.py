@@ -1,5 +1,6 @@
 """How much key/value cache a generation takes, how many prompts fit into a budget at once, and the plan that follows."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,41 +25,20 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """How prompts are batched under a budget for the key/value cache."""
+    """How prompts, whose `lengths` are their tokens when the response is finished, are batched under a budget of bytes for the key/value cache."""
 
-    # Of the cache, over all layers.
     bytes_per_token: int
-    # Bytes that the cache may take.
     budget: int
-    # Tokens of each prompt when its response is finished.
     lengths: tuple[int, ...]
-    # Tokens of a block of paged cache, and how many blocks: what the budget allows, or fewer if all prompts need no more.
     block_tokens: int
     blocks: int
-    # Tokens that go through the model at once at most, in continuous batches.
     batch_tokens: int
-    # Prompts decoded at once at most.
     batch_size: int
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return self.block_tokens * self.bytes_per_token
 
     @property
     def blocks_needed(self) -> list[int]:
         """Blocks that each prompt takes when its response is finished."""
         return [math.ceil(length / self.block_tokens) for length in self.lengths]
-
-    @property
-    def longest_at_once(self) -> int:
-        """How many requests as long as the longest fit at once, all finished to the last token."""
-        return min(self.batch_size, self.blocks // max(self.blocks_needed))
-
-    @property
-    def average_at_once(self) -> int:
-        """How many requests of the average length fit at once."""
-        return min(self.batch_size, len(self.lengths), int(self.blocks / (sum(self.blocks_needed) / len(self.lengths))))
 
     def static_batches(self) -> list[list[int]]:
         """The prompts of each padded batch, the longest first; prompts that do not fit even alone are refused by name."""
@@ -66,26 +46,26 @@ class Plan:
 
     def checked(self) -> "Plan":
         """This plan; prompts that do not fit into the paged cache even alone are refused by name."""
-        alone = [index for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
+        alone = [f"{index} ({self.lengths[index]} tokens)" for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
         if alone:
-            named = first_few([f"{index} ({self.lengths[index]} tokens)" for index in alone])
-            raise ValueError(
-                f"{len(alone)} prompts do not fit into {self.blocks} blocks of {self.block_tokens} tokens even alone: {named}; give a larger cache_budget"
-            )
+            room = f"{self.blocks} blocks of {self.block_tokens} tokens"
+            raise ValueError(f"{len(alone)} prompts do not fit into {room} even alone: {first_few(alone)}; give a larger cache_budget")
         return self
 
     def __str__(self) -> str:
         """The plan in words, a line for each number."""
-        need = sum(self.blocks_needed)
-        batches = self.static_batches()
+        need, block_bytes, batches = sum(self.blocks_needed), self.block_tokens * self.bytes_per_token, self.static_batches()
+        # All of them finished to the last token.
+        longest = min(self.batch_size, self.blocks // max(self.blocks_needed))
+        average = min(self.batch_size, len(self.lengths), int(self.blocks / (need / len(self.lengths))))
         padded = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in batches)
         padding = f"{1 - sum(self.lengths) / padded:.0%} of their cache is padding"
         lines = [
             ("cache of a token", f"{self.bytes_per_token} bytes over all layers"),
             ("budget", f"{self.budget} bytes, {self.budget // self.bytes_per_token} tokens"),
             ("prompts", f"{len(self.lengths)}, the longest {max(self.lengths)} tokens with its response, all {sum(self.lengths)} tokens"),
-            ("blocks", f"{self.blocks} of {self.block_tokens} tokens ({self.block_bytes} bytes each); all prompts at once need {need}"),
-            ("at once", f"{self.longest_at_once} as long as the longest, {self.average_at_once} of average length, {self.batch_size} at most"),
+            ("blocks", f"{self.blocks} of {self.block_tokens} tokens ({block_bytes} bytes each); all prompts at once need {need}"),
+            ("at once", f"{longest} as long as the longest, {average} of average length, {self.batch_size} at most"),
             ("tokens a step", f"{self.batch_tokens} at most"),
             ("static batches", f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {padding}"),
         ]
@@ -102,12 +82,7 @@ def make_plan(
     batch_size: int | None = None,
     block_tokens: int | None = None,
 ) -> Plan:
-    """Plan a generation from the model's config; the model itself is not needed.
-
-        blocks = min(budget // (block_tokens * bytes_per_token), sum of what the prompts need)
-
-    `lengths` are the tokens of each prompt when its response is finished; the other settings are those of `recontrol.generate`.
-    """
+    """Plan a generation: blocks = min(budget // (block_tokens * bytes_per_token), what the prompts need); settings as for `recontrol.generate`."""
     on_gpu = torch.device(device).type == "cuda"
     if not lengths:
         raise ValueError("there are no prompts to plan for")
@@ -122,10 +97,9 @@ def make_plan(
     if not affordable:
         raise ValueError(f"a cache budget of {budget} bytes is less than one block of {block_tokens} tokens, {block_tokens * per_token} bytes")
     at_once = min(len(lengths), batch_size or (len(lengths) if on_gpu else REQUESTS_AT_ONCE))
-    needed = sorted((math.ceil(length / block_tokens) for length in lengths), reverse=True)
-    blocks = min(affordable, sum(needed[:at_once]))
     batch_tokens = max(GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS, 2 * at_once)
-    return Plan(per_token, budget, tuple(lengths), block_tokens, blocks, batch_tokens, at_once)
+    plan = Plan(per_token, budget, tuple(lengths), block_tokens, affordable, batch_tokens, at_once)
+    return dataclasses.replace(plan, blocks=min(affordable, sum(sorted(plan.blocks_needed)[-at_once:])))
 
 
 def tells_its_cache(config: Any) -> bool:
@@ -137,19 +111,11 @@ def tells_its_cache(config: Any) -> bool:
     return True
 
 
-def batches_of(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
-    """Batches of so many prompts, by default 32, the longest first, where nothing is known of the cache."""
-    return pack_by_length(lengths, max(lengths) * len(lengths), 1, largest=batch_size or REQUESTS_AT_ONCE)
-
-
 def free_bytes(device: str | torch.device) -> int:
     """Memory that is free on a device now."""
-    place = torch.device(device)
-    if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
-    try:
-        found = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        # Not on Linux.
-        return required("psutil", "train").virtual_memory().available
-    return 1024 * int(found["MemAvailable"].split()[0])
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # Linux has it.
+    if (memory := Path("/proc/meminfo")).exists():
+        return 1024 * int(memory.read_text().split("MemAvailable:")[1].split()[0])
+    return required("psutil", "train").virtual_memory().available

@@ -1,17 +1,19 @@
 """What goes into a batched generation and what comes out of it, prompt by prompt."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
 import torch
 
-from recontrol.checks import first_few
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
+
+# (prompt, token) as there are tokens, and (prompt, None) when the response is finished.
+Tokens = Generator[tuple[int, int | None], None, None]
 
 
 @dataclass
@@ -22,8 +24,7 @@ class Trace:
         value_before: V(o_t), with several heads their weighted sum.
         value_after: V(o_t + u_t).
         edit_norm: |u_t|, of the edit as the model read it, in the model's dtype.
-        divergence: KL(p || q) in nats, of the next-token distribution p that was sampled from, before temperature and the like, and the one
-            without the edit, q.
+        divergence: KL(p || q) in nats, of the next-token distribution p that was sampled from, before temperature and the like, and q without the edit.
     """
 
     value_before: list[float] = field(default_factory=list)
@@ -31,15 +32,9 @@ class Trace:
     edit_norm: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
 
-    def add_edit(self, value_before: float, value_after: float, edit_norm: float) -> None:
-        """Add what the edit of one more state did."""
-        self.value_before.append(value_before)
-        self.value_after.append(value_after)
-        self.edit_norm.append(edit_norm)
-
     def cut(self, tokens: int) -> "Trace":
         """The first entries, as many as there are tokens."""
-        return Trace(self.value_before[:tokens], self.value_after[:tokens], self.edit_norm[:tokens], self.divergence[:tokens])
+        return Trace(*(entries[:tokens] for entries in vars(self).values()))
 
 
 @dataclass
@@ -60,13 +55,7 @@ class Generation(Response):
 
 @dataclass(frozen=True)
 class StreamedToken:
-    """One token of a response that is under way.
-
-    Attributes:
-        index: of the prompt.
-        token_id: the token; None in the last entry of a prompt, which has its response.
-        response: the finished response in the last entry of a prompt; else None.
-    """
+    """One token of the response to the prompt `index`; the last entry of a prompt has its finished response, and None for the token."""
 
     index: int
     token_id: int | None
@@ -75,43 +64,38 @@ class StreamedToken:
 
 @dataclass(frozen=True, eq=False)
 class BatchDecoding(Decoding):
-    """A decoding, and what follows from the model and its tokenizer."""
+    """A decoding, and what follows from the model and its tokenizer; `ends` says whether the newest token completes a stop string."""
 
     eos_ids: frozenset[int] = frozenset()
     pad_id: int = 0
-    # Whether the newest token completes a stop string; None without stop strings.
     ends: Callable[[list[int]], bool] | None = None
-    # Whether tokens are handed over as they come.
     streaming: bool = False
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt, texts tokenised; what is no text and no list of token ids, or empty, is refused by place."""
+    """The tokens of each prompt, texts tokenised; what is no text and no list of token ids is refused by place."""
     wanted = "prompts must be a list of texts, or of lists of token ids"
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise TypeError(f"{wanted}, found {type(prompts).__name__}: {prompts!r:.40}")
     prompts = list(prompts)
     if not prompts:
         raise ValueError("there are no prompts")
-    texts = [index for index, prompt in enumerate(prompts) if isinstance(prompt, str)]
-    tokenised = dict(zip(texts, tokenizer([prompts[index] for index in texts]).input_ids if texts else [], strict=True))
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    tokenised = iter(tokenizer(texts).input_ids if texts else [])
     found = []
     for index, prompt in enumerate(prompts):
-        ids = tokenised[index] if index in tokenised else prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        ids = next(tokenised) if isinstance(prompt, str) else prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
         listed: list[Any] = list(ids) if isinstance(ids, Iterable) else [None]
         if not all(isinstance(token, Integral) and not isinstance(token, bool) and int(token) >= 0 for token in listed):
             raise TypeError(f"{wanted}, found {prompt!r:.60} at {index}")
         found.append([int(token) for token in listed])
-    empty = [index for index, ids in enumerate(found) if not ids]
-    if empty:
-        raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")
     return found
 
 
 def listed_controls(control: Control | Sequence[Control | None] | None, count: int) -> list[Control | None]:
     """One control a prompt, from one for all or a list."""
     several = isinstance(control, Sequence) and not isinstance(control, str)
-    controls: list[Any] = list(control) if isinstance(control, Sequence) and several else [control] * count
+    controls: list[Any] = [*control] if isinstance(control, Sequence) and several else [control] * count
     for index, given in enumerate(controls):
         # What else a controller is set to would have no effect here.
         if given is not None and (not isinstance(given, Control) or isinstance(given, Controller)):

@@ -1,8 +1,9 @@
 """Padded batches: a fixed set of prompts is decoded to the end by `model.generate`, then the next."""
 
+import functools
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,34 +12,30 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from recontrol.decoding.batches import left_padded
 from recontrol.generation.request_editing import RequestEditing, Rows
-from recontrol.generation.requests import BatchDecoding
+from recontrol.generation.requests import BatchDecoding, Tokens
 
 
-def tokens(
-    model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding
-) -> Generator[tuple[int, int | None], None, None]:
-    """Generate batch by batch; yields (prompt, token) as tokens come, and (prompt, None) when its response is finished."""
+def tokens(model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding) -> Tokens:
+    """Generate batch by batch."""
     for batch in batches:
-        yield from _batch(model, batch, [prompts[index] for index in batch], editing, decoding)
+        watcher = _Watcher(batch, decoding)
+        # `generate` returns when all is done, so it runs in a thread of its own, and hands over each token when there is one; None comes last.
+        thread = threading.Thread(target=_run, args=(model, [prompts[index] for index in batch], watcher, decoding), daemon=True)
+        editing.source = functools.partial(_rows, watcher, thread)
+        thread.start()
+        try:
+            while (entry := watcher.found.get()) is not None:
+                if isinstance(entry, BaseException):
+                    raise entry
+                yield entry
+        finally:
+            watcher.abandoned = True
+            thread.join()
 
 
-def _batch(
-    model: Any, batch: Sequence[int], ids: list[list[int]], editing: RequestEditing, decoding: BatchDecoding
-) -> Generator[tuple[int, int | None], None, None]:
-    # `generate` returns when all is done, so it runs in a thread of its own, and hands over each token when there is one; None comes last.
-    found: queue.SimpleQueue[tuple[int, int | None] | BaseException | None] = queue.SimpleQueue()
-    watcher = _Watcher(batch, found, decoding)
-    thread = threading.Thread(target=_run, args=(model, ids, watcher, decoding), daemon=True)
-    editing.source = lambda given: watcher.rows() if threading.current_thread() is thread else None
-    thread.start()
-    try:
-        while (entry := found.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            yield entry
-    finally:
-        watcher.abandoned = True
-        thread.join()
+def _rows(watcher: "_Watcher", thread: threading.Thread, given: dict[str, Any]) -> Rows | None:
+    """The rows that are not finished, and whose they are; other threads' calls have none."""
+    return Rows([watcher.batch[row] for row in watcher.live], watcher.live, last=True) if threading.current_thread() is thread else None
 
 
 def _run(model: Any, ids: list[list[int]], watcher: "_Watcher", decoding: BatchDecoding) -> None:
@@ -62,17 +59,11 @@ def _run(model: Any, ids: list[list[int]], watcher: "_Watcher", decoding: BatchD
 class _Watcher(StoppingCriteria):
     """Puts the new tokens of the rows of one batch into a queue, and knows which rows are not finished."""
 
-    def __init__(self, batch: Sequence[int], found: "queue.SimpleQueue[Any]", decoding: BatchDecoding):
-        self.batch = list(batch)
-        self.found = found
-        self.decoding = decoding
-        self.abandoned = False
+    def __init__(self, batch: Sequence[int], decoding: BatchDecoding):
+        self.batch, self.decoding, self.abandoned = batch, decoding, False
+        self.found: queue.SimpleQueue[tuple[int, int | None] | BaseException | None] = queue.SimpleQueue()
         self.live = list(range(len(batch)))
         self._new: list[list[int]] = [[] for _ in batch]
-
-    def rows(self) -> Rows:
-        """The rows that are not finished, and whose they are."""
-        return Rows([self.batch[row] for row in self.live], self.live, last=True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Which rows are done: (rows,), bool."""
@@ -88,7 +79,5 @@ class _Watcher(StoppingCriteria):
             else:
                 live.append(row)
         self.live = live
-        kept = [] if self.abandoned else live
-        done = torch.ones(len(self.batch), dtype=torch.bool)
-        done[kept] = False
-        return done.to(input_ids.device)
+        going = set() if self.abandoned else set(live)
+        return torch.tensor([row not in going for row in range(len(self.batch))], device=input_ids.device)

@@ -15,25 +15,19 @@ REQUESTS = (
 
 
 def install(settings: Settings) -> None:
-    """Check the control of every request where vLLM checks its other sampling parameters, and once more where it enters the engine.
+    """Check the control of every request where vLLM checks its other sampling parameters (HTTP 400), and once more where it enters the engine.
 
-    The first rejects the request (HTTP 400). The second is for requests that did not come through this release's front end; vLLM ends such a request
-    with an error and goes on with the others.
+    The second is for requests that did not come through this release's front end; vLLM ends such a request with an error and goes on with the others.
+    In the process of the HTTP server it is checked before the answer begins, too: a stream that has begun has status 200 whatever comes.
     """
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
 
-    def checked(parameters: Any) -> None:
-        if isinstance(parameters, SamplingParams):
-            check(parameters.extra_args, settings)
+    def late(engine: EngineCore, request: Any, *args: Any, **kwargs: Any) -> None:
+        check(getattr(getattr(request, "sampling_params", None), "extra_args", None), settings)
 
-    _check_early(settings)
-    wrap(SamplingParams, "verify", before=lambda parameters, *args, **kwargs: checked(parameters))
-    wrap(EngineCore, "preprocess_add_request", before=lambda engine, request, *args, **kwargs: checked(getattr(request, "sampling_params", None)))
-
-
-def _check_early(settings: Settings) -> None:
-    """In the process of the HTTP server, before the answer begins: a stream that has begun has status 200 whatever comes."""
+    wrap(SamplingParams, "verify", before=lambda parameters, *args, **kwargs: check(parameters.extra_args, settings))
+    wrap(EngineCore, "preprocess_add_request", before=late)
 
     def early(request: Any, *args: Any, **kwargs: Any) -> None:
         check(getattr(request, "vllm_xargs", None), settings)
@@ -41,7 +35,7 @@ def _check_early(settings: Settings) -> None:
     def beams(request: Any, *args: Any, **kwargs: Any) -> None:
         early(request)
         if KEY in (getattr(request, "vllm_xargs", None) or {}):
-            raise _validation_error()(f"{KEY}: beam search carries no control of a request; leave one of them out")
+            raise _refusal("beam search carries no control of a request; leave one of them out")
 
     for module, name in REQUESTS:
         # Other processes never load these.
@@ -56,13 +50,13 @@ def check(extra_args: dict[str, Any] | None, settings: Settings) -> None:
     try:
         settings.control_of(extra_args)
     except ValueError as error:
-        raise _validation_error()(f"{KEY}: {error}") from None
+        raise _refusal(error) from None
 
 
-def _validation_error() -> type[Exception]:
+def _refusal(reason: object) -> Exception:
     """What vLLM takes for a client's mistake; older releases take every ValueError for one."""
     try:
-        from vllm.exceptions import VLLMValidationError
+        from vllm.exceptions import VLLMValidationError as Refusal
     except ImportError:
-        return ValueError
-    return VLLMValidationError
+        return ValueError(f"{KEY}: {reason}")
+    return Refusal(f"{KEY}: {reason}")

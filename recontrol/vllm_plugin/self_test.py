@@ -10,12 +10,11 @@ from torch import Tensor
 
 from recontrol.decoding.control import Control
 from recontrol.decoding.control_batch import ControlBatch
-from recontrol.decoding.editing import differences
+from recontrol.decoding.editing import check_reach
 from recontrol.value import ValueFunction
 
 Edited = Callable[[Callable[[Tensor], Tensor]], AbstractContextManager[None]]
-ROWS = 2
-STEP_SIZE, STEPS = 0.1, 3
+ROWS, STEP_SIZE, STEPS = 2, 0.1, 3
 
 
 @torch.inference_mode()
@@ -26,32 +25,22 @@ def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Edited) -> No
     # The same on every rank.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, width, generator=generator).to(device=runner.device, dtype=runner.model_config.dtype)
-    with _without_adapters(runner):
-        plain, again = model.compute_logits(hidden), model.compute_logits(hidden)
+    # Layers of adapters (LoRA) look up the adapter of each row, which is that of a request; these rows have none.
+    adapters = getattr(runner, "lora_config", None)
+    with nullcontext() if adapters is None else runner.maybe_select_dummy_loras(adapters, np.ones(ROWS, dtype=np.int32)):
+        logits = [model.compute_logits(hidden), model.compute_logits(hidden)]
         with editing(torch.neg):
-            negated = model.compute_logits(hidden)
+            logits.append(model.compute_logits(hidden))
     # Of tensor-parallel ranks that do not sample, some get no logits.
-    if plain is not None:
-        noise, change = differences(plain, again, negated)
-        if not change > 2 * noise:
-            raise RuntimeError(
-                f"edits do not reach the logits: with the states negated, the logits of {type(model).__name__} changed by {change:.3g} "
-                f"(and by {noise:.3g} without); it computes them in a way that the plugin recontrol does not know"
-            )
+    if logits[0] is not None:
+        check_reach("the states", type(model).__name__, logits, "so it computes them in a way that the plugin recontrol does not know")
     for name, value in bank.items():
-        heads = None if value.num_heads == 1 else (1.0,) * value.num_heads
         batch = ControlBatch()
-        batch.assign(Control(value, STEP_SIZE, STEPS, head_weights=heads))
+        batch.assign(Control(value, STEP_SIZE, STEPS, head_weights=(1.0,) * value.num_heads))
         edited = batch.edit(hidden)
         if not torch.isfinite(value(edited)).all():
             raise RuntimeError(f"the value function {name!r} gives values that are not finite; its weights are damaged")
         _check_ranks(name, edited)
-
-
-def _without_adapters(runner: Any) -> AbstractContextManager[Any]:
-    """Layers of adapters (LoRA) look up the adapter of each row, which is that of a request; these rows have none."""
-    config = getattr(runner, "lora_config", None)
-    return nullcontext() if config is None else runner.maybe_select_dummy_loras(config, np.ones(ROWS, dtype=np.int32))
 
 
 def _check_ranks(name: str, edited: Tensor) -> None:
@@ -59,8 +48,6 @@ def _check_ranks(name: str, edited: Tensor) -> None:
     from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
     size = get_tensor_model_parallel_world_size()
-    if size == 1:
-        return
-    gathered = tensor_model_parallel_all_gather(edited.contiguous(), dim=0)
-    if not all(torch.equal(part, edited) for part in gathered.chunk(size)):
+    gathered = [edited] if size == 1 else tensor_model_parallel_all_gather(edited.contiguous(), dim=0).chunk(size)
+    if not all(torch.equal(part, edited) for part in gathered):
         raise RuntimeError(f"the tensor-parallel ranks edit states differently with the value function {name!r}")

@@ -1,32 +1,29 @@
-"""The settings from the environment: the bank of value functions, and the control of requests that carry none."""
+"""The settings from the environment, the bank of value functions and the control of requests that carry none; and the control that a request carries."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from recontrol.decoding.control import Control
+from recontrol.decoding.control import Control, control_from_mapping
 from recontrol.value import ValueFunction
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config
-from recontrol.vllm_plugin.controls import parse_control
 
 BANK = "RECONTROL_BANK"
 DEFAULT = "RECONTROL_DEFAULT"
 # Where a request carries its control: a key of `extra_args`, or of `vllm_xargs` over HTTP.
 KEY = "recontrol"
+# A policy of the server: a request must not keep the others waiting. The paper takes 200 steps at most.
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the plugin.
-
-    Attributes:
-        bank: the folder whose subfolders are value functions; None where there is none and no request is steered.
-        default: the control of requests that carry none, as given (JSON); None where those are not steered.
-        known: the value functions of the bank by name, without weights: enough to check a control.
-    """
+    """The folder whose subfolders are value functions, the control of requests that carry none (JSON), and the value functions without their weights."""
 
     bank: Path | None = None
     default: str | None = None
@@ -36,13 +33,23 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Read and check RECONTROL_BANK and RECONTROL_DEFAULT; an empty one counts as absent."""
         folder, default = environment.get(BANK) or None, environment.get(DEFAULT) or None
+        if folder is None and default is not None:
+            raise ValueError(f"{DEFAULT} needs {BANK}, a folder whose subfolders are value functions; it is not set")
         if folder is None:
-            if default is not None:
-                raise ValueError(f"{DEFAULT} needs {BANK}, a folder whose subfolders are value functions; it is not set")
             return cls()
         # The processes of vLLM need not share a working directory.
         bank = Path(folder).absolute()
-        known = _without_weights(bank)
+        if not bank.is_dir():
+            raise FileNotFoundError(f"{BANK} is {bank}, which is no folder")
+        known = {}
+        for each in sorted(path for path in bank.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            if not (each / WEIGHTS_NAME).is_file():
+                raise FileNotFoundError(f"{each} is no value function: it lacks {WEIGHTS_NAME}")
+            config = read_config(each / CONFIG_NAME)
+            with torch.device("meta"):
+                known[each.name] = ValueFunction(config["hidden_size"], config["hidden_dims"], config["num_heads"], provenance=config.get("provenance"))
+        if not known:
+            raise FileNotFoundError(f"{BANK} is {bank}, which holds no value function: a subfolder for each is wanted, as `save_pretrained` writes them")
         if default is not None:
             try:
                 parse_control(default, known)
@@ -65,17 +72,33 @@ class Settings:
         return parse_control(request[KEY], bank)
 
 
-def _without_weights(bank: Path) -> dict[str, ValueFunction]:
-    if not bank.is_dir():
-        raise FileNotFoundError(f"{BANK} is {bank}, which is no folder")
-    folders = sorted(path for path in bank.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise FileNotFoundError(f"{BANK} is {bank}, which holds no value function: a subfolder for each is wanted, as `save_pretrained` writes them")
-    known = {}
-    for folder in folders:
-        if not (folder / WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"{folder} is no value function: it lacks {WEIGHTS_NAME}")
-        config = read_config(folder / CONFIG_NAME)
-        with torch.device("meta"):
-            known[folder.name] = ValueFunction(config["hidden_size"], config["hidden_dims"], config["num_heads"], provenance=config.get("provenance"))
-    return known
+def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | None:
+    """The control of a request: None, a mapping with the fields of `Control`, where `value` is a name of the bank, or the same as JSON.
+
+    JSON, because `vllm_xargs` of the OpenAI-compatible server holds no mapping. The value functions of the bank may lack weights.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise ValueError(f'a control must be JSON such as {{"value": "name", "step_size": 0.5, "steps": 30}}, found {_shown(given)}') from None
+    if given is None:
+        return None
+
+    def value_of(name: Any) -> ValueFunction:
+        # A name of the listing, never a path: nothing outside the bank can be reached.
+        if not isinstance(name, str) or name not in bank:
+            found = "it is missing" if name is None else f"found {_shown(name)}"
+            raise ValueError(f"value must name a value function of this server, one of {', '.join(map(repr, bank))}; {found}")
+        return bank[name]
+
+    control = control_from_mapping(given, value_of)
+    if control.steps > MOST_STEPS:
+        raise ValueError(f"steps must be {MOST_STEPS} or less, found {control.steps}")
+    control.check_range(torch.float32)
+    return control
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 100 else text[:100] + "..."

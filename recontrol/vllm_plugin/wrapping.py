@@ -9,8 +9,8 @@ def wrap(owner: Any, name: str, *, before: Callable[..., Any] | None = None, aft
     """Make a method of a class, or of one object, call something first or last with its own arguments; done once, however often it is asked for."""
     method = getattr(owner, name, None)
     if method is None:
-        called = owner.__name__ if isinstance(owner, type) else type(owner).__name__
-        raise ImportError(f"this release of vLLM has no {called}.{name}, which the plugin recontrol needs")
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise ImportError(f"this release of vLLM has no {kind.__name__}.{name}, which the plugin recontrol needs")
     if getattr(vars(owner).get(name), "recontrol", False):
         return
 

@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from recontrol.vllm_plugin.rows import RequestControls
+from recontrol.vllm_plugin.steering import RequestControls
 
 
 class Census:
