@@ -4,11 +4,6 @@ import argparse
 import json
 from typing import Any
 
-HELP = "say what is built, what is used, and why not the others"
-DESCRIPTION = "Say which backends of the ascent are built, which one is used on this machine, and why not the others."
-EPILOG = "example:\n  recontrol info --json"
-AFTER_INTERRUPT = "nothing was changed"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""

@@ -2,15 +2,6 @@
 
 import argparse
 
-HELP = "upload a value function to the hub"
-DESCRIPTION = """\
-Upload a value function to the hub of Hugging Face, with a model card that says what it was trained on and how. Log in before
-(`hf auth login`), or set HF_TOKEN."""
-EPILOG = """\
-example:
-  recontrol push --value value/hh --repo me/recontrol-hh-vicuna-7b --private"""
-AFTER_INTERRUPT = "nothing was committed, unless the address of the commit was printed"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
@@ -34,11 +25,6 @@ def run(options: argparse.Namespace) -> None:
     if options.card:
         print(model_card(local_folder(options.value), options.repo))
         return
-    address = ValueFunction.from_pretrained(options.value).push_to_hub(
-        options.repo,
-        private=options.private or None,
-        revision=options.revision,
-        create_pr=options.pull_request,
-        commit_message=options.message,
-    )
-    print(address)
+    value = ValueFunction.from_pretrained(options.value)
+    where = {"private": options.private or None, "revision": options.revision, "create_pr": options.pull_request}
+    print(value.push_to_hub(options.repo, commit_message=options.message, **where))

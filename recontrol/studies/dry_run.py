@@ -34,18 +34,17 @@ def small(study: Study, out: Path) -> Study:
     out.mkdir(parents=True, exist_ok=True)
     # A study with a value function of its own has no prompts for training.
     sources = {"train": study.prompts.train or study.prompts.test, "validation": study.prompts.validation, "test": study.prompts.test}
-    files: dict[str, Any] = {name: None if source is None else _source(source, out, name) for name, source in sources.items()}
+    files: dict[str, Any] = {name: source and _source(source, out, name) for name, source in sources.items()}
     tokenizer = _tokenizer()
     rewards = [_save_reward(name, tokenizer, out / f"reward-{number}") for number, name in enumerate(study.reward.names)]
-    train = {**study.train, "hidden_dims": [WIDTH] * len(study.train.get("hidden_dims", (0,))), "epochs": 2}
     return dataclasses.replace(
         study,
-        model=ModelSection(str(_save_model(study.model.name, tokenizer, out / "lm")), "float32", "cpu"),
+        model=ModelSection(_save_model(study.model.name, tokenizer, out / "lm"), "float32", "cpu"),
         prompts=dataclasses.replace(study.prompts, **files, chat_template=False),
-        reward=RewardSection([str(reward) for reward in rewards], study.reward.head_weights, 4, study.reward.template),
+        reward=RewardSection(rewards, study.reward.head_weights, 4, study.reward.template),
         methods=[_small_method(entry) for entry in study.methods],
         generation=dataclasses.replace(study.generation, max_new_tokens=NEW_TOKENS, batch_size=4),
-        train=train,
+        train={**study.train, "hidden_dims": [WIDTH] * len(study.train.get("hidden_dims", (0,))), "epochs": 2},
         value=None,
         encoder=None,
         wins=None,
@@ -94,32 +93,29 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def _save_model(name: str, tokenizer: Any, path: Path) -> Path:
+def _save_model(name: str, tokenizer: Any, path: Path) -> str:
     """A model of the architecture that the name says: Falcon's, else Llama's, whose own Vicuna and Llama 3 are."""
-    shared: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
+    shared: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1, **_sizes(tokenizer)}
     if "falcon" in name.lower():
         config: Any = AutoConfig.for_model("falcon", **shared, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
     else:
         config = LlamaConfig(**shared, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
-    model = AutoModelForCausalLM.from_config(config)
+    return _saved(AutoModelForCausalLM.from_config(config), tokenizer, path)
+
+
+def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
+    """UltraRM's architecture, else a sequence classifier."""
+    layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    config = LlamaConfig(**layers, **_sizes(tokenizer), max_position_embeddings=1024)
+    kind: Any = LlamaRegressionModel if "ultrarm" in name.lower() else LlamaForSequenceClassification
+    return _saved(kind(config), tokenizer, path)
+
+
+def _sizes(tokenizer: Any) -> dict[str, Any]:
+    return {"vocab_size": len(tokenizer), "pad_token_id": 1}
+
+
+def _saved(model: Any, tokenizer: Any, path: Path) -> str:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return path
-
-
-def _save_reward(name: str, tokenizer: Any, path: Path) -> Path:
-    """UltraRM's architecture, else a sequence classifier."""
-    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes | {"num_labels": 1}, pad_token_id=1, max_position_embeddings=1024)
-    kind: Any = LlamaRegressionModel if "ultrarm" in name.lower() else LlamaForSequenceClassification
-    kind(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return str(path)
