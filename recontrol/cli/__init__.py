@@ -1,20 +1,16 @@
 """The command line: `recontrol collect | relabel | train | generate | serve | evaluate | judge | push | info`."""
 
 import argparse
-import importlib.resources
 import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import yaml
-
 from recontrol.cli import collect, evaluate, generate, info, judge, push, relabel, serve, train
+from recontrol.cli.options import COMMANDS
 from recontrol.version import __version__
 
 SUBCOMMANDS = (collect, relabel, train, generate, serve, evaluate, judge, push, info)
-# What they say of themselves.
-TEXTS = yaml.safe_load((importlib.resources.files("recontrol.cli") / "help.yaml").read_text(encoding="utf-8"))
 # Exit status of a process that was told to stop by Ctrl-C, as shells have it.
 INTERRUPTED = 130
 # Characters of an error's message that are printed.
@@ -43,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def parser() -> argparse.ArgumentParser:
     """The parser of the command and its subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser("recontrol", **TEXTS["recontrol"], formatter_class=raw)
+    top = argparse.ArgumentParser("recontrol", **COMMANDS["recontrol"], formatter_class=raw)
     top.add_argument("--version", action="version", version=f"recontrol {__version__}")
     subcommands = top.add_subparsers(required=True, title="subcommands", dest="subcommand")
     for module in SUBCOMMANDS:
         name = module.__name__.rpartition(".")[2]
-        texts = dict(TEXTS[name])
+        texts = dict(COMMANDS[name])
         after_interrupt = texts.pop("after_interrupt")
         sub = subcommands.add_parser(name, **texts, formatter_class=raw)
         module.add_options(sub)

@@ -14,24 +14,8 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    add = parser.add_argument
-    add("--out", required=True, metavar="FOLDER", help="where the report is written")
-    add("--config", metavar="FILE", help="a study: a YAML file, or the name of one of the package (default: the options below say what to do)")
-    add("--dry-run", action="store_true", help="with --config: try all of it on small random models and data that are made here, in a minute")
-    sizes, steps = shared.listed(shared.positive_float), shared.listed(shared.positive_int)
-    add("--step-sizes", type=sizes, default=(0.25, 0.5, 1.0), metavar="A,...", help="step sizes (default: 0.25,0.5,1)")
-    add("--steps", type=steps, default=(30,), metavar="N,...", help="gradient steps a token (default: 30)")
-    add("--seeds", type=shared.positive_int, default=1, metavar="N", help="how many times the prompts are decoded, with seeds of their own (default: 1)")
-    add("--encoder", metavar="NAME", help="sentence encoder for the coherence, of the extra `coherence` (default: none, no coherence)")
-    shared.add_model_options(parser, default="that of --config")
-    shared.add_control_options(parser, default="that of --config", leave_out=("step_size", "steps"))
-    shared.add_prompt_options(parser, default="that of --config", split="test")
-    add = parser.add_argument_group("choice").add_argument
-    add("--validation-prompts", metavar="NAME", help="data set to choose the setting on (default: --dataset, if a split is given)")
-    add("--validation-split", metavar="SPLIT", help="its split; a file has none (default: validation)")
-    add("--validation-limit", type=shared.positive_int, metavar="N", help="use the first N validation prompts (default: all)")
-    shared.add_reward_options(parser, default="that of --config")
-    shared.add_generation_options(parser)
+    shared.add_options(parser, "evaluate", "language model", "control", "prompts", "choice", "reward", "generation", default="that of --config")
+    parser.set_defaults(split="test")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recontrol.cli import options as shared
 from recontrol.configs import from_flags
@@ -18,20 +18,9 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    add = parser.add_argument
-    add("--prompt", action="append", type=shared.escaped, metavar="TEXT", help=r"a prompt, \n is a line break; may be given again")
-    add("--out", metavar="FILE", help="write lines of JSON with prompt, response and finish (default: print them)")
-    add("--trace", action="store_true", help="write with each token V before and after, the norm of the edit, and the divergence it made")
-    add("--plan", action="store_true", help="only say what the key/value cache takes, and how many prompts are decoded at once")
-    add = parser.add_argument_group("batches").add_argument
-    words = "continuous: a prompt joins the batch when there is room, paged cache; static: padded batches, one after the other "
-    words += "(default: auto, continuous where it is possible)"
-    add("--batching", choices=("auto", "continuous", "static"), default="auto", help=words)
-    add("--cache-budget", metavar="SIZE", help="memory for the key/value cache, for example 40GiB (default: half of what is free)")
-    shared.add_model_options(parser)
-    shared.add_control_options(parser, default="none, no control")
-    shared.add_prompt_options(parser, default="none, give --prompt")
-    shared.add_generation_options(parser)
+    shared.add_options(parser, "generate", "batches", "language model")
+    shared.add_options(parser, "control", default="none, no control")
+    shared.add_options(parser, "prompts", "generation", default="none, give --prompt")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
     decoding = shared.decoding(options)
     model, tokenizer = shared.load_model(options)
-    prompts = _prompts(options, tokenizer)
+    prompts = options.prompt or shared.load_prompts(options, tokenizer)
     control = from_flags(Control, options, value=load_value_function(options.value, model)) if options.value else None
     how = {name: getattr(options, name) for name in ("batching", "cache_budget", "backend", "allow_other_model")}
     if not options.out:
@@ -66,10 +55,6 @@ def run(options: argparse.Namespace) -> None:
         aside.write_text("".join(lines), encoding="utf-8")
 
 
-def _prompts(options: argparse.Namespace, tokenizer: Any) -> list[str]:
-    return options.prompt or shared.load_prompts(options, tokenizer)
-
-
 def _plan(options: argparse.Namespace) -> "Plan":
     """The plan, from the model's config and tokenizer; its weights are not loaded."""
     import torch
@@ -82,7 +67,8 @@ def _plan(options: argparse.Namespace) -> "Plan":
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = AutoConfig.from_pretrained(options.model)
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.get_text_config().dtype or torch.float32
-    lengths = [len(ids) + options.max_new_tokens for ids in token_ids(tokenizer, _prompts(options, tokenizer))]
+    prompts = options.prompt or shared.load_prompts(options, tokenizer)
+    lengths = [len(ids) + options.max_new_tokens for ids in token_ids(tokenizer, prompts)]
     return make_plan(config, dtype, lengths, device=device_of(options.device), cache_budget=options.cache_budget, batch_size=options.batch_size)
 
 

@@ -4,10 +4,12 @@ import argparse
 import json
 from typing import Any
 
+from recontrol.cli import options as shared
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    shared.add_options(parser, "info")
 
 
 def run(options: argparse.Namespace) -> None:

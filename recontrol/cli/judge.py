@@ -12,30 +12,9 @@ FORMAT_VERSION = 1
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    add = parser.add_argument_group("responses").add_argument
-    add("--responses", required=True, metavar="FILE", help="what is judged: lines with prompt and response, such as an evaluation's responses.jsonl")
-    add("--method", metavar="LABEL", help="judge the lines with this `method` (default: all lines, if they are of one)")
-    add("--others", metavar="FILE", help="what they are compared with, such lines too (default: --responses, if --against is given)")
-    add("--against", metavar="LABEL", help="compare with the lines with this `method` (default: all lines of --others, if they are of one)")
-    add("--preferred", metavar="NAME", help="compare with the preferred responses of this data set or .jsonl file (default: none)")
-    # Its name before.
-    add("--references", dest="preferred", help=argparse.SUPPRESS)
-    add("--split", default="test", metavar="SPLIT", help="of a data set of the hub; a file has none (default: test)")
-    add("--human", default="Human", metavar="WORD", help="what marks the user's turns in the prompts (default: Human)")
-    add("--tokenizer", metavar="NAME", help="if the prompts were written with a chat template: the model it is of (default: none)")
-    add("--limit", type=shared.positive_int, metavar="N", help="judge the first N responses (default: all)")
-    add = parser.add_argument_group("judge").add_argument
-    add("--judge", metavar="NAME", help="chat model that is asked which response is better (default: none, give --reward-model)")
-    words = "what it is asked, a text with {prompt}, {first} and {second}; it must ask for A, B or C (default: built in)"
-    add("--judge-instructions", metavar="FILE", help=words)
-    words = "of a million tokens of questions and of answers, for the cost (default: none, no cost)"
-    add("--prices", type=shared.listed(float), metavar="IN,OUT", help=words)
-    add("--estimate", action="store_true", help="print how many requests and tokens are needed and what they cost, and send nothing")
-    words = "of an answer, for --estimate; a judge that thinks takes hundreds (default: 4)"
-    add("--answer-tokens", type=shared.positive_int, default=4, metavar="N", help=words)
-    add("--device", metavar="DEVICE", help=shared.REWARD_DEVICE)
-    parser.add_argument("--out", metavar="FILE", help="write win rate and pairs as JSON (default: only print)")
-    shared.add_reward_options(parser, default="none")
+    shared.add_options(parser, "responses", "the judge", "judge", "reward", default="none")
+    # The name of --preferred before.
+    parser.add_argument("--references", dest="preferred", help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> None:

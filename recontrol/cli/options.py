@@ -4,10 +4,13 @@ Heavy imports are inside the functions that need them, so that `--help` answers 
 """
 
 import argparse
+import importlib.resources
 import json
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from recontrol.ascent import backends
 from recontrol.configs import add_flags
@@ -17,9 +20,8 @@ from recontrol.decoding.control import Control
 if TYPE_CHECKING:
     from recontrol.studies.study import JudgeSection, RewardSection
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-# The device of a reward model.
-REWARD_DEVICE = "of a sequence classifier: cpu, cuda, cuda:1, mps, or auto (default: cuda if there is one, else cpu)"
+# What the subcommands say of themselves, and their options by groups.
+COMMANDS = yaml.safe_load((importlib.resources.files("recontrol.cli") / "commands.yaml").read_text(encoding="utf-8"))
 
 
 def _number(name: str, kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -68,54 +70,35 @@ def json_object(text: str) -> dict[str, Any]:
     return content
 
 
-def _stated(default: str | None) -> str:
-    return "" if default is None else f" (default: {default})"
+# By the names in commands.yaml.
+TYPES: dict[str, Callable[[str], Any]] = {
+    "positive_int": positive_int,
+    "positive_ints": listed(positive_int),
+    "positive_float": positive_float,
+    "positive_floats": listed(positive_float),
+    "floats": listed(float),
+    "finite_floats": listed(finite_float),
+    "escaped": escaped,
+    "json_object": json_object,
+}
 
 
-def add_model_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--model, --dtype, --device. Here and below, what has no default in words must be given."""
-    add = parser.add_argument_group("language model").add_argument
-    add("--model", required=default is None, metavar="NAME", help="causal language model: a name on the hub, or a folder" + _stated(default))
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the dtype they were saved in)")
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto for all GPUs (default: cuda if there is one, else cpu)")
-
-
-def add_control_options(parser: argparse.ArgumentParser, default: str | None = None, leave_out: tuple[str, ...] = ()) -> None:
-    """--value, what steers the ascent, and where it runs."""
-    group = parser.add_argument_group("control")
-    words = "value function: a folder written by `recontrol train`, a name on the hub, or a .pth file of the released code" + _stated(default)
-    group.add_argument("--value", required=default is None, metavar="PATH", help=words)
-    types = {"step_size": positive_float, "steps": positive_int, "radius": positive_float, "target": finite_float, "head_weights": listed(finite_float)}
-    add_flags(group, Control, leave_out=("value", *leave_out), types=types)
-    group.add_argument("--backend", default="auto", metavar="NAME", help=f"{', '.join(backends.names())}; see `recontrol info` (default: auto)")
-    group.add_argument("--allow-other-model", action="store_true", help="accept a value function that was trained on the states of another model")
-
-
-def add_prompt_options(parser: argparse.ArgumentParser, default: str | None = None, split: str = "train") -> None:
-    """--dataset, --split, --limit and how prompts are written."""
-    add = parser.add_argument_group("prompts").add_argument
-    words = "a name on the hub such as Anthropic/hh-rlhf or stanfordnlp/SHP, or a .jsonl file with a column prompt, chosen or history" + _stated(default)
-    add("--dataset", required=default is None, metavar="NAME", help=words)
-    add("--split", default=split, metavar="SPLIT", help=f"of a data set of the hub; a file has none (default: {split})")
-    add("--limit", type=positive_int, metavar="N", help="use the first N prompts (default: all)")
-    add("--max-prompt-tokens", type=positive_int, default=512, metavar="N", help="leave out longer prompts (default: 512, as in the paper)")
-    add("--human", default="Human", metavar="WORD", help="what marks the user's turns, as the model was trained (default: Human)")
-    add("--chat-template", action="store_true", help="write the dialogue with the tokenizer's chat template")
-
-
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Length, batches, sampling and stop strings."""
-    group = parser.add_argument_group("generation")
-    add_flags(group, Decoding, leave_out=("batch_size", "stop_strings", "options"), types={"max_new_tokens": positive_int})
-    add = group.add_argument
-    add("--batch-size", type=positive_int, default=16, metavar="N", help="prompts decoded at once at most (default: 16)")
-    add("--sample", action="store_true", help="sample; implied by the next three (default: greedy)")
-    add("--temperature", type=positive_float, metavar="T", help="of sampling (default: 1)")
-    add("--top-p", type=positive_float, metavar="P", help="sample from the likeliest tokens of this total probability (default: 1, all)")
-    add("--top-k", type=positive_int, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    words = r"cut responses before this text, \n is a line break; may be given again (default: a further turn of the user in dialogues without a chat template)"
-    add("--stop", action="append", type=escaped, metavar="TEXT", help=words)
-    add("--no-stop", action="store_true", help="cut responses nowhere")
+def add_options(parser: argparse.ArgumentParser, *groups: str, default: str | None = None) -> None:
+    """The options of a subcommand itself and of groups; what is `needed` may be left out where `default` says in words what happens then."""
+    for name in groups:
+        group: Any = parser if name in COMMANDS else parser.add_argument_group(name)
+        for flag, given in COMMANDS["options"][name].items():
+            keywords = {word: TYPES[setting] if word == "type" else setting for word, setting in given.items() if word != "needed"}
+            if "needed" in given:
+                keywords |= {"required": default is None, "help": given["help"] + ("" if default is None else f" (default: {default})")}
+            group.add_argument(flag, **keywords)
+        if name == "control":
+            types = {"step_size": positive_float, "steps": positive_int, "radius": positive_float, "target": finite_float}
+            several = ("step_size", "steps") if "evaluate" in groups else ()
+            add_flags(group, Control, leave_out=("value", *several), types={**types, "head_weights": listed(finite_float)})
+            group.add_argument("--backend", default="auto", metavar="NAME", help=f"{', '.join(backends.names())}; see `recontrol info` (default: auto)")
+        if name == "generation":
+            add_flags(group, Decoding, leave_out=("batch_size", "stop_strings", "options"), types={"max_new_tokens": positive_int})
 
 
 def decoding(options: argparse.Namespace) -> Decoding:
@@ -152,22 +135,6 @@ def load_prompts(options: argparse.Namespace, tokenizer: Any) -> list[str]:
 
     how = {name: getattr(options, name) for name in ("limit", "chat_template", "human", "max_prompt_tokens")}
     return load_prompts(options.dataset, options.split, tokenizer=tokenizer, **how)
-
-
-def add_reward_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--reward-model, and how sequence classifiers and judges are used."""
-    add = parser.add_argument_group("reward").add_argument
-    words = "sequence classifier that scores prompt and response as one text: name or folder; or judge:NAME, a chat model that is asked for a score; or "
-    words += "python:MODULE:FUNCTION, a function (prompts, responses) -> scores. Given again, each reward becomes a head" + _stated(default)
-    add("--reward-model", action="append", required=default is None, metavar="NAME", help=words)
-    add("--reward-batch-size", type=positive_int, default=16, metavar="N", help="texts scored at once (default: 16)")
-    words = r"how the classifier's texts are written: a text with {prompt} and {response} in it, \n is a line break, or chat, its chat template "
-    add("--reward-template", type=escaped, metavar="TEXT", help=words + "(default: prompt and response one after the other; for UltraRM its own)")
-    add("--judge-url", metavar="URL", help="server of the judge, with /v1; its key is OPENAI_API_KEY (default: OPENAI_BASE_URL, else OpenAI's)")
-    add("--judge-range", type=listed(finite_float), default=(1.0, 10.0), metavar="A,B", help="lowest and highest score (default: 1,10)")
-    add("--judge-cache", metavar="FILE", help="keep the judge's answers in this file, and do not ask again (default: none)")
-    add("--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests to the judge at a time (default: 8)")
-    add("--judge-request", type=json_object, metavar="JSON", help='further fields of each request to the judge (default: {"temperature": 0})')
 
 
 def judge_section(options: argparse.Namespace) -> "JudgeSection":

@@ -2,16 +2,12 @@
 
 import argparse
 
+from recontrol.cli import options as shared
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--value", required=True, metavar="FOLDER", help="written by `recontrol train`")
-    parser.add_argument("--repo", metavar="NAME", help="owner/name on the hub; made if there is none (default: none, with --card)")
-    parser.add_argument("--private", action="store_true", help="make a new repository private (default: as the owner's settings say)")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if there is none (default: main)")
-    parser.add_argument("--pull-request", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--message", default="Upload value function", metavar="TEXT", help="of the commit (default: Upload value function)")
-    parser.add_argument("--card", action="store_true", help="print the model card and upload nothing")
+    shared.add_options(parser, "push")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,11 +9,7 @@ from recontrol.cli import options as shared
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--rollouts", required=True, metavar="FOLDER", help="written by `recontrol collect`")
-    parser.add_argument("--out", metavar="FOLDER", help="write a copy with the new rewards here (default: replace them in the folder itself)")
-    parser.add_argument("--add", action="store_true", help="put the new rewards after the old ones, as further heads, instead of replacing them")
-    parser.add_argument("--device", metavar="DEVICE", help=shared.REWARD_DEVICE)
-    shared.add_reward_options(parser)
+    shared.add_options(parser, "relabel", "reward")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,15 +6,14 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+from recontrol.cli import options as shared
+
 PLUGIN = "recontrol"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--model", required=True, metavar="NAME", help="causal language model: a name on the hub, or a folder")
-    parser.add_argument("--bank", required=True, metavar="FOLDER", help="its subfolders are value functions, written by `recontrol train`")
-    parser.add_argument("--default", metavar="JSON", help="the control of requests that carry none (default: none, they are not steered)")
-    parser.add_argument("vllm", nargs="*", metavar="OPTION", help="after --, options of `vllm serve` (default: none)")
+    shared.add_options(parser, "serve")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,17 +12,7 @@ from recontrol.training.config import TrainConfig
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
     add_flags(parser.add_argument_group("training"), TrainConfig, leave_out=("dtype",))
-    add = parser.add_argument
-    add("--rollouts", required=True, metavar="FOLDER", help="written by `recontrol collect`")
-    add("--out", required=True, metavar="FOLDER", help="where the value function, the history of its training and checkpoints are written")
-    words = "mini-batches between checkpoints, which is what a kill loses at most; there is one after each epoch too (default: 1)"
-    add("--checkpoint-every", type=shared.positive_int, default=1, metavar="N", help=words)
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
-    add("--log-with", metavar="TRACKER", help="tracker of accelerate that gets the history, such as tensorboard (default: none)")
-    words = "show how V goes with the final reward along the responses held out, and write diagnosis.json and diagnosis.png into --out"
-    add("--report", action="store_true", help=words)
-    words = "another value function for that report, such as one trained with --objective released; up to four times (default: none)"
-    add("--compare", action="append", default=[], metavar="FOLDER", help=words)
+    shared.add_options(parser, "train")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -138,10 +138,7 @@ def equal_kl(findings: Findings) -> EqualKL | None:
 
 
 def kl_levels(largest: Sequence[float]) -> list[float]:
-    """Divergences to compare at, from the largest one of each row: some of 1, 2 and 5 times the powers of ten, up to the largest that two rows reach.
-
-    They begin where the row that goes least far can still be compared, and at a tenth of the last at most.
-    """
+    """Some of 1, 2 and 5 times the powers of ten, as far as two rows go, from where the row that goes least far can be compared, a tenth of that at most."""
     reached = sorted((kl for kl in largest if kl > 0), reverse=True)
     if not reached:
         return []

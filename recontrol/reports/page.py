@@ -109,10 +109,7 @@ def _tokens(row: Row, place: int) -> list[tuple[str, float]]:
 
 
 def _level_cells(equal: EqualKL) -> dict[str, list[TableCell]]:
-    """By row, its reward at each level, and at the end its largest with the divergence that it takes.
-
-    The largest reward of a level is marked where no other interval reaches into its own, and no row has more at a smaller divergence.
-    """
+    """By row, its reward at each level, marked where no other interval reaches into its own and no row has more before, and its largest with its divergence."""
     column = QUALITY[0]
     digits = interval_digits([entry.interval for entries in equal.rewards.values() for entry in entries if entry.interval])
     made: dict[str, list[TableCell]] = {}

@@ -28,15 +28,7 @@ FEWEST = 3
 def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None, *, command: str | None = None) -> None:
     """Write `report.html`, `report.json`, `report.csv` and `responses.jsonl` into a folder, each whole or not at all.
 
-    Args:
-        out: the folder, made if absent.
-        findings: what a study found.
-        study: the study, a dataclass or a mapping ready for JSON; None leaves out what only it knows.
-        command: that made it; None is the command that runs the study as it stands in the page.
-
-    Raises:
-        ValueError: results that do not fit the names, the prompts or the win rates.
-        OSError: the folder cannot be written.
+    The study is a dataclass or a mapping ready for JSON; without a `command` the page has that which runs the study as it stands there.
     """
     rows = make_rows(findings)
     sections: dict[str, Any] = dataclasses.asdict(study) if dataclasses.is_dataclass(study) and not isinstance(study, type) else dict(study or {})

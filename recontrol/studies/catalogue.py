@@ -8,27 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from recontrol import methods
 from recontrol.data.rewards import Reward, checked_rewards, reward_name
 from recontrol.decoding.control import Control
 from recontrol.evaluation.cells import short_hash
-from recontrol.methods import (
-    ARGS,
-    BestOfN,
-    Direction,
-    FineTuned,
-    Method,
-    PrefixScorer,
-    Prompting,
-    ReControl,
-    StaticEditing,
-    Together,
-    best_examples,
-    make_preference_pairs,
-    mean_difference,
-    reward_direction,
-    train_dpo,
-    train_rl,
-)
 from recontrol.methods.base import one_score
 
 # A run of a study, which imports this module: it has the study, model, tokenizer, reward, folder, prompts, rollouts and value function of the methods.
@@ -43,12 +26,12 @@ class Entry:
     kinds: tuple[str, ...]
     settings: tuple[dict[str, Any], ...]
 
-    def methods(self, run: Run) -> list[Method]:
+    def methods(self, run: Run) -> list[methods.Method]:
         """One method for each choice; what has to be trained for them is trained, or read where it was before."""
         made = []
         for chosen in self.settings:
             parts = [KINDS[kind].make(run, {name: given for name, given in chosen.items() if KINDS[kind].takes(name)}) for kind in self.kinds]
-            made.append(parts[0] if len(parts) == 1 else Together(parts))
+            made.append(parts[0] if len(parts) == 1 else methods.Together(parts))
         return made
 
 
@@ -56,7 +39,7 @@ class Entry:
 class Kind:
     """How an entry becomes a method: `strengths` may be lists, and those in `needed` must be given; "*" in `options` takes any."""
 
-    make: Callable[[Run, dict[str, Any]], Method]
+    make: Callable[[Run, dict[str, Any]], methods.Method]
     strengths: tuple[str, ...]
     needed: tuple[str, ...]
     options: tuple[str, ...] = ()
@@ -128,63 +111,63 @@ def _head_weights(run: Run, settings: dict[str, Any]) -> Any:
     return settings.get("head_weights", run.study.reward.head_weights if run.value.num_heads > 1 else None)
 
 
-def _re_control(run: Run, settings: dict[str, Any]) -> Method:
+def _re_control(run: Run, settings: dict[str, Any]) -> methods.Method:
     of_control = {CONTROL[name]: given for name, given in settings.items() if name in CONTROL}
     control = Control(run.value, **{**of_control, "head_weights": _head_weights(run, settings)})
-    return ReControl(control, trained=run.trained, **{name: given for name, given in settings.items() if name not in CONTROL})
+    return methods.ReControl(control, trained=run.trained, **{name: given for name, given in settings.items() if name not in CONTROL})
 
 
-def _prefix_scorer(run: Run, settings: dict[str, Any]) -> Method:
-    return PrefixScorer(run.value, settings["strength"], settings.get("k", 10), head_weights=_head_weights(run, settings), trained=run.trained)
+def _prefix_scorer(run: Run, settings: dict[str, Any]) -> methods.Method:
+    return methods.PrefixScorer(run.value, settings["strength"], settings.get("k", 10), head_weights=_head_weights(run, settings), trained=run.trained)
 
 
-def _prompting(run: Run, settings: dict[str, Any]) -> Method:
+def _prompting(run: Run, settings: dict[str, Any]) -> methods.Method:
     examples = settings.get("examples", [])
     if isinstance(examples, int):
-        examples = best_examples(run.rollouts, examples, head_weights=run.study.reward.head_weights)
+        examples = methods.best_examples(run.rollouts, examples, head_weights=run.study.reward.head_weights)
     pairs = [tuple(pair) for pair in examples]
     if "goal" in settings:
-        return Prompting.for_dialogues(settings["goal"], pairs)
+        return methods.Prompting.for_dialogues(settings["goal"], pairs)
     keywords = {name: settings[name] for name in ("separator",) if name in settings}
-    return Prompting(settings.get("template", "{prompt}"), pairs, name=settings.get("called"), **keywords)
+    return methods.Prompting(settings.get("template", "{prompt}"), pairs, name=settings.get("called"), **keywords)
 
 
-def _static_editing(run: Run, settings: dict[str, Any]) -> Method:
+def _static_editing(run: Run, settings: dict[str, Any]) -> methods.Method:
     which = settings.get("direction", "reward")
-    makers: dict[str, Callable[..., Direction]] = {"reward": reward_direction, "mean-difference": mean_difference}
+    makers: dict[str, Callable[..., methods.Direction]] = {"reward": methods.reward_direction, "mean-difference": methods.mean_difference}
     if which not in makers:
         raise ValueError(f"the direction of static editing must be one of {', '.join(makers)}, found {which!r}")
     path = run.folder / "directions" / f"{which}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         makers[which](run.rollouts, head_weights=run.study.reward.head_weights).save(path)
-    return StaticEditing(Direction.load(path), settings["strength"])
+    return methods.StaticEditing(methods.Direction.load(path), settings["strength"])
 
 
-def _best_of_n(run: Run, settings: dict[str, Any]) -> Method:
+def _best_of_n(run: Run, settings: dict[str, Any]) -> methods.Method:
     options = {name: given for name, given in settings.items() if name != "n"}
-    return BestOfN(settings["n"], run.reward, head_weights=run.study.reward.head_weights, **options)
+    return methods.BestOfN(settings["n"], run.reward, head_weights=run.study.reward.head_weights, **options)
 
 
-def _fine_tuned(algorithm: str, run: Run, settings: dict[str, Any]) -> Method:
+def _fine_tuned(algorithm: str, run: Run, settings: dict[str, Any]) -> methods.Method:
     """A LoRA adapter in a folder for each combination of settings, so that a study goes on with what is trained."""
     decoding = dataclasses.replace(run.study.generation, batch_size=run.study.generation.batch_size or 16)
     generation = {"max_new_tokens": decoding.max_new_tokens, "batch_size": decoding.batch_size, "stop_strings": list(decoding.stop_strings)}
     folder = run.folder / "adapters" / f"{algorithm}-{short_hash([settings, run.train_prompts, generation])}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
-        return FineTuned(folder)
+        return methods.FineTuned(folder)
     options = {**settings, "progress": run.progress}
     if algorithm == "dpo":
         samples, prompts = options.pop("samples", 2), run.train_prompts[: options.pop("prompts", None)]
         sampling = dataclasses.replace(decoding, options={"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
         reward, progress = _single_reward(run), run.progress
-        pairs = make_preference_pairs(run.model, run.tokenizer, prompts, reward, samples=samples, decoding=sampling, progress=progress)
-        train_dpo(run.model, run.tokenizer, pairs.pairs, folder, **options)
+        pairs = methods.make_preference_pairs(run.model, run.tokenizer, prompts, reward, samples=samples, decoding=sampling, progress=progress)
+        methods.train_dpo(run.model, run.tokenizer, pairs.pairs, folder, **options)
     else:
         options = {name: generation[name] for name in ("max_new_tokens", "stop_strings")} | options
-        train_rl(run.model, run.tokenizer, run.train_prompts, _single_reward(run), folder, algorithm=algorithm, **options)
-    return FineTuned(folder)
+        methods.train_rl(run.model, run.tokenizer, run.train_prompts, _single_reward(run), folder, algorithm=algorithm, **options)
+    return methods.FineTuned(folder)
 
 
 def _adapter(algorithm: str) -> Kind:
@@ -197,7 +180,7 @@ KINDS: dict[str, Kind] = {
     "re-control": Kind(_re_control, STEERING, ("alpha", "n"), ("head_weights", "backend", "allow_other_model")),
     "prefix scorer": Kind(_prefix_scorer, ("strength",), ("strength",), ("k", "head_weights")),
     "static editing": Kind(_static_editing, ("strength",), ("strength",), ("direction",)),
-    "args": Kind(lambda run, given: ARGS(run.reward, given["w"], given.get("k", 10), weights=run.study.reward.head_weights), ("w",), ("w",), ("k",)),
+    "args": Kind(lambda run, given: methods.ARGS(run.reward, given["w"], given.get("k", 10), weights=run.study.reward.head_weights), ("w",), ("w",), ("k",)),
     "best-of-n": Kind(_best_of_n, ("n",), ("n",), ("rows_at_once", "sampling")),
     **{algorithm: _adapter(algorithm) for algorithm in ("dpo", "rloo", "grpo")},
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from recontrol.data.rewards.regression import LlamaRegressionModel
@@ -27,8 +28,7 @@ FINE_TUNING = {"batch_size": 4, "epochs": 1, "rank": 2, "micro_batch_size": None
 def small(study: Study, out: Path) -> Study:
     """The same study, with everything that is large or far away replaced by what is made in a folder.
 
-    The architecture of the language model and of the reward models, the columns of the data, the methods and their settings stay as they are; weights are
-    random, so the numbers mean nothing. The coherence and a judge's win rate are left out, since both would ask for a model that is not here.
+    Architectures, the columns of the data, the methods and their settings stay. Coherence and win rate, which ask for models that are not here, are left out.
     """
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
@@ -82,15 +82,10 @@ def _source(source: SourceSection, out: Path, name: str) -> SourceSection:
 
 def _tokenizer() -> Any:
     """Byte-level, trained on the words of the prompts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made = ByteLevelBPETokenizer()
     # Without a bar, which it would print.
-    made.train_from_iterator([TEXT] * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made.train_from_iterator([TEXT] * 4, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def _save_model(name: str, tokenizer: Any, path: Path) -> str:

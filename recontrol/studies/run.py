@@ -34,12 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True) -> Findings:
-    """Do all that a study says in a folder; what was done there before is not done again.
-
-    Raises:
-        ValueError, FileNotFoundError: an entry, a source or a setting that cannot be, before any work is done, or a folder of another study.
-        ImportError: a package of an extra is missing.
-    """
+    """Do all that a study says in a folder, and nothing that was done there before; what cannot be is a ValueError or FileNotFoundError before any work."""
     return StudyRun(study, out, progress=progress).findings()
 
 
