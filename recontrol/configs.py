@@ -112,7 +112,10 @@ def _entry(hint: Any, entry: Any, where: str) -> Any:
                 return (list if origin is list else tuple)(_entry(inner[0] if inner else Any, each, f"{where}[{number}]") for number, each in enumerate(entry))
         # YAML reads 1 as an integer, and true as no number.
         elif origin is float and type(entry) is int:
-            return float(entry)
+            try:
+                return float(entry)
+            except OverflowError:
+                raise ValueError(f"{where} must be a finite number, found one too large for a float") from None
         elif isinstance(entry, origin) and not (isinstance(entry, bool) and origin is not bool):
             return entry
     raise ValueError(f"{where} must be {' or '.join(_named(kind) for kind in kinds)}, found {entry!r}")

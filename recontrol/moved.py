@@ -12,6 +12,8 @@ MOVED = {
     "recontrol.arguments": "recontrol.ascent.arguments",
     "recontrol.backends": "recontrol.ascent.backends",
     "recontrol.data.packing": "recontrol.decoding.packing",
+    "recontrol.data.pairs": "recontrol.data.prompts",
+    "recontrol.data.rewards.regression": "recontrol.data.rewards.model",
     "recontrol.data.texts": "recontrol.data.collect",
     "recontrol.decoding.generation": "recontrol.decoding.batches",
     "recontrol.hub": "recontrol.value.hub",

@@ -1,7 +1,6 @@
 """Results of an evaluation that nobody has run, for tests of what is made of them."""
 
-from recontrol.evaluation.divergence import likelihoods
-from recontrol.evaluation.measure import Answer
+from recontrol.evaluation.measure import Answer, likelihoods
 from recontrol.evaluation.results import Result
 from recontrol.methods.base import Training
 

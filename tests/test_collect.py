@@ -387,8 +387,8 @@ def test_going_on_with_another_model_is_refused(tokenizer, prompts, uninterrupte
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (lambda count: [float("nan")] * count, r"batch 1 \(prompts 4 to 7\): the reward returned NaN or infinity for responses \[0, 1, 2, 3\]"),
-        (lambda count: [0.0] * (count - 1), r"batch 1 \(prompts 4 to 7\): .*found 3, wanted 4"),
+        (lambda count: [float("nan")] * count, r"batch 1 \(prompts 4, 5, 6, 7\): the reward returned NaN or infinity for responses \[0, 1, 2, 3\]"),
+        (lambda count: [0.0] * (count - 1), r"batch 1 \(prompts 4, 5, 6, 7\): .*found 3, wanted 4"),
         (lambda count: [[0.0, 1.0]] * count, "another num_heads: found 1, wanted 2"),
     ],
 )

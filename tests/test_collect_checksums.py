@@ -43,7 +43,7 @@ def test_states_that_have_changed_are_found_and_named(folder):
     flip(folder / "shard-00002.safetensors")
     # Of the right size: only reading it all can tell.
     rollouts = Rollouts(folder)
-    with pytest.raises(ValueError, match=r"2 of 6 files of .* shard-00001\.safetensors has changed .*shard-00002\.safetensors has changed"):
+    with pytest.raises(ValueError, match=r"2 of 6 files of .* shard-00001\.safetensors has changed, shard-00002\.safetensors has changed"):
         rollouts.verify()
     (folder / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
@@ -153,11 +153,11 @@ def test_a_shard_that_is_made_anew_may_differ_and_a_kill_while_that_is_noted_is_
     writer = RolloutWriter(folder, settings)
     writer.write(1, torch.ones(1, 8), torch.zeros(1), [1], [RECORD])
 
-    def killed(path, checksums):
+    def killed(path, content):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("recontrol.data.shards.write_checksums", killed)
+        patch.setattr("recontrol.data.shards.write_bytes", killed)
         writer.finish()
     assert torch.equal(Rollouts(folder).batch([1]).states, torch.ones(1, 8))
     RolloutWriter(folder, settings).finish()

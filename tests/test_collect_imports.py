@@ -29,7 +29,7 @@ def test_collecting_and_relabelling_work_without_the_optional_packages(tmp_path)
         f"""
         import torch
         torch.set_num_threads(1)
-        import recontrol.data.collect, recontrol.data.pairs, recontrol.data.prompts, recontrol.data.online, recontrol.data.rewards.loading
+        import recontrol.data.collect, recontrol.data.prompts, recontrol.data.online, recontrol.data.rewards.loading
         import recontrol as rc
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +49,7 @@ def test_collecting_and_relabelling_work_without_the_optional_packages(tmp_path)
     [
         ("from recontrol.data.prompts import load_prompts; load_prompts('nothing.jsonl')", "train"),
         ("from recontrol.data.rewards import Judge; Judge('m')", "judge"),
-        ("from recontrol.data.dialogues import render_prompt; render_prompt(None, 'a')", "report"),
+        ("from recontrol.data.prompts import render_prompt; render_prompt(None, 'a')", "report"),
     ],
     ids=["datasets", "openai", "jinja2"],
 )

@@ -100,5 +100,5 @@ def test_batches_without_responses_are_passed_over(model, tokenizer):
 def test_what_collect_refuses_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="no prompts"):
         OnlineRollouts(model, tokenizer, [], random_scores)
-    with pytest.raises(ValueError, match=r"batch 0 \(prompts 0 to 1\): .*found 1, wanted 2"):
+    with pytest.raises(ValueError, match=r"batch 0 \(prompts 0, 1\): .*found 1, wanted 2"):
         list(OnlineRollouts(model, tokenizer, PROMPTS[:2], lambda prompts, responses: [0.0], max_new_tokens=2))

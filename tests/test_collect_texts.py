@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recontrol.data.collect import collect, collect_pairs, collect_texts
-from recontrol.data.pairs import Preference, load_pairs
-from recontrol.training.pairs import preference_pairs
+from recontrol.data.prompts import Preference, load_pairs
+from recontrol.training.objectives.preference import preference_pairs
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "movie_reviews"
@@ -158,7 +158,7 @@ def test_pairs_are_side_by_side_and_training_finds_them(model, tokenizer, tmp_pa
         assert chosen["pair"] == rejected["pair"] and (chosen["prompt"], chosen["response"], rejected["response"]) == pair
         # Two pairs with one prompt are one group.
         assert chosen["index"] == rejected["index"] == (1 if chosen["pair"] == 1 else 0)
-    found = {(records[chosen]["response"], records[rejected]["response"]) for chosen, rejected, _ in preference_pairs(rollouts).margin.tolist()}
+    found = {(records[chosen]["response"], records[rejected]["response"]) for chosen, rejected, _ in preference_pairs(rollouts)[0].tolist()}
     assert found == {pair[1:] for pair in PAIRS}
 
 
@@ -170,15 +170,15 @@ def test_pairs_are_scored_by_a_reward_if_one_is_given(model, tokenizer, tmp_path
 
 def test_equal_pairs_are_refused_or_left_out(model, tokenizer, tmp_path):
     pairs = [*PAIRS, Preference("This", " film", " film"), Preference("This", " film is good", " film is bad")]
-    with pytest.raises(ValueError, match="are the same in 1 pairs: 3; there is nothing to prefer"):
+    with pytest.raises(ValueError, match=r"found 1 pairs whose chosen and rejected response are the same.*: 3; "):
         collect_pairs(model, tokenizer, pairs, tmp_path / "r", progress=False)
     # Cut to two tokens, others are equal too.
-    with pytest.raises(ValueError, match="are the same in 3 pairs: 0, 3, 4"):
+    with pytest.raises(ValueError, match=r"found 3 pairs whose chosen and rejected response are the same.*: 0, 3, 4; "):
         collect_pairs(model, tokenizer, pairs, tmp_path / "r", max_new_tokens=2, progress=False)
     assert not (tmp_path / "r").exists()
     left = collect_pairs(model, tokenizer, pairs, tmp_path / "r", max_new_tokens=2, skip_equal=True, progress=False)
     assert [record["pair"] for record in left.records()] == [1, 1, 2, 2] and left.manifest["left_out"] == 3
-    with pytest.raises(ValueError, match="no pair is left"):
+    with pytest.raises(ValueError, match="no pair of different responses is left"):
         collect_pairs(model, tokenizer, pairs[3:4], tmp_path / "n", skip_equal=True, progress=False)
 
 
@@ -217,7 +217,7 @@ def test_questions_with_two_answers_and_plain_pairs(tmp_path):
 def test_equal_pairs_of_a_file_are_named_by_their_lines(tmp_path, caplog):
     good = {"prompt": "Q", "chosen": " a", "rejected": " b"}
     path = write_lines(tmp_path / "p.jsonl", [good, {**good, "rejected": " a"}, good, {**good, "chosen": " b"}])
-    with pytest.raises(ValueError, match=r"p\.jsonl has 2 pairs whose chosen and rejected response are the same.*: line 2, line 4; .*skip_equal=True"):
+    with pytest.raises(ValueError, match=r"p\.jsonl: found 2 pairs whose chosen and rejected response are the same.*: line 2, line 4; .*skip_equal=True"):
         load_pairs(path)
     assert len(load_pairs(path, skip_equal=True)) == 2
     assert "left out 2 pairs" in caplog.text

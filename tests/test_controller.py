@@ -271,7 +271,7 @@ def test_leaving_the_block_restores_the_model(model, value):
     assert not handle.attached and hooks_on(model) == []
     assert torch.equal(logits_of(model, input_ids=PROMPT), free)
     handle.detach()
-    with pytest.raises(RuntimeError, match="this Handle was detached; attach anew"):
+    with pytest.raises(RuntimeError, match="this Handle was detached; attach it again"):
         handle.__enter__()
     assert handle.edited_rows == PROMPT.numel()
 

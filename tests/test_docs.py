@@ -1,6 +1,7 @@
 """What is written about the code agrees with it: docstrings, README, CHANGELOG, and the linters."""
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import re
@@ -40,12 +41,15 @@ def parameters_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str
     return tuple(argument.arg for argument in named if argument.arg not in ("self", "cls"))
 
 
-def constructor_parameters(node: ast.ClassDef) -> tuple[str, ...]:
-    """Those of `__init__`, or the fields of a dataclass."""
+def constructor_parameters(node: ast.ClassDef, path: Path) -> tuple[str, ...]:
+    """Those of `__init__`, or the fields of a dataclass, with those of its bases."""
     for child in node.body:
         if isinstance(child, ast.FunctionDef) and child.name == "__init__":
             return parameters_of(child)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        if node.bases:
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            return tuple(inspect.signature(getattr(module, node.name)).parameters)
         return tuple(child.target.id for child in node.body if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name))
     return ()
 
@@ -62,7 +66,7 @@ def documented_in(path: Path) -> list[Documented]:
                 continue
             is_class = isinstance(child, ast.ClassDef)
             seen = public and not child.name.startswith("_")
-            parameters = constructor_parameters(child) if isinstance(child, ast.ClassDef) else parameters_of(child)
+            parameters = constructor_parameters(child, path) if isinstance(child, ast.ClassDef) else parameters_of(child)
             found.append(Documented(f"{prefix}{child.name}", seen, ast.get_docstring(child), parameters))
             if is_class:
                 visit(child, f"{prefix}{child.name}.", seen)

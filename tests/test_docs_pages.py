@@ -219,7 +219,7 @@ def test_links_lead_somewhere():
 
 def test_files_and_functions_that_the_architecture_names_exist():
     """Each name in backticks is a file of the package, or is defined in one of the files named beside it."""
-    text = text_of("architecture.md").split("## The way of a token")[1]
+    text = text_of("architecture.md").split("## The path of a token")[1]
     package = ROOT / "recontrol"
     names = set(re.findall(r"`([\w./]+\.(?:py|h|cpp|cu))`", text))
     tried = [[*ROOT.glob(name), *package.glob(name), *package.glob(f"*/{name}")] for name in sorted(names)]

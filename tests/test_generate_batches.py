@@ -9,7 +9,8 @@ from generating import BATCHINGS, ENDING, NEW, PROMPTS, TOKENIZER, alone, contin
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import recontrol as rc
-from recontrol.generation import plan, steering
+from recontrol.decoding import control_batch
+from recontrol.generation import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_collection")
 
@@ -91,8 +92,8 @@ def test_models_whose_output_embedding_reads_all_positions(model, controls, want
 def test_only_states_that_are_read_to_sample_a_token_are_edited(batching, options, model, controls, wanted, monkeypatch):
     """Neither those of the prompt, nor of padding, nor of finished rows, nor of prompts without control: they cost nothing."""
     rows = []
-    climb = steering.ascend
-    monkeypatch.setattr(steering, "ascend", lambda hidden, *rest, **keywords: rows.append(len(hidden)) or climb(hidden, *rest, **keywords))
+    climb = control_batch.ascend
+    monkeypatch.setattr(control_batch, "ascend", lambda hidden, *rest, **keywords: rows.append(len(hidden)) or climb(hidden, *rest, **keywords))
     generate(model, control=controls, batching=batching, **options)
     # One call for each kind of control, when the hooks are put in place.
     groups = 6
@@ -104,8 +105,8 @@ def test_only_states_that_are_read_to_sample_a_token_are_edited(batching, option
 def test_one_value_function_is_climbed_once_a_step(batching, model, monkeypatch):
     shared = value(64)
     calls = []
-    climb = steering.ascend
-    monkeypatch.setattr(steering, "ascend", lambda hidden, *rest, **keywords: calls.append(len(hidden)) or climb(hidden, *rest, **keywords))
+    climb = control_batch.ascend
+    monkeypatch.setattr(control_batch, "ascend", lambda hidden, *rest, **keywords: calls.append(len(hidden)) or climb(hidden, *rest, **keywords))
     controls = [rc.Control(shared, 0.1 * index, index) for index in range(1, 9)]
     with states_read(model) as read:
         generate(model, control=controls, batching=batching, max_new_tokens=3, eos_token_id=2, batch_size=8)

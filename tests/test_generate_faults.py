@@ -41,7 +41,7 @@ REFUSED = {
     "too few controls": ((PROMPTS, [CONTROL]), {}, ValueError, "there are 8 prompts, found 1 controls"),
     "a controller": ((PROMPTS, rc.Controller(CONTROL.value)), {}, TypeError, "control must be a recontrol.Control, None, or a list of them.*found Controller"),
     "a value function": ((PROMPTS[:2], [None, CONTROL.value]), {}, TypeError, "found ValueFunction at 1"),
-    "no new tokens": ((PROMPTS,), {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, found 0"),
+    "no new tokens": ((PROMPTS,), {"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer of at least 1, found 0"),
     "a kind of batching": ((PROMPTS,), {"batching": "paged"}, ValueError, "batching must be one of 'auto', 'continuous', 'static', found 'paged'"),
     "a backend": ((PROMPTS, CONTROL), {"backend": "gpu"}, ValueError, "unknown backend 'gpu'"),
     "beams": ((PROMPTS,), {"num_beams": 2}, ValueError, "num_beams=2 is not taken here: there is one response to a prompt"),
@@ -153,10 +153,8 @@ def test_an_error_in_the_model_is_told(batching, stream, model):
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_states_that_are_not_finite_are_an_error(batching):
+def test_states_that_are_not_finite_stay_unedited_and_are_told_once(batching, caplog):
     model = double_llama()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(1)
     spoiled = []
 
     def spoil(module, args, output):
@@ -164,8 +162,11 @@ def test_states_that_are_not_finite_are_an_error(batching):
         return output * float("nan") if len(spoiled) > 5 else output
 
     model.model.norm.register_forward_hook(spoil)
-    with pytest.raises((RuntimeError, ValueError), match="hidden states must be finite"):
-        generate(model, control=CONTROL, batching=batching)
+    responses = generate(model, control=CONTROL, batching=batching, max_new_tokens=6, eos_token_id=2)
+    assert all(len(response.token_ids) == 6 for response in responses)
+    # Three calls prove at the start that edits reach the logits; two are sound.
+    found = [record.getMessage() for record in caplog.records if "stay unedited" in record.getMessage()]
+    assert found == [f"{4 * len(PROMPTS)} states stay unedited: they, or what the ascent makes of them, are not finite; a smaller step_size may help"]
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)

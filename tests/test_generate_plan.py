@@ -88,7 +88,7 @@ def test_what_cannot_be_planned_is_refused(options, message):
 
 def test_without_a_known_cache_there_is_a_number_of_prompts():
     class Recurrent:
-        def get_text_config(self):
+        def get_text_config(self, decoder=None):
             return self
 
     assert tells_its_cache(CONFIG) and not tells_its_cache(Recurrent())

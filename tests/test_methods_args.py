@@ -188,8 +188,8 @@ class TestErrors:
             ({"w": float("inf")}, ValueError, "w must be finite, found inf"),
             ({"w": "1"}, TypeError, "w must be a number, found '1'"),
             ({"weights": 1.0}, TypeError, "weights must be a sequence of numbers, found 1.0"),
-            ({"reward": [len, len]}, ValueError, "returns 2 scores a response: found none for weights, wanted 2 numbers"),
-            ({"reward": [len, len], "weights": [1]}, ValueError, "returns 2 scores a response: found 1 for weights, wanted 2 numbers"),
+            ({"reward": [len, len]}, ValueError, "found 2 rewards a response: give weights, 2 numbers"),
+            ({"reward": [len, len], "weights": [1]}, ValueError, "weights must be 2 numbers, one a reward, found 1"),
         ],
     )
     def test_arguments(self, options, error, message):
@@ -197,7 +197,7 @@ class TestErrors:
             ARGS(**{"reward": Counting(), **options})
 
     def test_what_the_reward_returns(self, model):
-        for returned, message in ((lambda prompts, responses: [[1.0, 2.0]] * len(responses), "returns 2 scores"), (lambda *texts: [], "found 0, wanted")):
+        for returned, message in ((lambda prompts, responses: [[1.0, 2.0]] * len(responses), "found 2 rewards"), (lambda *texts: [], "found 0, wanted")):
             with pytest.raises(ValueError, match=message):
                 steps_of(ARGS(returned), model)
 

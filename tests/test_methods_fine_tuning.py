@@ -16,12 +16,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import recontrol as rc
-from recontrol.data.pairs import Preference
-from recontrol.methods import fine_tuning_run
+from recontrol.data.prompts import Preference
+from recontrol.methods import fine_tuning
 from recontrol.methods.adapters import RECORD_NAME, FineTuningRun, adapter
-from recontrol.methods.fine_tuning import train_dpo, train_rl
-from recontrol.methods.fine_tuning_run import COST_NAME
-from recontrol.methods.preferences import make_preference_pairs
+from recontrol.methods.fine_tuning import STATE_NAME, make_preference_pairs, train_dpo, train_rl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,7 +121,7 @@ def test_prompts_whose_responses_score_equally_have_no_pair(model, caplog):
     [
         ({"samples": 1}, "samples must be at least 2, found 1"),
         ({"do_sample": False}, "greedy decoding would write the same response 2 times"),
-        ({"num_return_sequences": 3}, "use samples"),
+        ({"num_return_sequences": 3}, "leave num_return_sequences at 1"),
         ({"reward": lambda prompts, responses: [[1.0, 2.0]] * len(prompts)}, "needs one score a response, found 2"),
         ({"prompts": []}, "no prompts"),
     ],
@@ -226,17 +224,17 @@ def test_a_run_that_was_stopped_goes_on(model, tmp_path, kind, monkeypatch):
 
     whole = train(tmp_path / "whole")
 
-    class Stopping(fine_tuning_run._Cost):
+    class Stopping(fine_tuning._Cost):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 5:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(fine_tuning_run, "_Cost", Stopping)
+        patched.setattr(fine_tuning, "_Cost", Stopping)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "broken")
     left = tmp_path / "broken.training"
-    assert not (tmp_path / "broken").exists() and (left / "checkpoint-4" / COST_NAME).is_file()
+    assert not (tmp_path / "broken").exists() and (left / "checkpoint-4" / STATE_NAME).is_file()
     # As if it had been killed while it wrote the next one.
     (left / "checkpoint-6").mkdir()
     with pytest.raises(ValueError, match="another learning_rate: found"):
@@ -323,12 +321,17 @@ def test_the_extra_is_named_where_it_is_missing(model, package, monkeypatch, tmp
         ({"pairs": [*PAIRS, Preference("a", "b", "b")]}, "1 pairs have equal responses, so that there is nothing to prefer: 8"),
         ({"max_length": 9}, "4 pairs have prompts that leave no room for a response in 9 tokens: 0, 2"),
         ({"micro_batch_size": 3}, "micro_batch_size must divide batch_size=4, found 3"),
-        ({"logging_steps": 3, "seed": 1}, "logging_steps cannot be among the options"),
     ],
 )
 def test_what_dpo_cannot_use_is_refused(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_dpo(model, TOKENIZER, **{"pairs": PAIRS, "out": tmp_path / "adapter", **DPO, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_set_here_is_no_option_of_the_trainer(model, tmp_path):
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_train_epochs'"):
+        train_dpo(model, TOKENIZER, PAIRS, tmp_path / "adapter", num_train_epochs=2, **DPO)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,8 +16,7 @@ from transformers import DynamicCache
 import recontrol as rc
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.methods import ReControl, Together, Training, Uncontrolled
-from recontrol.methods.candidates import CandidateStates
-from recontrol.methods.reranking import PrefixScorer
+from recontrol.methods.reranking import CandidateStates, PrefixScorer
 
 PROMPTS = ["To be", "or not", "to be, that is", "?"]
 # In float64 "eager" attention turns what is padded into NaN: transformers computes its softmax in float32, where float64's lowest number is -inf.

@@ -243,7 +243,7 @@ def test_a_model_that_it_does_not_fit_is_refused():
             StaticEditing(recorded, 0.1).attach(model)
     for allowed in (StaticEditing(recorded, 0.1, allow_other_model=True), StaticEditing(direction(base_model=model_fingerprint(model)), 0.1)):
         with unchanged(model), allowed.attach(model):
-            assert len(hooks_on(model)) == 1
+            assert hooks_on(model)
 
 
 def test_one_editor_at_a_time_and_edits_must_reach_the_logits(monkeypatch):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from recontrol.training.objectives import HeldOutError, bellman_targets, td_loss
+from recontrol.training.objectives.tokens import bellman_targets, held_out_scores, td_loss
 
 LENGTHS = [3, 1, 7, 2, 1, 5]
 # Sums of some tens of float64 terms of the size of 1, in two orders, differ by a few units of 2.2e-16 each.
@@ -141,52 +141,35 @@ def test_the_held_out_error_is_that_of_a_direct_computation(heads, td_lambda):
     values, rewards, lengths = case(heads=heads)
     # Far from 0, where sums of squares lose digits: (1000 / 1)^2 times 2e-16 of the variance, were they not taken from `flat`.
     values, rewards, flat = values + 1000, rewards + 1000, torch.full((heads,), 1000.25)
-    whole = HeldOutError(heads, flat)
-    whole.add(values, rewards, lengths, td_lambda)
-    wanted = by_hand(values, rewards, lengths, flat, td_lambda)
-    assert whole.summary().keys() == wanted.keys()
+    found, wanted = held_out_scores(values, rewards, lengths, flat, td_lambda), by_hand(values, rewards, lengths, flat, td_lambda)
+    assert found.keys() == wanted.keys()
     # Rounding of numbers of the size of 1000, 1e-13, in values that differ by about 1.
-    assert whole.summary() == pytest.approx(wanted, rel=1e-10)
-    pieces = HeldOutError(heads, flat)
-    place = 0
-    for first, last in ((0, 1), (1, 4), (4, 6)):
-        tokens = int(lengths[first:last].sum())
-        pieces.add(values[place : place + tokens], rewards[first:last], lengths[first:last], td_lambda)
-        place += tokens
-    assert pieces.summary() == pytest.approx(whole.summary(), rel=1e-10)
+    assert found == pytest.approx(wanted, rel=1e-10)
 
 
 def test_the_held_out_error_takes_values_that_require_grad_and_any_dtype():
     values, rewards, lengths = case(dtype=torch.float32)
-    error = HeldOutError(2, torch.zeros(2))
-    error.add(values.requires_grad_(), rewards, lengths)
-    wanted = by_hand(values.detach().double(), rewards.double(), lengths, torch.zeros(2), 0.0)
+    wanted = by_hand(values.double(), rewards.double(), lengths, torch.zeros(2), 0.0)
     # The TD loss is computed in the dtype of the values.
-    assert error.summary() == pytest.approx(wanted, rel=1e-6)
+    assert held_out_scores(values.requires_grad_(), rewards, lengths, torch.zeros(2)) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_perfect_and_a_flat_value_function_score_one_and_zero():
     _, rewards, lengths = case(heads=1)
     flat = rewards.mean(0)
     for values, explained, correlation in ((rewards.repeat_interleave(lengths, dim=0), 1.0, 1.0), (flat.expand(sum(LENGTHS), 1), 0.0, None)):
-        error = HeldOutError(1, flat)
-        error.add(values, rewards, lengths)
-        assert error.summary()["validation_explained_variance"] == pytest.approx(explained, abs=1e-12)
-        assert error.summary()["validation_correlation"] == (None if correlation is None else pytest.approx(correlation))
+        scores = held_out_scores(values, rewards, lengths, flat)
+        assert scores["validation_explained_variance"] == pytest.approx(explained, abs=1e-12)
+        assert scores["validation_correlation"] == (None if correlation is None else pytest.approx(correlation))
 
 
 @pytest.mark.parametrize("constant", [0.1, 0.3, -1.7, 2.3])
 def test_scores_that_are_not_defined_are_none(constant):
     """Also where the rounding of a constant's sums looks like a variance."""
     for count in range(2, 30):
-        lengths, ones = torch.full((count,), 2), torch.full((count, 1), constant)
-        same_values, same_rewards = HeldOutError(1, torch.tensor([0.2])), HeldOutError(1, torch.tensor([constant]))
-        for part in (slice(0, count // 2), slice(count // 2, count)):
-            tokens = 2 * len(lengths[part])
-            same_values.add(ones[:1].expand(tokens, 1), torch.randn(len(lengths[part]), 1), lengths[part])
-            same_rewards.add(torch.randn(tokens, 1), ones[part], lengths[part])
-        assert same_values.summary()["validation_correlation"] is None
-        assert same_values.summary()["validation_explained_variance"] is not None
-        assert same_rewards.summary()["validation_correlation"] is None
-        assert same_rewards.summary()["validation_explained_variance"] is None
-        assert same_rewards.summary()["validation_mc_error"] > 0
+        lengths, same, other = torch.full((count,), 2), torch.full((2 * count, 1), constant), torch.randn(2 * count, 1)
+        same_values = held_out_scores(same, other[:count], lengths, torch.tensor([0.2]))
+        same_rewards = held_out_scores(other, same[:count], lengths, torch.tensor([constant]))
+        assert same_values["validation_correlation"] is None and same_values["validation_explained_variance"] is not None
+        assert same_rewards["validation_correlation"] is None and same_rewards["validation_explained_variance"] is None
+        assert same_rewards["validation_mc_error"] > 0

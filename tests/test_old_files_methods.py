@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recontrol as rc
-from recontrol.data.pairs import Preference
+from recontrol.data.prompts import Preference
 from recontrol.evaluation.evaluate import evaluate
 from recontrol.evaluation.measure import Measure
 from recontrol.methods import Direction, FineTuned, reward_direction, train_dpo

@@ -178,6 +178,7 @@ class TestTemplates:
             seen.extend(batch)
             return original(batch, **options)
 
+        spy.apply_chat_template, spy.bos_token, spy.bos_token_id = original.apply_chat_template, original.bos_token, original.bos_token_id
         reward.tokenizer = spy
         reward([prompt], [response])
         return seen[0]

@@ -63,14 +63,12 @@ def test_a_batch_holds_no_more_memory_than_its_rows(folder):
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 40, -1])
-def test_a_shard_cut_in_the_middle_is_named_with_its_bytes(folder, size):
+def test_a_shard_cut_in_the_middle_is_named(folder, size):
     shard = folder / "shard-00001.safetensors"
     whole = shard.stat().st_size
     os.truncate(shard, size if size >= 0 else whole + size)
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors") as raised:
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged or not a shard of rollouts .*; delete it and collect again"):
         Rollouts(folder)
-    if size == -1:
-        assert f"found {whole - 1} bytes, wanted {whole}" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +205,10 @@ def test_other_settings_are_named(tmp_path):
     assert RolloutWriter(tmp_path, {"num_shards": 1, "seed": 1, "free": 2}, ignored=("free",)).has(0)
 
 
-def test_shards_without_a_manifest_and_a_file_in_place_of_the_folder_are_refused(tmp_path):
+def test_shards_without_a_manifest_are_refused(tmp_path):
     (tmp_path / "shard-00000.safetensors").touch()
     with pytest.raises(ValueError, match=r"no manifest\.json"):
         RolloutWriter(tmp_path, {"num_shards": 1})
-    with pytest.raises(ValueError, match="is a file"):
-        RolloutWriter(tmp_path / "shard-00000.safetensors", {"num_shards": 1})
 
 
 def test_only_the_temporary_files_of_dead_processes_are_removed(tmp_path):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import recontrol.studies.study
 from recontrol.evaluation.results import choose
@@ -174,6 +175,6 @@ def test_small_studies_keep_what_they_try(tmp_path):
     assert made.generation.stop_strings == ("\n\nHuman:", "\nHuman:", "Human:") and made.generation.max_new_tokens == NEW_TOKENS
     assert [entry["method"] for entry in made.methods] == [entry["method"] for entry in whole.methods]
     assert made.methods[0] == whole.methods[0] and made.train["hidden_dims"] == [WIDTH]
-    config = json.loads((tmp_path / "reward-0" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaRegressionModel"]
+    with safe_open(tmp_path / "reward-0" / "model.safetensors", "pt") as file:
+        assert "regression_head.weight" in file.keys()  # noqa: SIM118
     assert set(json.loads((tmp_path / "test.jsonl").read_text().splitlines()[0])) == {"history", "human_ref_A", "human_ref_B", "labels"}

@@ -9,10 +9,10 @@ from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import RolloutWriter
 from recontrol.training import data
 from recontrol.training.config import TrainConfig
-from recontrol.training.data import TrainingData, split_by_prompt
+from recontrol.training.data import split_by_prompt, stored
 from recontrol.training.distributed import Processes
 from recontrol.training.loop import Learner
-from recontrol.training.objectives import HeldOutError, released_loss, td_loss
+from recontrol.training.objectives.tokens import held_out_scores, released_loss, td_loss
 from recontrol.training.train import initial_value, train
 from recontrol.value import ValueFunction
 
@@ -75,7 +75,7 @@ def recorded_updates(monkeypatch):
 
 
 def test_the_seed_decides_the_weights_and_the_order(rollouts, monkeypatch):
-    data = TrainingData(rollouts, Processes())
+    data = stored(rollouts, Processes())
     starts = [initial_value(data, TrainConfig(hidden_dims=(8,), seed=seed)) for seed in (0, 0, 1)]
     assert same(starts[0], starts[1]) and not same(starts[0], starts[2])
     orders = []
@@ -153,10 +153,9 @@ def test_the_history_is_what_the_value_function_scores_on_the_prompts_held_out(r
     value, history = train(rollouts, validation_fraction=0.3, td_lambda=0.5, dtype=torch.float64, **SETTINGS)
     held_in, held_out = split_by_prompt(rollouts.groups, 0.3, 0)
     states, lengths, rewards = rollouts.batch(held_out)
-    error = HeldOutError(1, rollouts.rewards[held_in].mean(0))
-    error.add(value(states), rewards.double(), lengths, 0.5)
+    scores = held_out_scores(value(states), rewards.double(), lengths, rollouts.rewards[held_in].mean(0), 0.5)
     # In float64, but for `flat`, a float32 mean here: 36 roundings of 6e-8.
-    assert {"epoch": value.provenance["best_epoch"]["epoch"], **error.summary()} == pytest.approx(
+    assert {"epoch": value.provenance["best_epoch"]["epoch"], **scores} == pytest.approx(
         {name: number for name, number in value.provenance["best_epoch"].items() if name != "train_td_loss"}, rel=1e-5
     )
     assert value.provenance["best_epoch"] in history
@@ -286,7 +285,7 @@ def test_the_gradient_of_a_mini_batch_does_not_depend_on_how_it_is_cut(tmp_path,
     torch.manual_seed(0)
     start = ValueFunction(WIDTH, (8,), 2).double()
     objective = config.new_objective()
-    objective.bind(TrainingData(rollouts, Processes(), dtype=torch.float64))
+    objective.bind(stored(rollouts, Processes(), dtype=torch.float64))
     standardisation = objective.standardisation
     assert torch.equal(standardisation.mean, rollouts.rewards.double().mean(0))
     batch = torch.randperm(40)

@@ -5,12 +5,16 @@ import torch
 from test_train import SETTINGS, made, same
 
 from recontrol.training import fused
-from recontrol.training.fused import chosen_kernel, closed_form_values
-from recontrol.training.objectives import td_loss
+from recontrol.training.fused import chosen_kernel, fused_values
+from recontrol.training.objectives.tokens import td_loss
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def closed_form_values(value, hidden):
+    return fused_values(value, hidden, "closed-form")
 
 
 def gradients(values, value, upstream):

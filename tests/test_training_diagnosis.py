@@ -85,12 +85,12 @@ def test_only_the_responses_asked_for_are_taken(rollouts):
 
 def test_what_cannot_be_diagnosed_is_refused(rollouts):
     value = linear([1.0, 0.0])
-    with pytest.raises(ValueError, match="found 2 responses to diagnose a value function on, wanted at least 3"):
+    with pytest.raises(ValueError, match="found 2 responses with tokens to diagnose a value function on, wanted at least 3"):
         diagnose(value, rollouts, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="has states of 2 numbers and 1 rewards, the value function wants 3 and 1"):
         diagnose(linear([1.0, 0.0, 0.0]), rollouts)
-    for options in ({"bins": 0}, {"head": 1}, {"bins": 2.5}):
-        with pytest.raises(ValueError, match="bins must be at least 1 and head one of 1"):
+    for options, message in (({"bins": 0}, "bins must be"), ({"head": 1}, "head must be one of 1, found head=1"), ({"bins": 2.5}, "bins must be")):
+        with pytest.raises(ValueError, match=message):
             diagnose(value, rollouts, **options)
 
 

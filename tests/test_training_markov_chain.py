@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.training.objectives import bellman_targets, tokens
+from recontrol.training.objectives import tokens
+from recontrol.training.objectives.tokens import bellman_targets
 from recontrol.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

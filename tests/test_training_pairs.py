@@ -10,10 +10,10 @@ from recontrol.data.rollouts import Rollouts
 from recontrol.data.shards import RolloutWriter
 from recontrol.training import data
 from recontrol.training.config import TrainConfig
-from recontrol.training.data import TrainingData
+from recontrol.training.data import stored
 from recontrol.training.distributed import Processes
-from recontrol.training.objectives import order_scores, preference_loss, preference_regulariser, td_loss
-from recontrol.training.pairs import preference_pairs
+from recontrol.training.objectives.preference import order_scores, preference_loss, preference_pairs
+from recontrol.training.objectives.tokens import td_loss
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
@@ -47,31 +47,30 @@ def test_any_two_responses_with_different_rewards_are_a_pair(tmp_path):
     rewards = torch.tensor([[2.0, 0.0], [1.0, 0.0], [2.0, 5.0], [7.0, 1.0], [3.0, 3.0], [3.0, 3.0]])
     # Two prompts whose responses are not beside each other, one with a single response and one with equal ones.
     rollouts = Rollouts.write(tmp_path / "r", [torch.zeros(1, 2)] * 6, rewards, groups=[4, 4, 4, 0, 2, 2])
-    pairs = preference_pairs(rollouts)
-    assert sorted(map(tuple, pairs.margin.tolist())) == [(0, 1, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)]
-    assert sorted(map(tuple, pairs.anchor.tolist())) == [(0, 2, 1), (1, 0, 0), (1, 2, 0), (1, 2, 1)]
-    assert pairs.margin_prompts.tolist() == pairs.anchor_prompts.tolist() == [4] * 4 and pairs.generated.all()
-    assert len(pairs.of(torch.tensor([0, 2])).margin) == 0 and len(pairs.of(torch.tensor([4])).anchor) == 4
+    margin, anchor, generated = preference_pairs(rollouts)
+    assert sorted(map(tuple, margin.tolist())) == [(0, 1, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)]
+    assert sorted(map(tuple, anchor.tolist())) == [(0, 2, 1), (1, 0, 0), (1, 2, 0), (1, 2, 1)]
+    assert margin.dtype == anchor.dtype == torch.int64 and generated.all()
 
 
 def test_labels_overrule_rewards_and_other_responses_are_the_models_own(tmp_path):
     lines = [(0, "chosen", 0, "a"), (0, "rejected", 0, "b"), (1, None, None, "c"), (0, None, None, "d"), (1, None, None, "e")]
     # A second comparison for the first prompt, in which the answer that was preferred comes last.
     lines += [(0, "rejected", 9, "f"), (0, "chosen", 9, "b")]
-    pairs = preference_pairs(written(tmp_path / "r", lines))
-    assert pairs.margin.tolist() == [[0, 1, 0], [6, 5, 0], [4, 2, 0]]
-    assert pairs.anchor.tolist() == [[3, 0, 0], [3, 6, 0], [2, 4, 0]]
-    assert pairs.margin_prompts.tolist() == [0, 0, 1] and pairs.generated.tolist() == [False, False, True, True, True, False, False]
+    margin, anchor, generated = preference_pairs(written(tmp_path / "r", lines))
+    assert margin.tolist() == [[0, 1, 0], [6, 5, 0], [4, 2, 0]]
+    assert anchor.tolist() == [[3, 0, 0], [3, 6, 0], [2, 4, 0]]
+    assert generated.tolist() == [False, False, True, True, True, False, False]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([(3, "chosen", 0, "a"), (3, "rejected", 0, "a")], "responses 0, chosen, and 1, rejected, to prompt 3 are the same text: there is nothing to prefer"),
-        ([(3, "chosen", 0, "a"), (3, "rejected", 1, "b")], "pair 0 of prompt 3 has no rejected response, found only chosen"),
-        ([(3, "chosen", 0, "a"), (4, "rejected", 0, "b")], "pair 0 of prompt 3 has no rejected response, found only chosen"),
-        ([(3, "chosen", 0, "a"), (3, "chosen", 0, "b")], "response 1 to prompt 3 is labelled 'chosen', wanted 'chosen' and 'rejected' once each in pair 0"),
-        ([(3, "better", 0, "a")], "response 0 to prompt 3 is labelled 'better', wanted 'chosen' and 'rejected'"),
+        ([(3, "chosen", 0, "a"), (3, "rejected", 1, "b")], r"pair 0 of prompt 3 has responses labelled \['chosen'\], wanted one 'chosen' and one 'rejected'"),
+        ([(3, "chosen", 0, "a"), (4, "rejected", 0, "b")], r"pair 0 of prompt 3 has responses labelled \['chosen'\], wanted one 'chosen' and one 'rejected'"),
+        ([(3, "chosen", 0, "a"), (3, "chosen", 0, "b")], r"pair 0 of prompt 3 has responses labelled \['chosen', 'chosen'\]"),
+        ([(3, "better", 0, "a")], r"pair 0 of prompt 3 has responses labelled \['better'\], wanted one 'chosen'"),
         ([(0, None, None, "a"), (1, None, None, "b")], "has no pair to learn a preference from"),
     ],
 )
@@ -105,24 +104,24 @@ def test_the_regulariser_needs_responses_of_the_model(tmp_path):
 def test_the_gradient_is_that_of_the_formula_however_states_are_read(tmp_path, monkeypatch, weights):
     regression, regulariser = weights
     rollouts = sampled(tmp_path / "r", heads=2)
-    pairs = preference_pairs(rollouts)
+    tables = preference_pairs(rollouts)[:2]
     value = ValueFunction(WIDTH, (8,), 2).double()
     rewards = rollouts.rewards.double()
     objective = TrainConfig("preference", 0.3 if regression else 0.0, regression, regulariser).new_objective()
-    objective.bind(TrainingData(rollouts, Processes(), dtype=torch.float64))
+    objective.bind(stored(rollouts, Processes(), dtype=torch.float64))
     standardisation = objective.standardisation
     assert torch.equal(standardisation.scale, rewards.std(0, correction=0) if regression else torch.ones(2, dtype=torch.float64))
     batch = torch.tensor([7, 2, 9])
     # By hand, for three prompts at once.
-    chosen_pairs = pairs.of(batch)
+    margins, anchors = (table[torch.isin(rollouts.groups[table[:, 0]], batch)] for table in tables)
     responses = torch.isin(rollouts.groups, batch).nonzero()[:, 0]
     states, lengths, _ = rollouts.batch(responses)
     every = value(states) * standardisation.scale
     last = torch.full((len(rollouts), 2), math.nan, dtype=torch.float64)
     last[responses] = every[lengths.cumsum(0) - 1]
-    (first, second, heads), (generated, preferred, own_heads) = chosen_pairs.margin.T, chosen_pairs.anchor.T
+    (first, second, heads), (generated, preferred, own_heads) = margins.T, anchors.T
     margin = preference_loss(last[first, heads], last[second, heads])
-    loss = margin + regulariser * preference_regulariser(last[generated, own_heads], last[preferred, own_heads])
+    loss = margin + regulariser * (last[generated, own_heads] - last[preferred, own_heads]).square().mean()
     if regression:
         loss = loss + regression * td_loss(every, rewards[responses] - standardisation.mean, lengths, 0.3)
     wanted = torch.autograd.grad(loss, list(value.parameters()))
@@ -130,7 +129,7 @@ def test_the_gradient_is_that_of_the_formula_however_states_are_read(tmp_path, m
         monkeypatch.setattr(data, "TOKENS_AT_ONCE", at_once)
         value.zero_grad()
         found, count = objective.backward(value, batch)
-        assert count == len(chosen_pairs.margin) == 18 and found / count == pytest.approx(float(margin.detach()), rel=1e-12)
+        assert count == len(margins) == 18 and found / count == pytest.approx(float(margin.detach()), rel=1e-12)
         for parameter, gradient in zip(value.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-13)
 
@@ -175,18 +174,15 @@ def test_a_run_does_not_go_on_with_other_labels(tmp_path):
 
 def test_the_score_of_pairs_is_that_of_a_direct_computation():
     chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.0, 1.0, 0.5, -4.0])
-    whole = order_scores(chosen, rejected)
     # Right, wrong, equal, right.
-    assert (whole[0], whole[2]) == (4, 2.5) and whole.dtype == torch.float64
-    assert float(whole[1]) == pytest.approx(sum(math.log(1 + math.exp(-gap)) for gap in (1, -3, 0, 4)), rel=1e-6)
-    parts = [order_scores(chosen[part], rejected[part]) for part in (slice(0, 1), slice(1, 4), slice(0, 0))]
-    assert sum(parts).tolist() == pytest.approx(whole.tolist())
+    loss = sum(math.log(1 + math.exp(-gap)) for gap in (1, -3, 0, 4)) / 4
+    assert order_scores(chosen, rejected) == pytest.approx({"validation_preference_loss": loss, "validation_preference_accuracy": 2.5 / 4}, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "dpo"}, "unknown objective 'dpo'; choose one of 'td', 'td-lambda', 'mc', 'preference', 'released'"),
+        ({"objective": "dpo"}, "unknown objective 'dpo'; choose one of 'td', 'td-lambda', 'mc', 'released', 'preference'"),
         ({"objective": "td", "td_lambda": 0.5}, "the objective 'td' has no td_lambda, found 0.5"),
         ({"objective": "released", "td_lambda": 1.0}, "the objective 'released' has no td_lambda, found 1.0"),
         ({"objective": "td-lambda"}, "the objective 'td-lambda' needs td_lambda above 0, such as 0.95; with 0 it is 'td'"),

@@ -15,7 +15,7 @@ from test_train import SETTINGS, made, same
 
 from recontrol.training import fused
 from recontrol.training.fused import fused_values, why_not
-from recontrol.training.objectives import td_loss
+from recontrol.training.objectives.tokens import td_loss
 from recontrol.training.train import train
 from recontrol.value import ValueFunction
 
@@ -81,7 +81,8 @@ def reference_backward(gradient, mask, hidden, w1, b1, w2):
 
 def reference_values(value, hidden):
     """As `fused_values`, in plain PyTorch: what the kernels compute, in the dtype of the weights, on any device."""
-    return fused._apply(value, hidden.to(value.dtype), reference_forward, reference_backward)
+    (w1, w2), (b1, b2) = value.parameters_by_kind
+    return fused._Values.apply(hidden.to(value.dtype), w1, b1, w2, b2, reference_forward, reference_backward)
 
 
 def setup(tokens, size, units, heads, dtype=torch.float32):
@@ -353,8 +354,8 @@ def test_triton_is_imported_by_no_one_who_does_not_ask_for_it():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, recontrol as rc, recontrol.training.train, recontrol.cli\n"
-        "from recontrol.training.fused import closed_form_values\n"
-        "assert closed_form_values(rc.ValueFunction(3, (4,)), torch.ones(2, 3)).shape == (2, 1)\n"
+        "from recontrol.training.fused import fused_values\n"
+        "assert fused_values(rc.ValueFunction(3, (4,)), torch.ones(2, 3), 'closed-form').shape == (2, 1)\n"
         "assert 'recontrol.kernels.value_training' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -12,12 +12,11 @@ import torch
 
 import recontrol as rc
 from recontrol.cli import main
-from recontrol.vllm_plugin.admission import before
 from recontrol.vllm_plugin.controls import MOST_STEPS, parse_control
-from recontrol.vllm_plugin.edits import BatchEdit
 from recontrol.vllm_plugin.rows import RequestControls
 from recontrol.vllm_plugin.self_test import prove
 from recontrol.vllm_plugin.settings import Settings
+from recontrol.vllm_plugin.wrapping import wrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN = 16
@@ -57,19 +56,21 @@ def test_a_control_is_a_mapping_or_json(values):
     [
         ("{", 'must be JSON such as {"value": "name"'),
         ("[" * 100_000, "must be JSON"),
-        (3, "must be a mapping with value, step_size, .*, found 3"),
+        (3, "control must be a mapping of names to settings, found int"),
         ({"step_size": 0.5}, "one of 'helpful', 'harmless', 'both'; it is missing"),
         ({"value": "unknown"}, "found 'unknown'"),
         ({"value": "../bank/helpful"}, r"found '\.\./bank/helpful'"),
         ({"value": "/etc"}, "found '/etc'"),
         ({"value": ["helpful"]}, "found \\['helpful'\\]"),
-        ({"value": "helpful", "alpha": 1}, "no field 'alpha'; it has value, step_size"),
-        ({"value": "helpful", "backend": "reference"}, "no field 'backend'"),
-        ({"value": "helpful", "steps": 2.5}, "steps must be an integer, found 2.5"),
+        ({"value": "helpful", "alpha": 1}, "control: found alpha, wanted some of value, step_size"),
+        ({"value": "helpful", "backend": "reference"}, "found backend, wanted some of value"),
+        ({"value": "helpful", "steps": 2.5}, r"steps must be int, found 2\.5"),
         ({"value": "helpful", "steps": MOST_STEPS + 1}, f"steps must be {MOST_STEPS} or less, found {MOST_STEPS + 1}"),
         ({"value": "helpful", "step_size": -1}, "step_size must be finite and 0 or more, found -1"),
+        ({"value": "helpful", "step_size": 10**400}, "step_size must be a finite number, found one too large for a float"),
+        ({"value": "both", "head_weights": [1, 10**400]}, r"head_weights\[1\] must be a finite number"),
         ('{"value": "helpful", "step_size": NaN}', "step_size must be finite"),
-        ({"value": "helpful", "radius": "1"}, "radius must be a number, found '1'"),
+        ({"value": "helpful", "radius": "1"}, "radius must be float, found '1'"),
         ({"value": "helpful", "target": float("inf")}, "target must be finite"),
         ({"value": "both"}, "has 2 heads: give head_weights"),
         ({"value": "both", "head_weights": [1]}, "head_weights must be 2 numbers"),
@@ -126,60 +127,6 @@ def test_what_is_no_bank_stops_the_start(bank, tmp_path):
     (bank / "both" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"both is no value function: it lacks model\.safetensors"):
         start(bank)
-
-
-def controls_of(values):
-    helpful, harmless, both = values.values()
-    return [
-        rc.Controller(helpful, 0.5, 10),
-        None,
-        rc.Controller(harmless, 0.7, 5),
-        rc.Controller(helpful, 1.0, 3),
-        rc.Controller(helpful, 1.0, 30, radius=0.2),
-        rc.Controller(both, 0.5, 8, head_weights=(1.0, -0.5)),
-        rc.Controller(both, 0.5, 8, head_weights=(0.0, 1.0)),
-        rc.Controller(helpful, 0.1, 20, target=0.4),
-        rc.Controller(helpful, 0.5, 0),
-        rc.Controller(helpful, 0.5, 30, radius=0.4),
-    ]
-
-
-def test_each_row_is_edited_as_alone(values):
-    controls = controls_of(values)
-    hidden = torch.randn(len(controls), HIDDEN)
-    before_edit = hidden.clone()
-    edited = BatchEdit(controls, CPU)(hidden)
-    assert torch.equal(hidden, before_edit)
-    for row, control in enumerate(controls):
-        state = hidden[row : row + 1]
-        if control is None:
-            assert torch.equal(edited[row], hidden[row])
-            continue
-        named = {name: getattr(control, name) for name in ("radius", "target")}
-        heads = None if control.head_weights is None else torch.tensor(control.head_weights)
-        alone = rc.ascend(state, control.value, control.step_size, control.steps, head_weights=heads, **named)
-        assert torch.equal(edited[row : row + 1], alone)
-        assert torch.equal(edited[row], hidden[row]) == (control.steps == 0)
-
-
-def test_a_batch_under_one_control_and_one_under_none(values):
-    hidden = torch.randn(4, HIDDEN)
-    control = rc.Controller(values["helpful"])
-    assert torch.equal(BatchEdit([control] * 4, CPU)(hidden), rc.ascend(hidden, control.value))
-    assert BatchEdit([None] * 4, CPU)(hidden) is hidden
-    with pytest.raises(RuntimeError, match="4 states enter the logits, controls are known for 3"):
-        BatchEdit([control] * 3, CPU)(hidden)
-
-
-def test_states_that_are_not_finite_stop_nobody(values, caplog):
-    control = rc.Controller(values["helpful"], 0.5, 3)
-    hidden = torch.randn(4, HIDDEN)
-    hidden[1, 3], hidden[2, 0] = float("nan"), float("inf")
-    far = rc.Controller(values["helpful"], 1e38, 30)
-    edited = BatchEdit([control, control, control, far], CPU)(hidden)
-    assert torch.equal(edited[:1], rc.ascend(hidden[:1], control.value, 0.5, 3))
-    assert torch.equal(edited[1:].nan_to_num(), hidden[1:].nan_to_num())
-    assert "1 states left the range of torch.float32" in caplog.text
 
 
 def new(request, control=None):
@@ -288,10 +235,14 @@ def test_a_method_is_wrapped_once_and_a_missing_one_named():
 
     seen = []
     for _ in range(2):
-        before(Owner, "method", lambda owner, number: seen.append(number))
+        wrap(Owner, "method", before=lambda owner, number: seen.append(number))
     assert Owner().method(4) == 5 and seen == [4]
-    with pytest.raises(ImportError, match=r"no Owner\.other, which the plugin recontrol needs"):
-        before(Owner, "other", lambda owner: None)
+    one = Owner()
+    wrap(one, "method", after=lambda number: seen.append(-number))
+    assert one.method(3) == Owner().method(3) == 4 and seen == [4, 3, -3, 3]
+    for owner in (Owner, one):
+        with pytest.raises(ImportError, match=r"no Owner\.other, which the plugin recontrol needs"):
+            wrap(owner, "other")
 
 
 def serve(*arguments):

@@ -9,7 +9,7 @@ from recontrol.cli import options as shared
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
     from recontrol.configs import add_flags
-    from recontrol.data.config import Collection
+    from recontrol.data.settings import Collection
 
     shared.add_options(parser, "collect")
     # Prompts that are too long are left out when they are loaded.
@@ -23,8 +23,8 @@ def run(options: argparse.Namespace) -> None:
     """Collect rollouts."""
     from recontrol.configs import from_flags
     from recontrol.data.collect import collect, collect_pairs
-    from recontrol.data.config import Collection
-    from recontrol.data.pairs import load_pairs
+    from recontrol.data.prompts import load_pairs
+    from recontrol.data.settings import Collection
 
     if options.reward_model is None and not options.pairs:
         raise ValueError("--reward-model is needed, except with --pairs, where chosen responses get reward 1 and rejected ones 0")

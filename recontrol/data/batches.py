@@ -1,22 +1,18 @@
 """What passes between those who make rollouts, those who keep them, and those who train on them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from recontrol.checks import first_few
 
 
 class RolloutBatch(NamedTuple):
     """Some responses, as training reads them: from disk (`Rollouts.batch`) or straight from the model (`OnlineRollouts`).
 
     Tensors:
-        states: (tokens, hidden_size), floating point, packed one response after the other; row t of a response is the state
-            whose logits sampled its token t.
+        states: (tokens, hidden_size), packed one response after the other; row t of a response is the state whose logits sampled its token t.
         lengths: (responses,), int64, tokens of each response, at least 1 each, adding up to `tokens`.
         rewards: (responses, num_heads), float32.
     """
@@ -41,14 +37,8 @@ class MemoryRollouts:
 
 @dataclass
 class ScoredResponses:
-    """The responses to some prompts, with all that a shard keeps of them.
-
-    Tensors:
-        states: (tokens, hidden_size), floating point, packed one response after the other, on the CPU.
-        token_ids: (tokens,), int64; entry t was sampled from row t of `states`.
-        lengths: tokens of each response.
-        records: one dict a response: index (of the prompt), prompt, response, reward (list of floats), finish.
-        left_out: how many responses were dropped, by reason.
+    """All that a shard keeps of some responses: `states` (tokens, hidden_size), packed, on the CPU, `token_ids` (tokens,), int64, entry t sampled from row
+    t, the tokens of each response, one record a response (index of the prompt, prompt, response, reward, finish), and how many were dropped, by reason.
     """
 
     states: Tensor
@@ -62,27 +52,3 @@ class ScoredResponses:
         heads = len(self.records[0]["reward"]) if self.records else 1
         rewards = torch.tensor([record["reward"] for record in self.records], dtype=torch.float32).reshape(-1, heads)
         return RolloutBatch(self.states, torch.tensor(self.lengths, dtype=torch.int64), rewards)
-
-
-class Source(Protocol):
-    """Makes rollouts batch by batch; a batch depends on its number alone, not on the batches before.
-
-    Attributes:
-        settings: all that the result depends on, for the manifest.
-        batches: the entries (prompts or texts) of each batch, as places in the caller's list.
-        model: the language model.
-    """
-
-    settings: dict[str, Any]
-    batches: list[list[int]]
-    model: Any
-
-    def opened(self) -> AbstractContextManager[Callable[[int], ScoredResponses]]:
-        """Get the model ready inside the block, for a function from the number of a batch to its responses."""
-
-
-def named(entries: Sequence[int]) -> str:
-    """Which entries, for a message: "4 to 7", or the first few of them."""
-    if list(entries) == list(range(entries[0], entries[0] + len(entries))):
-        return f"{entries[0]} to {entries[-1]}"
-    return first_few(entries)

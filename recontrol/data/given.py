@@ -1,32 +1,29 @@
 """Responses that exist already, run through the model batch by batch: the states at their positions, and their rewards."""
 
 import contextlib
-import logging
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recontrol.checks import first_few
-from recontrol.data.batches import ScoredResponses, named
+from recontrol.data.batches import ScoredResponses
+from recontrol.data.prompts import check_equal
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
-from recontrol.decoding.hooks import Attachment
+from recontrol.decoding.config import Decoding
+from recontrol.decoding.hooks import output_embedding
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
 
-logger = logging.getLogger(__name__)
-
 
 class GivenResponses:
-    """A `Source` of responses that exist already; see `collect_texts` for the arguments.
-
-    With `paired`, an entry is two rows, the chosen and the rejected response; `skip_equal` leaves out pairs whose responses have the same tokens.
-    """
+    """Responses that exist already, as `SampledResponses` are sampled; with `paired`, an entry is two rows, the chosen and the rejected response."""
 
     def __init__(
         self,
@@ -44,24 +41,23 @@ class GivenResponses:
         skip_equal: bool = False,
     ):
         self.model, self.tokenizer, self.prompts, self.responses, self.paired = model, tokenizer, prompts, responses, paired
-        self.rows_per_entry = 2 if paired else 1
         if len(prompts) != len(responses):
             raise ValueError(f"found {len(responses)} responses to {len(prompts)} prompts, wanted one prompt a response")
         if (reward is None) == (rewards is None):
             raise ValueError("give either reward, which scores the responses, or rewards, their scores")
-        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-            raise ValueError(f"max_new_tokens must be an integer of at least 1, found {max_new_tokens!r}")
+        Decoding(max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
         self.score = None if reward is None else as_reward(reward)
-        self.rewards = None if rewards is None else _checked_scores(rewards, prompts, responses)
+        self.rewards = None if rewards is None else checked_rewards(lambda *_: rewards, prompts, responses)
         check_lengths(model, tokenizer, prompts, 1)
         others = [row for row, response in enumerate(responses) if not isinstance(response, str)]
         if others:
             raise TypeError(f"responses must be a list of texts, found {type(responses[others[0]]).__name__} at {first_few(others)}")
         self.eos, self.max_new_tokens = _end_of_sequence(model, tokenizer) if append_eos else None, max_new_tokens
+        self.rows_per_entry = 2 if paired else 1
         lengths, equal = self._checked_lengths()
-        kept = _without(equal, len(lengths) // self.rows_per_entry, skip_equal)
-        longest = [max(lengths[entry * self.rows_per_entry : (entry + 1) * self.rows_per_entry]) for entry in kept]
-        self.batches = packing.batches(model, kept, lambda: longest, self.rows_per_entry)
+        kept = sorted(set(range(len(lengths))) - set(equal))
+        check_equal("tokens of the responses", equal, kept, skip_equal)
+        self.batches = packing.batches(model, kept, lambda: [lengths[entry] for entry in kept], self.rows_per_entry)
         first: dict[str, int] = {}
         self.groups = [first.setdefault(prompt, row // self.rows_per_entry) for row, prompt in enumerate(prompts)]
         self.settings = {
@@ -75,32 +71,30 @@ class GivenResponses:
             "responses": "chosen and rejected" if paired else "given",
             "append_eos": append_eos,
             "max_new_tokens": max_new_tokens,
-            "batch_size": packing.batch_size,
-            "cache_budget": packing.cache_budget,
+            **dataclasses.asdict(packing),
             "num_shards": len(self.batches),
         }
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
-        """Attach a recorder inside the block, for a function from a batch's number to its responses."""
-        with evaluation_mode(self.model), _PositionRecorder(self.model) as recorder:
-            yield partial(self._make, recorder)
+        """Put the model into evaluation mode inside the block, for a function from a batch's number to its responses."""
+        with evaluation_mode(self.model):
+            yield self._make
 
-    def _make(self, recorder: "_PositionRecorder", number: int) -> ScoredResponses:
+    def _make(self, number: int) -> ScoredResponses:
         entries = self.batches[number]
         rows = [entry * self.rows_per_entry + place for entry in entries for place in range(self.rows_per_entry)]
         prompts = [self.prompts[row] for row in rows]
         prompt_ids, new_ids, texts = self._tokens(rows)
-        states = recorder.record(list(zip(prompt_ids, new_ids, strict=True)))
-        try:
-            if self.score is None:
-                rewards = self.rewards[rows]  # type: ignore[index]
-            else:
+        if self.score is None:
+            rewards = self.rewards[rows]  # type: ignore[index]
+        else:
+            try:
                 # Seeded batch by batch, so that a reward that draws random numbers gives the same in a run that was resumed.
                 with seeded(number):
                     rewards = checked_rewards(self.score, prompts, texts)
-        except ValueError as error:
-            raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {named(entries)}): {error}") from error
+            except ValueError as error:
+                raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {first_few(entries)}): {error}") from error
         records = [
             {
                 "index": self.groups[row],
@@ -113,7 +107,7 @@ class GivenResponses:
             for row, prompt, text, reward, new in zip(rows, prompts, texts, rewards.tolist(), new_ids, strict=True)
         ]
         token_ids = torch.tensor([token for new in new_ids for token in new], dtype=torch.int64)
-        return ScoredResponses(states, token_ids, list(map(len, new_ids)), records, {})
+        return ScoredResponses(states_of(self.model, prompt_ids, new_ids), token_ids, list(map(len, new_ids)), records, {})
 
     def _tokens(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[str]]:
         """The tokens of prompts and responses, and the responses as they are scored, for some rows."""
@@ -130,8 +124,7 @@ class GivenResponses:
         return prompts, new, texts
 
     def _checked_lengths(self) -> tuple[list[int], list[int]]:
-        """Tokens of each row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Tokens of each entry's longest row that the model reads, and the pairs of equal responses; refuses rows that the model cannot read."""
         lengths: list[int] = []
         empty: list[int] = []
         equal: list[int] = []
@@ -145,75 +138,46 @@ class GivenResponses:
                 equal += [rows[place] // 2 for place in range(0, len(rows), 2) if new[place] == new[place + 1]]
         if empty:
             raise ValueError(f"{len(empty)} responses have no tokens: {first_few(empty)}")
+        context = context_length(self.model.config)
         too_long = [f"{row} ({length} tokens)" for row, length in enumerate(lengths) if context is not None and length > context]
         if too_long:
             raise ValueError(f"{len(too_long)} prompts with their responses are longer than the model's context of {context}: {first_few(too_long)}")
-        return lengths, equal
+        return [max(lengths[row : row + self.rows_per_entry]) for row in range(0, len(lengths), self.rows_per_entry)], equal
 
 
-class _PositionRecorder(Attachment):
-    """Keeps the input of the output embedding at the positions of given responses, and lets logits be made at one position only."""
+def states_of(model: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
+    """Run rows of tokens in one forward call: the states that read the position before each new token, (new tokens, hidden_size), on the CPU."""
+    ids = [(prompt + new)[:-1] for prompt, new in zip(prompts, responses, strict=True)]
+    width = max(map(len, ids))
+    # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
+    inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)
+    seen: list[Tensor] = []
 
-    def __init__(self, model: Any):
-        super().__init__(model)
-        self._seen: list[Tensor] = []
-        self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
-
-    def record(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Run rows of (prompt, new tokens) in one forward call: (new tokens, hidden_size) states, row after row, on the CPU.
-
-        The state that reads position t - 1 goes with token t.
-        """
-        ids = [(prompt + new)[:-1] for prompt, new in rows]
-        width = max(map(len, ids))
-        # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
-        inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=self.model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.model.device)
-        self._seen.clear()
-        # Compiled code would not run the hook; where nothing is compiled, asking for it would load the compiler.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-        with torch.no_grad(), eager:
-            self.model(input_ids=inputs, attention_mask=mask, use_cache=False)
-        if len(self._seen) != 1 or self._seen[0].shape[:2] != inputs.shape:
-            shapes = [tuple(seen.shape) for seen in self._seen]
-            raise RuntimeError(
-                f"the model ran its output embedding on states of shapes {shapes} in one forward call, wanted once on {tuple(inputs.shape)} positions"
-            )
-        hidden = self._seen.pop()
-        return torch.cat([hidden[place, len(prompt) - 1 : len(prompt) + len(new) - 1].cpu() for place, (prompt, new) in enumerate(rows)])
-
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._seen.append(args[0].detach())
+    def keep(embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(args[0].detach())
+        # Logits are made at one position only.
         return args[0][:, -1:], *args[1:]
 
-
-def _without(equal: list[int], count: int, skip_equal: bool) -> list[int]:
-    """The entries but for the pairs of equal responses, which are refused unless they are to be skipped."""
-    if equal and not skip_equal:
-        raise ValueError(
-            f"the tokens of the chosen and the rejected response are the same in {len(equal)} pairs: {first_few(equal)}; there is nothing to prefer"
-        )
-    if len(equal) == count:
-        raise ValueError("no pair is left: the two responses of each are the same")
-    if equal:
-        logger.warning("left out %d pairs whose two responses have the same tokens", len(equal))
-    left_out = set(equal)
-    return [entry for entry in range(count) if entry not in left_out]
-
-
-def _checked_scores(rewards: Any, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    hook = output_embedding(model).register_forward_pre_hook(keep, prepend=True)
+    # Compiled code would not run the hook; where nothing is compiled, asking for it would load the compiler.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
-        return checked_rewards(lambda *_: rewards, prompts, responses)
-    except ValueError as error:
-        raise ValueError(f"rewards must be as a reward returns them: {error}") from error
+        with torch.no_grad(), eager:
+            model(input_ids=inputs, attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    shapes = [tuple(states.shape[:2]) for states in seen]
+    if shapes != [tuple(inputs.shape)]:
+        raise RuntimeError(f"the model ran its output embedding on {shapes} positions in one forward call, wanted once on {tuple(inputs.shape)}")
+    return torch.cat([row[len(prompt) - 1 : len(prompt) + len(new) - 1].cpu() for row, prompt, new in zip(seen[0], prompts, responses, strict=True)])
 
 
 def _end_of_sequence(model: Any, tokenizer: Any) -> int:
     """The token that ends a response: the tokenizer's own where the model stops at it, else the first that the model stops at."""
-    eos = effective(model, {}, "eos_token_id")
-    stops = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
-    if not stops or tokenizer.eos_token_id in stops:
-        stops = [tokenizer.eos_token_id]
-    if stops[0] is None:
+    stops = effective(model, {}, "eos_token_id")
+    stops = [] if stops is None else torch.as_tensor(stops).reshape(-1).tolist()
+    eos = tokenizer.eos_token_id if not stops or tokenizer.eos_token_id in stops else stops[0]
+    if eos is None:
         raise ValueError("neither the model nor its tokenizer has an end-of-sequence token to put behind the responses; use append_eos=False")
-    return stops[0]
+    return eos

@@ -5,40 +5,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrol.data.checksums import checksum
 from recontrol.data.rollouts import Rollouts
-from recontrol.data.shards import MEASURED, RolloutWriter
+from recontrol.data.shards import MEASURED, RolloutWriter, check_unchanged, checksum
 from recontrol.decoding.fingerprint import fingerprint_hash
 from recontrol.files import writing_lock
 
-# What all folders must have in common.
+# What all folders must have in common, besides the language model.
 SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")
 
 
 def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> Rollouts:
-    """Copy the shards of several folders into one. Responses to equal prompts become one group, whichever folder they are from.
+    """Copy the shards of several folders into one, compare them with their checksums on the way, and open it; the same call resumes an interrupted copy.
 
-    The same call goes on with a copy that was interrupted. Every file is compared with its checksum on the way.
+    Responses to equal prompts become one group, whichever folder they are from.
 
     Args:
         folders: complete rollout folders, at least one.
         out: the folder to write.
 
-    Returns:
-        The joined rollouts, opened.
-
     Raises:
-        ValueError: no folder, one that is not complete or damaged, or folders that disagree: in the language model, its tokenizer, the width
-            or dtype of the states, how they are stored, or the rewards. What disagrees is named, with what each folder has.
-        RuntimeError: another run is writing into `out`.
-        OSError: the disk is full; the message names the file.
+        ValueError: no folder, one that is not complete or damaged, or folders that disagree in the language model, its tokenizer, the width or dtype of
+            the states, how they are stored, or the rewards; what disagrees is named.
+        RuntimeError, OSError: another run is writing into `out`, or the disk is full.
     """
     if not folders:
         raise ValueError("there are no folders to join")
     opened = [Rollouts(folder) for folder in folders]
-    for other in opened[1:]:
-        _compare(opened[0], other)
     first = opened[0].manifest
+    for other in opened[1:]:
+        where = f"{opened[0].path} and {other.path}"
+        for name in SAME:
+            if first.get(name) != other.manifest.get(name):
+                raise ValueError(f"{where} disagree in {name}: found {first.get(name)!r} and {other.manifest.get(name)!r}")
+        models = [manifest.get("base_model") or {} for manifest in (first, other.manifest)]
+        if fingerprint_hash(models[0]) != fingerprint_hash(models[1]):
+            raise ValueError(f"{where} hold states of different language models: {models[0].get('name')!r} and {models[1].get('name')!r}")
     shards = [(place, number) for place, rollouts in enumerate(opened) for number in range(len(rollouts.shards))]
     manifest: dict[str, Any] = {
         "base_model": first.get("base_model"),
@@ -57,24 +58,10 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
                 {**record, "index": groups.setdefault(record.get("prompt") or (place, record["index"]), len(groups))}
                 for record in opened[place].shard_records(shard_number)
             ]
-            if writer.has(number):
-                continue
-            shard = opened[place].shards[shard_number]
-            content = shard.read_bytes()
-            wanted = opened[place].checksums.get(shard.name)
-            if wanted is not None and checksum(content) != wanted:
-                raise ValueError(f"{shard} is not what was written: its checksum differs from the one recorded")
-            writer.put(number, content, records)
+            if not writer.has(number):
+                shard = opened[place].shards[shard_number]
+                content = shard.read_bytes()
+                check_unchanged(f"{shard} is not what was written", checksum(content), opened[place].checksums.get(shard.name))
+                writer.put(number, content, records)
         writer.finish()
     return Rollouts(out)
-
-
-def _compare(first: Rollouts, other: Rollouts) -> None:
-    """Refuse folders that do not go together."""
-    for name in SAME:
-        entries = [rollouts.manifest.get(name) for rollouts in (first, other)]
-        if entries[0] != entries[1]:
-            raise ValueError(f"{first.path} and {other.path} disagree in {name}: found {entries[0]!r} and {entries[1]!r}")
-    models = [rollouts.manifest.get("base_model") or {} for rollouts in (first, other)]
-    if fingerprint_hash(models[0]) != fingerprint_hash(models[1]):
-        raise ValueError(f"{first.path} and {other.path} hold states of different language models: {models[0].get('name')!r} and {models[1].get('name')!r}")

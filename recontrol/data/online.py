@@ -1,7 +1,7 @@
 """Rollouts that are trained on as they are sampled, and never kept."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,12 @@ from recontrol.decoding.hooks import input_width, output_embedding
 
 
 class OnlineRollouts:
-    """Batches of rollouts straight from the model: those that `collect` would write as shards with the same arguments.
+    """Batches of rollouts straight from the model, of which nothing is written: `RolloutBatch`es, as `Rollouts.batch` returns them.
 
         batch number n of pass p is that of seed + p * (batches of a pass) + n
 
-    so that the first pass has, bit for bit, the states, lengths and rewards of the shards of `collect`, and later passes have
-    other responses to the same prompts. What a batch holds depends on its number alone: a run that was killed goes on from any.
-
-    A batch is a `RolloutBatch`, as `Rollouts.batch` returns it. One batch is in memory at a time, and nothing is written. While an iterator is
-    in use, the model is in evaluation mode.
+    The first pass has, bit for bit, the shards that `collect` would write with the same arguments, and later passes have other responses to the
+    same prompts. What a batch holds depends on its number alone. While an iterator is in use, the model is in evaluation mode.
 
     Args:
         model: a causal language model, on any device, of any dtype.
@@ -30,10 +27,9 @@ class OnlineRollouts:
         options: those of `collect`, except `storage` and `progress`: max_new_tokens, num_samples, batch_size, cache_budget, seed, ...
 
     Attributes:
-        model: the language model.
         settings: all that the batches depend on, for the provenance of what is trained on them.
-        hidden_size: width of a state.
-        dtype: of a state.
+        opened: gets the model ready inside a block, for a function from the number of a batch, from 0 on, to its responses.
+        hidden_size, dtype: of a state.
 
     Raises:
         TypeError, ValueError: as for `collect`.
@@ -41,8 +37,7 @@ class OnlineRollouts:
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str], reward: Any, **options: Any):
         self._source = SampledResponses(model, tokenizer, prompts, reward, **options)
-        self.model = model
-        self.settings = self._source.settings
+        self.model, self.settings, self.opened = model, self._source.settings, self._source.opened
         embedding = output_embedding(model)
         self.hidden_size = input_width(model, embedding)
         self.dtype: torch.dtype = embedding.weight.dtype  # type: ignore[assignment]
@@ -60,18 +55,9 @@ class OnlineRollouts:
 
         A batch of which stop strings left no response is passed over.
         """
-        for scored in self.responses(start, stop):
-            if scored.records:
-                yield scored.batch()
+        return (scored.batch() for scored in self.responses(start, stop) if scored.records)
 
     def responses(self, start: int = 0, stop: int | None = None) -> Iterator[ScoredResponses]:
         """As `batches`, with the texts and tokens of the responses."""
         with self.opened() as make:
-            number = start
-            while stop is None or number < stop:
-                yield make(number)
-                number += 1
-
-    def opened(self) -> contextlib.AbstractContextManager[Callable[[int], ScoredResponses]]:
-        """Get the model ready inside the block, for a function from the number of a batch, from 0 on, to its responses."""
-        return self._source.opened()
+            yield from map(make, itertools.count(start) if stop is None else range(start, stop))

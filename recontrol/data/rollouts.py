@@ -10,23 +10,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from recontrol.checks import first_few
+from recontrol.data import shards
 from recontrol.data.batches import RolloutBatch
-from recontrol.data.checksums import CHECKSUMS_NAME, changed_files
-from recontrol.data.reward_files import read_rewards
-from recontrol.data.shards import MANIFEST_NAME, RolloutWriter, read_lines, read_manifest, read_offsets, read_scores, shard_checksums, shard_paths, with_lines
-from recontrol.data.storage import STORED, check_storage, decode
+from recontrol.data.shards import MANIFEST_NAME, RolloutWriter
 from recontrol.files import interrupts_wait, writing_lock
-
-# Earlier releases kept new lines here while they put them in place of the old ones.
-OLD_REPLACEMENT = ".relabelled"
 
 
 class Rollouts:
     """A rollout folder, opened: lengths, rewards and groups in memory, hidden states read from disk as they are asked for.
 
-    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0
-    that is the last prompt position. The last state is the one that sampled the end-of-sequence token, or the last
-    token where the response was cut.
+    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0 that is the last prompt position.
 
     Args:
         path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`.
@@ -36,50 +29,39 @@ class Rollouts:
         manifest: the settings the rollouts were made with.
         shards: the files of the states, in the order of the responses; texts and rewards are beside them, with the suffix `.jsonl`.
         checksums: SHA-256 by file name, of these files.
-        num_tokens: how many states there are in all.
-        hidden_size: width of a state.
-        num_heads: how many rewards a response has.
+        num_tokens, hidden_size, num_heads: how many states there are, the width of a state, and how many rewards a response has.
         lengths: (responses,), int64, tokens of each response.
         rewards: (responses, num_heads), float32.
         groups: (responses,), int64, index of the prompt, for splits that keep the responses to a prompt together.
 
     Raises:
-        ValueError: the folder is none of ours, interrupted, or a file in it is damaged, foreign, or disagrees with the others.
-            Texts and rewards are compared with their checksums; `verify` does so with the states too.
+        ValueError: the folder is none of ours, interrupted, or a file in it is damaged (by its checksum, of states in `verify` only) or foreign.
     """
 
     def __init__(self, path: str | os.PathLike, *, allow_partial: bool = False):
         self.path = Path(path)
-        if (self.path / OLD_REPLACEMENT).exists():
-            raise ValueError(
-                f"the rewards of {self.path} were being replaced by an earlier release when it was killed: "
-                f"move shard-*.jsonl, {CHECKSUMS_NAME} and {MANIFEST_NAME} from {OLD_REPLACEMENT} into {self.path}, and delete {OLD_REPLACEMENT}"
-            )
-        self.manifest = read_manifest(self.path)
+        self.manifest = shards.read_manifest(self.path)
         self.hidden_size: int = self.manifest["hidden_size"]
         self.num_heads: int = self.manifest["num_heads"] or 1
         total = self.manifest["num_shards"]
-        self.shards = shard_paths(self.path, total)
+        self.shards = shards.shard_paths(self.path, total)
         if len(self.shards) < total and not allow_partial:
-            raise ValueError(
-                f"{self.path} is not complete: found {len(self.shards)} of {total} shards; collect again into it with the same settings to finish it, "
-                "or open it with Rollouts(path, allow_partial=True)"
-            )
-        if self.hidden_size is None:
+            found = f"found {len(self.shards)} of {total} shards"
+            raise ValueError(f"{self.path} is not complete: {found}; make the same call again to finish it, or open it with allow_partial=True")
+        if not self.shards:
             raise ValueError(f"{self.path} has no shard yet")
-        self.checksums = shard_checksums(self.path, self.manifest)
-        self._replaced = read_rewards(self.path, self.manifest)
+        self.checksums = shards.shard_checksums(self.path, self.manifest)
+        self._replaced = shards.read_rewards(self.path, self.manifest)
         heads = self.num_heads if self._replaced is None else None
-        offsets = [read_offsets(shard, self.manifest) for shard in self.shards]
-        counts = [len(of_shard) - 1 for of_shard in offsets]
-        scores = [
-            read_scores(shard, count, heads, self.checksums.get(shard.with_suffix(".jsonl").name)) for shard, count in zip(self.shards, counts, strict=True)
-        ]
-        self.lengths = torch.cat([torch.empty(0, dtype=torch.int64), *(of_shard.diff() for of_shard in offsets)])
-        self._starts = torch.cat([torch.empty(0, dtype=torch.int64), *(of_shard[:-1] for of_shard in offsets)])
-        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
-        self.groups = torch.cat([torch.empty(0, dtype=torch.int64), *(groups for groups, _ in scores)])
-        self.rewards = torch.cat([rewards for _, rewards in scores] or [torch.empty(0, self.num_heads)]) if self._replaced is None else self._replaced
+        offsets = [shards.read_offsets(shard, self.manifest) for shard in self.shards]
+        counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets])
+        checksums = [self.checksums.get(shard.with_suffix(".jsonl").name) for shard in self.shards]
+        scores = [shards.read_scores(shard, count, heads, wanted) for shard, count, wanted in zip(self.shards, counts.tolist(), checksums, strict=True)]
+        self.lengths = torch.cat([of_shard.diff() for of_shard in offsets])
+        self._starts = torch.cat([of_shard[:-1] for of_shard in offsets])
+        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self.groups = torch.cat([groups for groups, _ in scores])
+        self.rewards = torch.cat([rewards for _, rewards in scores]) if self._replaced is None else self._replaced
         self.num_tokens = int(self.lengths.sum())
         if len(self.rewards) != len(self.lengths):
             raise ValueError(f"{self.path} has new rewards of {len(self.rewards)} responses, its shards have {len(self.lengths)}")
@@ -93,52 +75,35 @@ class Rollouts:
         return f"Rollouts({str(self.path)!r}, responses={len(self)}, num_tokens={self.num_tokens}, hidden_size={self.hidden_size})"
 
     def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
-        """Read some responses, and nothing else, from disk.
-
-        Args:
-            indices: which responses, in the order wanted.
-
-        Returns:
-            states (tokens, hidden_size), packed one response after the other, in the dtype that they were stored in (those of 8
-            bits as float32); lengths (len(indices),), int64; rewards (len(indices), num_heads), float32.
-        """
+        """Read some responses, in the order of `indices`, and nothing else, from disk; states in the dtype of the storage, those of 8 bits as float32."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         scales = self._rows(indices, "scales") if self.storage == "int8" else None
-        return RolloutBatch(decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
+        return RolloutBatch(shards.decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
 
     def token_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The tokens of some responses, packed: (tokens,), int64. Entry t was sampled from row t of `batch(indices)`.
-
-        Args:
-            indices: which responses, in the order wanted.
-        """
+        """The tokens of some responses, packed: (tokens,), int64. Entry t was sampled from row t of `batch(indices)`."""
         return self._rows(torch.as_tensor(indices, dtype=torch.int64), "token_ids")
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish.
-
-        Those of `collect` have `sample` too, those of `collect_pairs` `pair` and `preference`, "chosen" or "rejected".
-        """
+        """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish; `sample` too, or `pair` and `preference`."""
         for number in range(len(self.shards)):
             yield from self.shard_records(number)
 
     def shard_records(self, number: int) -> Iterator[dict[str, Any]]:
         """The lines of one shard, as `records` gives them."""
-        lines = read_lines(self.shards[number])
-        if self._replaced is None:
-            yield from lines
-            return
-        for record, rewards in zip(lines, self._replaced[self._shard_of == number].tolist(), strict=True):
-            yield {**record, "reward": rewards}
+        lines = shards.read_lines(self.shards[number])
+        rewards = [record["reward"] for record in lines] if self._replaced is None else self._replaced[self._shard_of == number].tolist()
+        for record, reward in zip(lines, rewards, strict=True):
+            yield {**record, "reward": reward}
 
     def verify(self) -> None:
-        """Read every file of the shards and compare it with its checksum; a file of new rewards was compared when the rollouts were opened.
-
-        Raises:
-            ValueError: files have changed, are missing or have no checksum (those of format version 1 have none); they are named.
-        """
-        names = with_lines(self.shards)
-        wrong = changed_files(self.path, self.checksums, names)
+        """Compare every file of the shards with its checksum; ValueError names those that changed, are missing or have none (format version 1)."""
+        names = shards.with_lines(self.shards)
+        wrong = []
+        for name in names:
+            found = shards.checksum(self.path / name) if (self.path / name).is_file() else None
+            if found is None or found != self.checksums.get(name):
+                wrong.append(f"{name} {'is missing' if found is None else 'has changed' if name in self.checksums else 'has no checksum'}")
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(names)} files of {self.path} are not those that were written: {first_few(wrong)}")
 
@@ -147,15 +112,10 @@ class Rollouts:
         """How states are kept on disk: the name of a dtype, or "int8"."""
         return self.manifest.get("storage") or self.manifest["dtype"]
 
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the shards on disk, texts and rewards included."""
-        return sum((self.path / name).stat().st_size for name in with_lines(self.shards))
-
     def describe(self) -> str:
         """One line: how much there is, and what a token takes on disk."""
-        total = self.disk_bytes
-        states = self.hidden_size * STORED[self.storage].itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
+        total = sum((self.path / name).stat().st_size for name in shards.with_lines(self.shards))
+        states = self.hidden_size * getattr(torch, self.storage).itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
         return (
             f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
             f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
@@ -163,18 +123,16 @@ class Rollouts:
 
     def _rows(self, indices: Tensor, name: str) -> Tensor:
         parts: list[Tensor] = [torch.empty(0)] * len(indices)
-        shards = self._shard_of[indices]
-        for number in shards.unique().tolist():
+        numbers = self._shard_of[indices]
+        for number in numbers.unique().tolist() or [0]:
             # Opened and closed here: a handle costs a tenth of a millisecond, and thousands of open ones would not do.
             with interrupts_wait(), safe_open(self.shards[number], "pt") as file:
                 rows = file.get_slice(name)
-                for place in (shards == number).nonzero()[:, 0].tolist():
+                none = rows[:0]
+                for place in (numbers == number).nonzero()[:, 0].tolist():
                     start = int(self._starts[indices[place]])
                     parts[place] = rows[start : start + int(self.lengths[indices[place]])]
-        if not parts:
-            empty = {"token_ids": ((0,), torch.int64), "scales": ((0,), torch.float32), "states": ((0, self.hidden_size), STORED[self.storage])}
-            return torch.empty(empty[name][0], dtype=empty[name][1])
-        return torch.cat(parts)
+        return torch.cat([none, *parts])
 
     @classmethod
     def write(
@@ -192,31 +150,18 @@ class Rollouts:
         storage: str | None = None,
         shard_size: int = 256,
     ) -> "Rollouts":
-        """Write rollouts that are in memory, for pipelines that have their own way of generating.
+        """Write rollouts that are in memory into a folder that holds none yet, for pipelines that have their own way of generating, and open them.
 
-        Args:
-            path: the folder, which must not hold rollouts yet.
-            states: one (tokens, hidden_size) tensor a response; row t is the state whose logits sampled token t.
-            rewards: (responses,) or (responses, num_heads), finite.
-            prompts: the text of each response's prompt, kept for reading; empty by default.
-            responses: the text of each response, kept for reading; empty by default.
-            groups: index of each response's prompt; by default every response has a prompt of its own.
-            token_ids: one (tokens,) integer tensor a response; -1, for unknown, by default.
-            finish: why each response ended, "eos", "length" or "stop"; "eos" by default.
-            base_model: `model_fingerprint` of the language model.
-            storage: how states are kept: a dtype ("bfloat16", "float32", ...) or "int8", with a scale for each token; None is the dtype they have.
-            shard_size: responses in a file.
-
-        Returns:
-            The rollouts, opened.
+        Each response has `states`, (tokens, hidden_size), whose row t is the state whose logits sampled token t, and `rewards`, one number or
+        (responses, num_heads), finite. By default `prompts` and `responses`, kept for reading, are empty, `groups` (index of the prompt) are all
+        different, `token_ids` (tokens,) are -1, for unknown, and `finish` ("eos", "length" or "stop") is "eos". `base_model` is the
+        `model_fingerprint` of the language model, `storage` as in `Collection` (None is the dtype that states have), `shard_size` the responses in a file.
 
         Raises:
-            OSError: the folder cannot be written.
-            RuntimeError: another run is writing into the folder.
-            ValueError: no response, counts that differ, rewards that are not finite, an empty response, an unknown storage, or a
-                folder that holds rollouts already.
+            ValueError: no response, an empty one, counts that differ, rewards that are not finite, an unknown storage, or a folder that has rollouts.
+            OSError, RuntimeError: the folder cannot be written, or another run is writing into it.
         """
-        check_storage(storage)
+        shards.check_storage(storage)
         count = len(states)
         if not count:
             raise ValueError("there are no responses to write")
@@ -225,16 +170,17 @@ class Rollouts:
         if not table.isfinite().all():
             raise ValueError(f"the rewards of responses {(~table.isfinite().all(1)).nonzero()[:, 0].tolist()} are not finite")
         columns: dict[str, list[Any]] = {
-            "index": [int(group) for group in (range(count) if groups is None else groups)],
-            "prompt": [""] * count if prompts is None else list(prompts),
-            "response": [""] * count if responses is None else list(responses),
+            "index": list(map(int, range(count) if groups is None else groups)),
+            "prompt": list(prompts or [""] * count),
+            "response": list(responses or [""] * count),
             "reward": table.tolist(),
-            "finish": ["eos"] * count if finish is None else list(finish),
+            "finish": list(finish or ["eos"] * count),
         }
         ids = [torch.full((len(rows),), -1) for rows in states] if token_ids is None else list(token_ids)
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:
                 raise ValueError(f"found {len(column)} entries of {name}, wanted {count}, one a response")
+        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         starts = range(0, count, shard_size)
         manifest = {"base_model": base_model, "num_prompts": len(set(columns["index"])), "num_shards": len(starts)}
         with writing_lock(Path(path)):
@@ -243,7 +189,6 @@ class Rollouts:
             writer = RolloutWriter(path, manifest, storage=storage)
             for number, start in enumerate(starts):
                 part = slice(start, start + shard_size)
-                records = [dict(zip(columns, row, strict=True)) for row in zip(*(column[part] for column in columns.values()), strict=True)]
-                writer.write(number, torch.cat(list(states[part])), torch.cat(ids[part]), [len(rows) for rows in states[part]], records)
+                writer.write(number, torch.cat(list(states[part])), torch.cat(ids[part]), list(map(len, states[part])), records[part])
             writer.finish()
         return cls(path)

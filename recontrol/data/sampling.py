@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from recontrol.data.batches import ScoredResponses, named
-from recontrol.data.config import Collection
+from recontrol.checks import first_few
+from recontrol.data.batches import ScoredResponses
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.data.settings import model_settings, texts_checksum
+from recontrol.data.settings import Collection, model_settings, texts_checksum
 from recontrol.decoding.batches import REFUSED as REFUSED_IN_BATCHES
 from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, check_options, effective, evaluation_mode, greedy_unless_asked, respond, seeded
 from recontrol.decoding.config import Decoding
@@ -34,11 +34,7 @@ REFUSED = {
 
 
 class SampledResponses:
-    """A `Source` of responses that the model samples; see `collect` for the arguments.
-
-    Attributes:
-        duplicates: how many prompts repeat others.
-    """
+    """Responses that the model samples; a batch depends on its number alone, not on the batches before. See `collect` for the arguments."""
 
     def __init__(
         self,
@@ -50,8 +46,7 @@ class SampledResponses:
         collection: Collection | None = None,
         **keywords: Any,
     ):
-        names = {each.name for each in dataclasses.fields(Collection)}
-        own = {name: keywords.pop(name) for name in list(keywords) if name in names}
+        own = {each.name: keywords.pop(each.name) for each in dataclasses.fields(Collection) if each.name in keywords}
         self.collection = dataclasses.replace(collection or Collection(), **own)
         self.decoding = Decoding.of(decoding, **keywords)
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
@@ -59,72 +54,58 @@ class SampledResponses:
         max_new_tokens, samples = self.decoding.max_new_tokens, self.collection.num_samples
         self.options = {**greedy_unless_asked(dict(self.decoding.options)), **self.decoding.options, "max_new_tokens": max_new_tokens}
         packing = Packing(self.decoding.batch_size, self.collection.cache_budget)
-        _check_options(model, self.options, samples)
+        check_options(self.options, REFUSED)
+        if (beams := effective(model, self.options, "num_beams") or 1) != 1:
+            raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
+        if samples > 1 and not effective(model, self.options, "do_sample"):
+            raise ValueError(f"num_samples={samples} needs do_sample=True: greedy decoding would write the same response {samples} times")
         check_lengths(model, tokenizer, prompts, max_new_tokens, self.collection.max_prompt_tokens)
-        first: dict[str, int] = {}
-        for index, prompt in enumerate(prompts):
-            first.setdefault(prompt, index)
-        self.duplicates = len(prompts) - len(first)
-        chosen = list(first.values()) if self.collection.unique_prompts else list(range(len(prompts)))
-        self.batches = packing.batches(
-            model, chosen, lambda: [count + max_new_tokens for count in token_counts(tokenizer, [prompts[index] for index in chosen])], samples
-        )
-        self.settings = self._settings(packing)
-
-    def _settings(self, packing: Packing) -> dict[str, Any]:
-        """All that the result depends on, as JSON reads it back."""
+        chosen = list(range(len(prompts)))
+        # The first place of each.
+        distinct = sorted(dict(zip(reversed(prompts), reversed(chosen), strict=True)).values())
+        self.duplicates = len(prompts) - len(distinct)
+        chosen = distinct if self.collection.unique_prompts else chosen
+        counts = token_counts(tokenizer, [prompts[index] for index in chosen]) if packing.cache_budget else []
+        self.batches = packing.batches(model, chosen, lambda: [count + max_new_tokens for count in counts], samples)
         settings = {
-            **model_settings(self.model, self.tokenizer),
+            **model_settings(model, tokenizer),
             "reward": reward_name(self.score),
             "generation": self.options,
-            "generation_defaults": self.model.generation_config.to_diff_dict() | {"transformers_version": None},
-            "num_samples": self.collection.num_samples,
+            "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
             "stop_strings": self.decoding.stop_strings,
             "seed": self.decoding.seed,
-            "prompts_sha256": texts_checksum(self.prompts),
-            "num_prompts": len(self.prompts),
+            "prompts_sha256": texts_checksum(prompts),
+            "num_prompts": len(prompts),
             "duplicate_prompts": self.duplicates,
-            "unique_prompts": self.collection.unique_prompts,
-            "unique_responses": self.collection.unique_responses,
-            "batch_size": packing.batch_size,
-            "cache_budget": packing.cache_budget,
+            **{name: getattr(self.collection, name) for name in ("num_samples", "unique_prompts", "unique_responses")},
+            **dataclasses.asdict(packing),
             "num_shards": len(self.batches),
         }
-        return json.loads(json.dumps(settings, default=_describe))
+        self.settings = json.loads(json.dumps(settings, default=_describe))
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
-        """Attach a recorder inside the block, for a function from a batch's number to its responses.
-
-        Numbers beyond the last batch go over the prompts again, with seeds of their own.
-        """
+        """Attach a recorder inside the block, for a function from a batch's number to its responses; numbers from len(batches) are further passes."""
         with evaluation_mode(self.model), record_hidden_states(self.model) as recorder:
             yield partial(self._make, recorder)
 
     def _make(self, recorder: HiddenStateRecorder, number: int) -> ScoredResponses:
         entries = self.batches[number % len(self.batches)]
         prompts = [self.prompts[index] for index in entries]
+        options = {**self.options, "num_return_sequences": self.collection.num_samples}
         with seeded(self.decoding.seed + number):
             recorder.clear()
-            responses, states = self._respond(prompts, recorder)
+            batch = respond(self.model, self.tokenizer, prompts, list(self.decoding.stop_strings), options)
+            rows, shapes = len(batch.responses), [tuple(step.shape) for step in recorder.steps]
+            if len(shapes) != batch.steps or any(shape[0] != rows for shape in shapes):
+                raise RuntimeError(f"the model ran {len(shapes)} times, on states {set(shapes)}, for {batch.steps} tokens of {rows} rows; wanted one a token")
+            # (steps, rows, hidden_size); state t sampled token t.
+            states = torch.stack(list(recorder.steps)).cpu()
             recorder.clear()
             try:
-                return self._score(entries, prompts, responses, states)
+                return self._score(entries, prompts, batch.responses, states)
             except ValueError as error:
-                raise ValueError(f"batch {number} (prompts {named(entries)}): {error}") from error
-
-    def _respond(self, prompts: list[str], recorder: HiddenStateRecorder) -> tuple[list[Response], Tensor]:
-        """Generate one batch: the responses, row by row, and the states (steps, rows, hidden_size); state t sampled token t."""
-        options = {**self.options, "num_return_sequences": self.collection.num_samples}
-        batch = respond(self.model, self.tokenizer, prompts, list(self.decoding.stop_strings), options)
-        rows = len(batch.responses)
-        if len(recorder.steps) != batch.steps or any(len(step) != rows for step in recorder.steps):
-            shapes = {tuple(step.shape) for step in recorder.steps}
-            raise RuntimeError(
-                f"the model ran {len(recorder.steps)} times, with hidden states {shapes}, to sample {batch.steps} tokens for {rows} rows; wanted one run a "
-                "token: an option of generate samples in another way"
-            )
-        return batch.responses, torch.stack(list(recorder.steps)).cpu()
+                raise ValueError(f"batch {number} (prompts {first_few(entries)}): {error}") from error
 
     def _score(self, entries: list[int], prompts: list[str], responses: list[Response], states: Tensor) -> ScoredResponses:
         """Score one batch, and pack what is kept of it."""
@@ -136,20 +117,13 @@ class SampledResponses:
             distinct = {(row // samples, tuple(responses[row].token_ids)): row for row in reversed(rows)}
             left_out["repeated"] = len(rows) - len(distinct)
             rows = sorted(distinct.values())
-        rewards = torch.empty(0, 1)
-        if rows:
-            rewards = checked_rewards(self.score, [prompts[row // samples] for row in rows], [responses[row].text for row in rows])
-        records = [
-            {
-                "index": entries[row // samples],
-                "sample": row % samples,
-                "prompt": prompts[row // samples],
-                "response": responses[row].text,
-                "reward": reward,
-                "finish": responses[row].finish,
-            }
-            for row, reward in zip(rows, rewards.tolist(), strict=True)
+        records: list[dict[str, Any]] = [
+            {"index": entries[row // samples], "sample": row % samples, "prompt": prompts[row // samples], "response": responses[row].text} for row in rows
         ]
+        if rows:
+            rewards = checked_rewards(self.score, *([record[name] for record in records] for name in ("prompt", "response"))).tolist()
+            for record, row, reward in zip(records, rows, rewards, strict=True):
+                record |= {"reward": reward, "finish": responses[row].finish}
         lengths = [len(responses[row].token_ids) for row in rows]
         packed = torch.cat([states[:0, 0], *(states[:length, row] for row, length in zip(rows, lengths, strict=True))])
         token_ids = torch.tensor([token for row in rows for token in responses[row].token_ids], dtype=torch.int64)
@@ -159,16 +133,6 @@ class SampledResponses:
 def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special tokens included."""
     return [len(ids) for start in range(0, len(texts), TOKENISED_AT_ONCE) for ids in tokenizer(list(texts[start : start + TOKENISED_AT_ONCE])).input_ids]
-
-
-def _check_options(model: Any, options: dict[str, Any], num_samples: int) -> None:
-    check_options(options, REFUSED)
-    if (beams := effective(model, options, "num_beams") or 1) != 1:
-        raise ValueError(f"num_beams must be 1, found {beams}: the rollouts must be what the model samples")
-    if num_samples > 1 and not effective(model, options, "do_sample"):
-        raise ValueError(f"num_samples={num_samples} needs do_sample=True: greedy decoding would write the same response {num_samples} times")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"collect needs a decoder-only causal language model, found {type(model).__name__}")
 
 
 def _describe(value: Any) -> Any:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from recontrol.checks import first_few
 from recontrol.decoding.config import Decoding
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.responses import Response, StopStrings, make_response
 
 # The result must be one row of new tokens for each prompt.
@@ -30,7 +33,7 @@ class Batch:
 
     Attributes:
         responses: one a prompt, or several.
-        steps: decode steps that were run, the longest row's, at least 1.
+        steps: decode steps, those of the longest row, at least 1.
         seconds: wall-clock time of `model.generate`, prefill included.
     """
 
@@ -47,15 +50,7 @@ class Batch:
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
     """Respond to one batch of prompts with the model as it is: under control if the caller has attached a controller.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer; its padding settings are neither used nor changed.
-        prompts: the texts to respond to.
-        decoding: how; the caller's generators are left as they were.
-        keywords: settings of `Decoding` by name, and options of `model.generate`.
-
-    Raises:
-        ValueError: no prompts, an empty stop string, or an option of `generate` that does not return one row of new tokens a prompt.
+    `keywords` are settings of `Decoding` by name, and options of `model.generate`. The caller's generators are left as they were.
     """
     decoding = Decoding.of(decoding, **keywords)
     check_options(decoding.options)
@@ -69,21 +64,14 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding:
 
 
 def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: list[str], options: dict[str, Any]) -> Batch:
-    """Run `model.generate` on one batch of prompts, without a seed or a mode of its own, and cut the responses.
+    """Run `model.generate` on one batch of prompts, in the caller's mode and with the caller's generators, and cut the responses.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer; its padding settings are neither used nor changed.
-        prompts: the texts to respond to, at least one.
-        stop_strings: strings at which a response ends.
-        options: of `generate`; without do_sample the model is greedy. Row r of several a prompt responds to prompt r // num_return_sequences.
+    Without do_sample in the options the model is greedy. Row r of several a prompt responds to prompt r // num_return_sequences.
     """
     ids = tokenizer(list(prompts)).input_ids
-    width = max(map(len, ids))
     padding = padding_token(tokenizer)
-    # On the left whatever the tokenizer's own side is, so that the last position is the prompt's last for every row.
-    inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    inputs, mask = left_padded(ids, padding, model.device)
+    width = inputs.shape[1]
     options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
     if stop_strings:
         options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stop_strings, width)])
@@ -100,67 +88,49 @@ def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: li
     return Batch(responses, max(1, len(new[0])), seconds)
 
 
+def left_padded(ids: Sequence[Sequence[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids as (rows, tokens) and their mask, 0 at padding: on the left, so that the last position is the prompt's last for every row."""
+    width = max(map(len, ids))
+    inputs = torch.tensor([[padding] * (width - len(row)) + list(row) for row in ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    return inputs, mask
+
+
 def greedy_unless_asked(options: dict[str, Any]) -> dict[str, Any]:
-    """{"do_sample": False}, unless a generation config is given: that is the caller's own word on sampling."""
+    """{"do_sample": False}, unless a generation config is given, which decides on sampling."""
     return {} if "generation_config" in options else {"do_sample": False}
 
 
 def check_options(generation_kwargs: Mapping[str, Any], refused: Mapping[str, str] = REFUSED) -> None:
-    """Refuse options of `generate` that do not go with batches of responses.
-
-    Args:
-        generation_kwargs: the options.
-        refused: names that must not be among them, with the reason or a way out.
-
-    Raises:
-        ValueError: with the reason.
-    """
+    """Refuse options of `generate` that do not go with batches of responses; `refused` has the reason or what to do instead."""
     for name, reason in refused.items():
         if generation_kwargs.get(name) is not None:
             raise ValueError(f"{name}={generation_kwargs[name]!r} is not taken here: {reason}")
 
 
 def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
-    """Refuse prompts that leave no room for the response in the model's context, before any work is done on the others.
-
-    Args:
-        model: the language model, whose config knows the context.
-        tokenizer: its tokenizer.
-        prompts: the texts to respond to.
-        max_new_tokens: length of a response at most, in tokens.
-        max_prompt_tokens: refuse longer prompts, although there would be room for them.
-
-    Raises:
-        TypeError: `prompts` is one text instead of a list, or has something else than texts.
-        ValueError: no prompts, prompts without tokens, or prompts too long; they are named.
-    """
+    """Refuse, before any work is done, prompts that leave no room for the response in the model's context, or are longer than `max_prompt_tokens`."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts, found one text, {prompts[:40]!r}")
     others = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     if others:
-        raise TypeError(f"prompts must be a list of texts, found {type(prompts[others[0]]).__name__} at {_some(others)}")
+        raise TypeError(f"prompts must be a list of texts, found {type(prompts[others[0]]).__name__} at {first_few(others)}")
     if not prompts:
         raise ValueError("there are no prompts")
-    lengths = [len(ids) for start in range(0, len(prompts), TOKENISED_AT_ONCE) for ids in tokenizer(list(prompts[start : start + TOKENISED_AT_ONCE])).input_ids]
-    check_token_counts(model, lengths, max_new_tokens, max_prompt_tokens)
+    check_token_counts(model, token_counts(tokenizer, prompts), max_new_tokens, max_prompt_tokens)
+
+
+def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """The tokens of each text."""
+    return [len(ids) for start in range(0, len(texts), TOKENISED_AT_ONCE) for ids in tokenizer(list(texts[start : start + TOKENISED_AT_ONCE])).input_ids]
 
 
 def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
-    """Refuse prompts of no tokens, or of so many that there is no room for the response in the model's context.
-
-    Args:
-        model: the language model, whose config knows the context.
-        lengths: tokens of each prompt.
-        max_new_tokens: length of a response at most, in tokens.
-        max_prompt_tokens: refuse longer prompts, although there would be room for them.
-
-    Raises:
-        ValueError: prompts without tokens, or too long; they are named.
-    """
+    """The same for prompts whose numbers of tokens are known."""
     empty = [index for index, length in enumerate(lengths) if not length]
     if empty:
-        raise ValueError(f"{len(empty)} prompts have no tokens: {_some(empty)}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")
+    context = context_length(model.config)
     wanted = f"leave no room for {max_new_tokens} new tokens in a context of {context}"
     limits = [(context - max_new_tokens, wanted)] if context is not None else []
     if max_prompt_tokens is not None:
@@ -168,11 +138,11 @@ def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, 
     for limit, complaint in limits:
         too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if length > limit]
         if too_long:
-            raise ValueError(f"{len(too_long)} prompts {complaint}: {_some(too_long)}")
+            raise ValueError(f"{len(too_long)} prompts {complaint}: {first_few(too_long)}")
 
 
 def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The tokens after which a row of `generate_batch` has ended: what `Controller` wants as `stop_token_ids`."""
+    """The tokens after which a row of `generate_batch` has ended, the `stop_token_ids` of a `Controller`."""
     filling = generation_kwargs.get("pad_token_id")
     return tuple(sorted(eos_tokens(model, generation_kwargs) | {padding_token(tokenizer) if filling is None else filling}))
 
@@ -215,10 +185,6 @@ def eos_tokens(model: Any, options: dict[str, Any]) -> set[int]:
     """The end-of-sequence tokens that `generate` stops at, with these options."""
     eos = effective(model, options, "eos_token_id")
     return set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
-
-
-def _some(items: Sequence[Any]) -> str:
-    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
 
 
 def _wait(model: Any) -> None:

@@ -1,15 +1,17 @@
-"""The settings of an ascent, checked when they are made."""
+"""The settings of an ascent: declared, checked and read from a mapping here and nowhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from recontrol.checks import integer, number, several
+from recontrol.ascent.arguments import ROW_OPTIONS
+from recontrol.checks import dtype_name, integer, number, several
+from recontrol.configs import from_mapping
 from recontrol.value import ValueFunction
 
-# Far more than anybody means, and few enough for the integers of every kernel.
+# Upper bound of `steps`: must fit int32.
 MOST_STEPS = 2**31 - 1
 
 
@@ -17,7 +19,7 @@ MOST_STEPS = 2**31 - 1
 class Control:
     """What is done to the states of one response: u <- u + alpha * grad V(o_t + u), n times, starting at u = 0.
 
-    `recontrol.generate` takes one for each prompt. `Controller` has the same settings for all rows of any model that it is attached to.
+    `recontrol.generate` takes one for each prompt; `Controller` is one for all rows of a model that it is attached to.
 
     Args:
         value: the value function to climb, on the model's device; `0.7 * helpful + 0.3 * harmless` is one too.
@@ -42,44 +44,34 @@ class Control:
     head_weights: Sequence[float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        if not isinstance(self.value, ValueFunction):
+            raise TypeError(f"value must be a recontrol.ValueFunction, found {type(self.value).__name__}")
+        for option in ROW_OPTIONS:
+            given = getattr(self, option.name)
+            if given is not None or not option.optional:
+                checked = integer(option.name, given) if option.integer else number(option.name, given, option.minimum)
+                object.__setattr__(self, option.name, checked)
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, found {self.steps}")
+        object.__setattr__(self, "head_weights", _head_weights(self.head_weights, self.value.num_heads))
+
+    def check_range(self, dtype: torch.dtype, where: str = "") -> None:
+        """Refuse, before the first token, settings that are infinite in the dtype of the ascent."""
+        for name in (*(option.name for option in ROW_OPTIONS), "head_weights"):
+            given = getattr(self, name)
+            numbers = given if isinstance(given, tuple) else () if given is None else (given,)
+            if any(abs(each) > torch.finfo(dtype).max for each in numbers):
+                raise ValueError(f"{name} must be within the range of {dtype_name(dtype)}, found {given}{where}")
 
 
-def check_settings(settings: Any) -> None:
-    """Check the settings that `Control` and `Controller` have in common, and bring them to plain numbers.
-
-    Args:
-        settings: has the attributes of `Control`, which are set anew, although it may be frozen.
+def control_from_mapping(given: Any, value_of: Callable[[Any], ValueFunction], where: str = "control") -> Control:
+    """The control that a mapping of its fields describes; `value_of` makes the value function from the entry `value`, None where there is none.
 
     Raises:
-        TypeError, ValueError: as `Control`.
+        ValueError: no mapping, an unknown field, one of the wrong type, or what `Control` refuses.
     """
-    if not isinstance(settings.value, ValueFunction):
-        raise TypeError(f"value must be a recontrol.ValueFunction, found {type(settings.value).__name__}")
-    checked: dict[str, Any] = {"step_size": number("step_size", settings.step_size, 0), "steps": integer("steps", settings.steps)}
-    if checked["steps"] > MOST_STEPS:
-        raise ValueError(f"steps must be at most {MOST_STEPS}, found {settings.steps}")
-    if settings.radius is not None:
-        checked["radius"] = number("radius", settings.radius, 0)
-    if settings.target is not None:
-        checked["target"] = number("target", settings.target)
-    checked["head_weights"] = _head_weights(settings.head_weights, settings.value.num_heads)
-    for name, argument in checked.items():
-        object.__setattr__(settings, name, argument)
-
-
-def beyond_range(settings: Any, dtype: torch.dtype) -> str | None:
-    """The first of the settings that would be infinite in a dtype, which an ascent refuses; None where all of them can be held.
-
-    Args:
-        settings: has the attributes of `Control`.
-        dtype: of the numbers of the ascent.
-    """
-    for name in ("step_size", "radius", "target", "head_weights"):
-        held = getattr(settings, name)
-        if held is not None and not torch.tensor(held, dtype=dtype).isfinite().all():
-            return name
-    return None
+    named = isinstance(given, Mapping)
+    return from_mapping(Control, {**given, "value": value_of(given.get("value"))} if named else given, where)
 
 
 def _head_weights(given: Any, num_heads: int) -> tuple[float, ...] | None:

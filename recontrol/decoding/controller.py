@@ -1,30 +1,25 @@
-"""Decoding under control: a hook that edits the input of a language model's output embedding."""
+"""Decoding under control: a `Control` that is attached to a language model."""
 
 import functools
-import inspect
 import operator
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recontrol.ascent import backends
-from recontrol.ascent.arguments import normalise
-from recontrol.ascent.ascend import ascend
-from recontrol.checks import integer, several
-from recontrol.decoding.control import check_settings
+from recontrol.ascent.arguments import ROW_OPTIONS, normalise
+from recontrol.checks import integer, several, wide_dtype
+from recontrol.decoding.control import Control
+from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.editing import Editing, check_fit
-from recontrol.value import ValueFunction
-
-# What the key/value cache is called: the first name in newer releases of transformers, the others in older ones.
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+from recontrol.decoding.hooks import CACHE_NAMES
 
 
 @dataclass(frozen=True, eq=False)
-class Controller:
+class Controller(Control):
     """Adds a control signal to the state that is read to sample each token: y_t ~ softmax(W_lm (o_t + u_t)).
 
     u_t comes from `recontrol.ascend` on o_t, the hidden state after the final norm at the position whose logits sample
@@ -32,7 +27,8 @@ class Controller:
     a sequence, at prefill too.
 
     Rows that are finished are not edited: at a decode step (one token a row goes in, and the cache is not empty) those
-    whose input token is one of `stop_token_ids`. Without a cache (`use_cache=False`) finished rows cannot be told.
+    whose input token is one of `stop_token_ids`. Without a cache (`use_cache=False`) finished rows cannot be told. A row stays
+    unedited, and a warning says so, if its state is not finite or if the edit would leave the range of its dtype.
 
     Args:
         value: the value function to climb, on the model's device; its dtype may be another than the model's.
@@ -55,19 +51,13 @@ class Controller:
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
 
-    value: ValueFunction
-    step_size: float = 0.5
-    steps: int = 30
-    radius: float | None = field(default=None, kw_only=True)
-    target: float | None = field(default=None, kw_only=True)
-    head_weights: Sequence[float] | None = field(default=None, kw_only=True)
     backend: str = field(default="auto", kw_only=True)
     stop_token_ids: Sequence[int] | None = field(default=None, kw_only=True)
     allow_other_model: bool = field(default=False, kw_only=True)
     self_check: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         object.__setattr__(self, "backend", backends.check_name(self.backend))
         if self.stop_token_ids is not None:
             tokens = tuple(integer("stop_token_ids", token) for token in several("stop_token_ids", self.stop_token_ids))
@@ -86,14 +76,14 @@ class Controller:
 
         Raises:
             TypeError: `model` is no language model, or float64 meets another dtype.
-            ValueError: `value` is for another hidden size, on another device, or trained for another model.
+            ValueError: `value` is for another hidden size, on another device, or trained for another model; a setting is out of the range of its dtype.
             RuntimeError: a controller is attached already, the backend cannot run here, or edits do not reach the logits.
         """
         return Handle(self, model)
 
 
 class _DecodeStep(NamedTuple):
-    """What a forward call of one token a row is known by.
+    """A forward call of one token a row.
 
     Attributes:
         ids: (batch, 1), the tokens that go in.
@@ -104,30 +94,12 @@ class _DecodeStep(NamedTuple):
     cache: Any | None
 
 
-class _ThreadState(threading.local):
-    """What is known of the forward call that this thread is in; one model may run in several threads at once."""
-
-    def __init__(self) -> None:
-        self.step: _DecodeStep | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # So that a controlled model can be copied.
-        return (_ThreadState, ())
-
-
 class Handle(Editing):
     """The hooks of one controller on one model, made by `Controller.attach`; `detach` or leaving its `with` block removes them.
 
-    Args:
-        controller: what to do with the states.
-        model: the model.
-
     Attributes:
-        controller: as given.
+        controller: what to do with the states.
         stop_token_ids: the tokens after which a row is finished.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `Controller.attach`.
     """
 
     def __init__(self, controller: Controller, model: Any):
@@ -135,82 +107,33 @@ class Handle(Editing):
         self.controller = controller
         self.stop_token_ids = _stop_token_ids(self.owner) if controller.stop_token_ids is None else tuple(controller.stop_token_ids)
         check_fit(self, controller.value, controller.allow_other_model)
-        # From the class, because an instance's forward may be a compiled one.
-        self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
-        self._thread = _ThreadState()
-        self._traced: tuple[_DecodeStep | None] | None = None
-        # Both on the device, so that a decode step waits for nothing and can be captured in a CUDA graph; no inference tensors, so
-        # that states can be counted in any mode.
-        with torch.inference_mode(False):
-            self._count = torch.zeros((), dtype=torch.int64, device=controller.value.device)
-            wide = torch.float64 if controller.value.dtype == torch.float64 else torch.float32
-            weights = controller.head_weights
-            self._head_weights = None if weights is None else torch.tensor(weights, dtype=wide, device=controller.value.device)
-        # A backend that cannot run says so here, and what it precomputes from the weights is ready.
-        self._ascend(torch.zeros(1, controller.value.hidden_size, dtype=self.dtype(), device=controller.value.device), None)
-        with self._attaching(self_check=controller.self_check):
-            self._hooks.append(self.owner.register_forward_pre_hook(self._before_model, with_kwargs=True))
-            self._hooks.append(self.owner.register_forward_hook(self._after_model, always_call=True))
-            self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
+        controller.check_range(wide_dtype(self.dtype()))
+        self._batch = ControlBatch(controller.backend)
+        self._batch.assign(controller)
+        self._batch.try_out([controller], self.dtype())
+        self.attach(self_check=controller.self_check)
 
     @property
     def edited_rows(self) -> int:
         """How many states were edited so far, finished rows not counted; reading it waits for the device."""
-        return int(self._count)
+        return self._batch.edited_rows
 
     def backend(self, rows: int) -> str:
         """The name of the backend that climbs from this many states: the controller's, or what "auto" takes for them."""
-        hidden = torch.zeros(rows, self.controller.value.hidden_size, dtype=self.dtype(), device=self.controller.value.device)
         chosen = self.controller
-        arguments = normalise(hidden, chosen.value, chosen.step_size, chosen.steps, None, chosen.radius, chosen.target, self._head_weights)
-        return backends.choose(chosen.backend, arguments, chosen.value.prepared()).name
+        hidden = torch.zeros(rows, chosen.value.hidden_size, dtype=self.dtype(), device=chosen.value.device)
+        settings: dict[str, Any] = {name: getattr(chosen, name) for name in (*(option.name for option in ROW_OPTIONS), "head_weights")}
+        return backends.choose(chosen.backend, normalise(hidden, chosen.value, **settings), chosen.value.prepared()).name
 
-    def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # No arithmetic here: the compiler makes a graph of its own of a hook on the model that it compiles.
-        step = self._decode_step(args, kwargs)
-        # The compiler follows attributes, but not what each thread keeps for itself; what it compiles whole no other thread disturbs.
-        if torch.compiler.is_compiling():
-            self._traced = (step,)
-        else:
-            self._traced, self._thread.step = None, step
+    def detach(self) -> None:
+        """Remove the hooks; the model is as it was. May be called again."""
+        attached = self.attached
+        super().detach()
+        if attached:
+            self._batch.warn()
 
-    def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Also after an error: the step belongs to one forward call.
-        self._traced = None
-        if not torch.compiler.is_compiling():
-            self._thread.step = None
-
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        if self._sign is not None:
-            return (hidden * self._sign, *args[1:])
-        if self._paused or self.controller.steps == 0:
-            return None
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        step = self._thread.step if self._traced is None else self._traced[0]
-        # Tokens of another number are not those of these rows.
-        mask = self._live_rows(step).to(rows.device) if step is not None and step.ids.shape[0] == rows.shape[0] else None
-        edited = self._ascend(rows, mask)
-        self._count.add_(rows.shape[0] if mask is None else mask.sum())
-        return (edited.reshape(hidden.shape), *args[1:])
-
-    def _ascend(self, rows: Tensor, mask: Tensor | None) -> Any:
-        chosen = self.controller
-        return ascend(
-            rows,
-            chosen.value,
-            chosen.step_size,
-            chosen.steps,
-            mask=mask,
-            radius=chosen.radius,
-            target=chosen.target,
-            head_weights=self._head_weights,
-            backend=chosen.backend,
-        )
-
-    def _decode_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _DecodeStep | None:
+    def rows(self, given: dict[str, Any]) -> _DecodeStep | None:
         """The decode step that begins with these arguments of the model; None at prefill, where every row is live."""
-        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         ids = given.get("input_ids")
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if not self.stop_token_ids or cache is None or ids is None or ids.dim() != 2 or ids.shape[1] != 1:
@@ -220,12 +143,21 @@ class Handle(Editing):
             return _DecodeStep(ids, cache)
         return _DecodeStep(ids, None) if filled else None
 
+    def edit(self, hidden: Tensor, rows: _DecodeStep | None) -> Tensor | None:
+        """The states after the ascent; finished rows as they were."""
+        if self.controller.steps == 0:
+            return None
+        states = hidden.reshape(-1, hidden.shape[-1])
+        # No mask if row counts differ.
+        mask = self._live_rows(rows).to(states.device) if rows is not None and rows.ids.shape[0] == states.shape[0] else None
+        return self._batch.edit(states, mask).reshape(hidden.shape)
+
     def _live_rows(self, step: _DecodeStep) -> Tensor:
         """(batch,) bool, False where the row's response ended before; asked when all layers have put the token into the cache."""
         finished = functools.reduce(operator.or_, (step.ids[:, 0] == token for token in self.stop_token_ids))
         if step.cache is None:
             return ~finished
-        # A static cache keeps its length on the device; it is not read here, which would wait for the device.
+        # A static cache keeps its length on the device; reading it here would wait for the device.
         return ~(finished & (step.cache.get_seq_length() > 1).to(step.ids.device))
 
 

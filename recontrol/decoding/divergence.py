@@ -5,15 +5,7 @@ from torch import Tensor
 
 
 def divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(others)), row by row, in nats.
-
-    Args:
-        logits: (rows, vocabulary).
-        others: (rows, vocabulary).
-
-    Returns:
-        (rows,), float32, 0 or more.
-    """
+    """KL(softmax(logits) || softmax(others)) in nats: two of (rows, vocabulary) -> (rows,), float32, 0 or more."""
     log_p, log_q = logits.float().log_softmax(-1), others.float().log_softmax(-1)
     p = log_p.exp()
     # Tokens that a model rules out have logits of minus infinity in both.

@@ -1,49 +1,97 @@
-"""What everything that edits the states of a model shares: whether a value function fits it, and proof that edits reach the logits."""
+"""The seam for edits of a model's states: hooks, pause, the check that a value function fits, and the proof that edits reach the logits."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import Attachment, attachments, forget_compiled, input_width
+from recontrol.decoding.model_config import padding_token, text_config, vocabulary_size
 from recontrol.value import ValueFunction
 
 
+class _Call(threading.local):
+    """The forward call that this thread is in; one model may run in several threads at once.
+
+    Attributes:
+        rows: what `Editing.rows` said of it.
+        kept: what a subclass keeps between the site and the end of the model.
+    """
+
+    rows: Any = None
+    kept: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # So that a model can be copied with its hooks.
+        return (_Call, ())
+
+
 class Editing(Attachment):
-    """Hooks that edit the input of a model's output embedding. Only one such set at a time.
+    """Edits the states at the site of a model, h <- edit(h). A model has at most one such set of hooks.
 
-    Args:
-        model: a causal language model of transformers.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
-        RuntimeError: another one is attached.
+    A subclass defines `edit`, and `rows` where the edit depends on the forward call; at the end of its `__init__` it calls `attach`.
     """
 
     def __init__(self, model: Any):
         super().__init__(model)
-        # While edits are proved to reach the logits: what the state is multiplied by.
+        # While edits are proved to reach the logits: the factor of the states.
         self._sign: Tensor | None = None
-        if any(isinstance(other, Editing) for other in attachments(self.embedding)):
+        # From the class, because an instance's forward may be a compiled one.
+        self._parameters = [*inspect.signature(type(self.owner).forward).parameters][1:]
+        self._call = _Call()
+        self._traced_rows: tuple[Any] | None = None
+        if any(isinstance(other, Editing) for other in attachments(self.owner)):
             kind = type(self.owner).__name__
             raise RuntimeError(f"a Controller, or what else edits states, is attached to this {kind} already; detach it first, or leave its with block")
 
-    @contextlib.contextmanager
-    def _attaching(self, *, self_check: bool = True) -> Iterator[None]:
-        """Put the hooks in place inside the block; afterwards edits are proved to reach the logits. After an error nothing is attached."""
+    def rows(self, given: dict[str, Any]) -> Any:
+        """What is known of the rows of a forward call that begins, from its arguments by name."""
+        return None
+
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The states that take the place of these, (..., hidden_size); None leaves them."""
+        raise NotImplementedError
+
+    def attach(self, *, self_check: bool = True) -> None:
+        """Put the hooks in place and prove that edits reach the logits. After an error nothing is attached."""
         try:
-            yield
+            self._hooks.append(self.owner.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            self._hooks.append(self.owner.register_forward_hook(self._after_model, always_call=True))
+            self._hooks.append(self.site.module.register_forward_pre_hook(self._before_site, with_kwargs=True))
             forget_compiled()
             if self_check:
-                self._check_that_edits_reach_the_logits()
+                self._prove()
         except BaseException:
             self.detach()
             raise
 
-    def _check_that_edits_reach_the_logits(self) -> None:
+    def _before_model(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # No arithmetic here: the compiler makes a graph of its own of a hook on the model that it compiles.
+        rows = self.rows({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        # The compiler follows attributes, but not thread-local ones; no other thread disturbs what it compiles whole.
+        if torch.compiler.is_compiling():
+            self._traced_rows = (rows,)
+        else:
+            self._traced_rows, self._call.rows = None, rows
+
+    def _before_site(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        hidden = self.site.states(args, kwargs)
+        if self._sign is not None:
+            return self.site.replaced(args, kwargs, hidden * self._sign)
+        edited = None if self._paused else self.edit(hidden, self._call.rows if self._traced_rows is None else self._traced_rows[0])
+        return None if edited is None else self.site.replaced(args, kwargs, edited)
+
+    def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Also after an error: the rows belong to one forward call.
+        self._traced_rows = None
+        if not torch.compiler.is_compiling():
+            self._call.rows = None
+
+    def _prove(self) -> None:
         """Negate the state of one token: the logits must change, and must not when it is left as it is."""
         with contextlib.ExitStack() as paused:
             # A recorder must not take the probe for a token.
@@ -51,8 +99,7 @@ class Editing(Attachment):
                 if other is not self:
                     paused.enter_context(other.pause())
             plain, again, negated = (self._probe(sign) for sign in (1.0, 1.0, -1.0))
-        # Some models have logits that are minus infinity; kernels that are not deterministic make small differences.
-        noise, change = ((other - plain).nan_to_num(0, 0, 0).abs().max() for other in (again, negated))
+        noise, change = differences(plain, again, negated)
         if not change > 2 * noise:
             raise RuntimeError(
                 f"edits do not reach the logits: with the input of get_output_embeddings() negated, the logits of this {type(self.owner).__name__} "
@@ -62,10 +109,10 @@ class Editing(Attachment):
     @torch.no_grad()
     def _probe(self, sign: float) -> Tensor:
         """The logits after one token, its state multiplied by `sign`."""
-        config = self.owner.config.get_text_config()
+        config = text_config(self.owner.config)
         # The embedding of padding is often zero, and so would be the state.
         known = (getattr(config, "bos_token_id", None), 0, 1)
-        token = next(token for token in known if isinstance(token, int) and token != config.pad_token_id and 0 <= token < config.vocab_size)
+        token = next(token for token in known if isinstance(token, int) and token != padding_token(config) and 0 <= token < (vocabulary_size(config) or 2))
         ids = torch.tensor([[token]], device=self.owner.device)
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         self._sign = torch.tensor(sign)
@@ -78,18 +125,14 @@ class Editing(Attachment):
         return (output[0] if isinstance(output, tuple) else output.logits).detach().float().clone()
 
 
+def differences(plain: Tensor, *others: Tensor) -> list[float]:
+    """The largest difference of each from the plain logits; kernels that are not deterministic make small ones."""
+    # Some models have logits that are minus infinity.
+    return [(other.float() - plain.float()).nan_to_num(0, 0, 0).abs().max().item() for other in others]
+
+
 def check_fit(attached: Attachment, value: ValueFunction, allow_other_model: bool) -> None:
-    """Refuse a value function that cannot be, or should not be, used on the states that a model's output embedding reads.
-
-    Args:
-        attached: hooks on the model.
-        value: the value function.
-        allow_other_model: accept one that was trained on the states of another model.
-
-    Raises:
-        TypeError: float64 meets another dtype.
-        ValueError: another size, another device, or trained for another model.
-    """
+    """Refuse a value function that cannot be, or should not be, used on the states that a model's output embedding reads."""
     kind = type(attached.owner).__name__
     width = input_width(attached.owner, attached.embedding)
     if value.hidden_size != width:

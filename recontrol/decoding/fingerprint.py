@@ -1,4 +1,4 @@
-"""Telling language models apart by a few of their weights, whatever dtype they were loaded in."""
+"""Fingerprints of language models: a few of their weights, which identify a model in any dtype."""
 
 import re
 import zlib
@@ -55,20 +55,9 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 
 
 def difference(recorded: dict[str, Any], model: Any) -> str | None:
-    """Compare a model with a fingerprint taken earlier, perhaps of the same model in another dtype.
+    """One sentence that names the first difference of a model from a fingerprint; None when it is the same model, perhaps in another dtype.
 
-    Sizes must be equal and every weight that was sampled must agree to 1 %; the name is not compared. Weights that are
-    quantised or not on this machine are passed over.
-
-    Args:
-        recorded: what `model_fingerprint` returned.
-        model: the model at hand.
-
-    Returns:
-        None when it is the same model, else one sentence that names the first difference.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
+    Sizes must be equal and every sampled weight must agree to 1 %; the name is not compared. Quantised weights and those not on this machine are skipped.
     """
     owner = embedding_owner(model, output_embedding(model))
     config = owner.config.get_text_config()

@@ -1,13 +1,19 @@
-"""What a controller and a recorder share: the input of a model's output embedding, and hooks on it that are removed together."""
+"""Hooks on a language model that are removed together, and the site in the model where states are read and edited."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from recontrol.decoding.model_config import state_width
+
+# What the key/value cache is called: the first name in newer releases of transformers, the others in older ones.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def output_embedding(model: Any) -> nn.Module:
@@ -38,29 +44,56 @@ def input_width(model: Any, embedding: nn.Module) -> int:
     if isinstance(width, int):
         return width
     weight = getattr(embedding, "weight", None)
-    return weight.shape[-1] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else model.config.get_text_config().hidden_size
+    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else state_width(model.config)
+
+
+@dataclass(frozen=True, eq=False)
+class EditSite:
+    """Where states are read and edited: an argument of the forward call of a module.
+
+    Attributes:
+        module: reads the states.
+        position: of the states among its positional arguments.
+        name: of that argument when it is given by name.
+    """
+
+    module: nn.Module
+    position: int = 0
+    name: str = "hidden_states"
+
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The states among the arguments of a call."""
+        return kwargs[self.name] if self.name in kwargs else args[self.position]
+
+    def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call with other states."""
+        if self.name in kwargs:
+            return args, {**kwargs, self.name: states}
+        return (*args[: self.position], states, *args[self.position + 1 :]), kwargs
 
 
 class Attachment:
-    """Hooks on one model. Removed together by `detach`, at the end of a `with` block, or when attaching fails.
+    """Hooks on one model, removed together by `detach`, at the end of a `with` block, or when attaching fails.
 
     Attributes:
         model: what was attached to.
         embedding: its output embedding.
         owner: the innermost model that the embedding belongs to.
+        site: where states are read: the input of the output embedding, o_t.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.embedding = output_embedding(model)
         self.owner = embedding_owner(model, self.embedding)
+        self.site = EditSite(self.embedding)
         self._hooks: list[RemovableHandle] = []
         self._paused = False
 
     def dtype(self) -> torch.dtype:
         """The dtype of the states that the output embedding reads."""
         weight = getattr(self.embedding, "weight", None)
-        return weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else self.owner.dtype
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.owner.dtype
 
     @property
     def attached(self) -> bool:
@@ -85,24 +118,23 @@ class Attachment:
 
     def __enter__(self) -> Self:
         if not self.attached:
-            raise RuntimeError(f"this {type(self).__name__} was detached; attach anew")
+            raise RuntimeError(f"this {type(self).__name__} was detached; attach it again")
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
 
-def attachments(embedding: nn.Module) -> list[Attachment]:
-    """What is attached to an output embedding now."""
-    owners = [getattr(hook, "__self__", None) for hook in embedding._forward_pre_hooks.values()]
+def attachments(module: nn.Module) -> list[Attachment]:
+    """What has a hook before a module now; whatever edits states has one before the model that owns the output embedding."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, Attachment)]
 
 
 def forget_compiled() -> None:
     """Make every compiled function be compiled again when it is next called.
 
-    Compiled code does not look whether a module has got or lost hooks since (that guard is off by default), and would go on
-    as it was. Which functions contain a model cannot be known, so all are forgotten.
+    By default compiled code does not check whether a module has gained or lost hooks since. Which functions contain a model is not known, so all go.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

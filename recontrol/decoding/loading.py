@@ -6,17 +6,7 @@ from recontrol.value import ValueFunction
 
 
 def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
-    """(language model in evaluation mode, its tokenizer).
-
-    Args:
-        name: on the hub, or a folder.
-        dtype: of the weights; "auto" is the one they were saved in.
-        device: where the model is put; "auto" spreads it over all GPUs.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        OSError: there is no such model.
-    """
+    """(language model in evaluation mode, its tokenizer) of a name on the hub or a folder; device "auto" spreads the model over all GPUs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Only device_map needs no copy of the whole model in main memory.
@@ -26,14 +16,6 @@ def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", 
 
 
 def load_value_function(name: str, model: Any) -> ValueFunction:
-    """A value function, on the device where a model makes its logits.
-
-    Args:
-        name: a folder, a name on the hub, or a .pth file of the released code.
-        model: the language model.
-
-    Raises:
-        OSError, ValueError: as `ValueFunction.from_pretrained` and `ValueFunction.from_released`.
-    """
+    """The value function of a folder, a name on the hub or a .pth file of the released code, on the device where a model makes its logits."""
     loaded = ValueFunction.from_released(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
     return loaded.to(model.get_output_embeddings().weight.device)

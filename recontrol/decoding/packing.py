@@ -1,13 +1,15 @@
 """Batches of rows of similar length that fit into a memory budget for the key/value cache."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate.utils import convert_file_size_to_int
+from recontrol.checks import first_few
+from recontrol.decoding.model_config import cache_bytes_per_token
 
 BATCH_SIZE = 16
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,7 @@ class Packing:
             object.__setattr__(self, "batch_size", BATCH_SIZE)
 
     def batches(self, model: Any, entries: Sequence[int], lengths: Callable[[], Sequence[int]], rows_per_entry: int = 1) -> list[list[int]]:
-        """Cut a list of entries into batches.
-
-        Args:
-            model: the language model, whose config and dtype tell what its cache takes.
-            entries: what is put into batches.
-            lengths: tokens of each entry when it is finished, of the prompt and of what may be generated; asked for with a budget only.
-            rows_per_entry: rows of a batch that an entry takes.
-
-        Returns:
-            The entries of each batch.
-
-        Raises:
-            ValueError: entries that do not fit even alone, or a model whose cache cannot be told.
-        """
+        """Cut a list of entries into batches; `lengths`, asked for with a budget only, gives the tokens of each entry when it is finished."""
         if not isinstance(self.cache_budget, int):
             size = self.batch_size or BATCH_SIZE
             return [list(entries[start : start + size]) for start in range(0, len(entries), size)]
@@ -56,50 +45,12 @@ class Packing:
         return [[entries[place] for place in batch] for batch in packed]
 
 
-def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes that the key/value cache takes for one token of one row.
-
-        layers * key/value heads * (size of a key + size of a value) * bytes of a number
-
-    Every layer is counted as if it attended to everything: sliding windows and layers without attention take less.
-
-    Args:
-        config: of the language model.
-        dtype: of the keys and values, the model's own.
-
-    Returns:
-        Bytes, at least 1.
-
-    Raises:
-        ValueError: the config does not tell the sizes; they are named.
-    """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
-    if not (layers and heads and width):
-        raise ValueError(
-            f"the size of the key/value cache cannot be told from {type(text).__name__}: found num_hidden_layers={layers}, num_attention_heads={heads}, "
-            f"hidden_size={width}; use batch_size"
-        )
-    # One head for all queries, where the older Falcon and StarCoder say so by a flag of their own.
-    shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
-    cached_heads = 1 if shared else getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    size = max(getattr(text, "head_dim", None) or width // heads, getattr(text, "global_head_dim", None) or 0)
-    # Latent attention has keys and values of sizes of their own.
-    key, value = getattr(text, "qk_head_dim", None) or size, getattr(text, "v_head_dim", None) or size
-    return layers * cached_heads * (key + value) * dtype.itemsize
-
-
 def byte_count(size: int | str) -> int:
-    """Bytes from a number of them or a text such as "8GiB" or "500MB".
-
-    Raises:
-        ValueError: it is neither, or not above 0.
-    """
-    try:
-        count = size if isinstance(size, int) else convert_file_size_to_int(size)
-    except ValueError as error:
-        raise ValueError(f'a size is a number of bytes or a text such as "8GiB" or "500MB", found {size!r}') from error
+    """Bytes from a number of them or a text such as "8GiB" or "500MB"."""
+    found = re.fullmatch(r"(\d+\.?\d*) *([KMGT]?)(i?)B", size.strip(), re.IGNORECASE) if isinstance(size, str) else None
+    if found is None and not isinstance(size, int):
+        raise ValueError(f'a size is a number of bytes or a text such as "8GiB" or "500MB", found {size!r}')
+    count = int(size) if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].upper()])
     if count < 1:
         raise ValueError(f"a size must be above 0 bytes, found {size!r}")
     return count
@@ -133,7 +84,7 @@ def pack_by_length(
     fitting = [budget // (rows_per_entry * lengths[place] * bytes_per_token) for place in order]
     alone = fitting.count(0)
     if alone:
-        called = ", ".join(str(place if names is None else names[place]) for place in order[: min(alone, 8)]) + (", ..." if alone > 8 else "")
+        called = first_few([place if names is None else names[place] for place in order[:alone]])
         raise ValueError(
             f"the key/value cache of {alone} entries does not fit into {budget} bytes: {called}; the longest needs "
             f"{rows_per_entry} rows * {lengths[order[0]]} tokens * {bytes_per_token} bytes = {rows_per_entry * lengths[order[0]] * bytes_per_token} bytes"

@@ -24,35 +24,29 @@ class HiddenStateRecorder(Attachment):
     The states are those before the edit of a `Controller`, whichever was attached first: a recorder's hook is put before
     all other hooks of the output embedding.
 
-    Args:
-        model: a causal language model of transformers, compiled or not.
-
     Attributes:
         steps: one (batch, hidden_size) tensor for each forward call, a copy in the model's dtype, on its device.
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
     """
 
     def __init__(self, model: Any):
         super().__init__(model)
         self.steps: list[Tensor] = []
         self._key = next(_next_key)
-        # Compiled code may drop an operation that changes nothing, so recording counts here.
+        # Compiled code may drop an operation that changes nothing, so recording changes this count.
         with torch.inference_mode(False):
             self._calls = torch.zeros((), dtype=torch.int64)
         _recorders[self._key] = self
-        self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
+        self._hooks.append(self.site.module.register_forward_pre_hook(self._before_site, prepend=True, with_kwargs=True))
         forget_compiled()
 
     def clear(self) -> None:
         """Forget the states recorded so far."""
         self.steps.clear()
 
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _before_site(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
             return
-        hidden = args[0]
+        hidden = self.site.states(args, kwargs)
         last = hidden[:, -1] if hidden.dim() == 3 else hidden
         if torch.compiler.is_compiling():
             torch.ops.recontrol.record(last, self._calls, self._key)

@@ -30,14 +30,9 @@ class Response:
 
 
 def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int], eos_ids: Collection[int], stop_strings: Sequence[str] = ()) -> Response:
-    """Find where a response ends: after its first end-of-sequence token, and before the first token that touches a stop string.
+    """Cut new tokens after the first end-of-sequence token, and before the first token that touches a stop string.
 
-    Args:
-        tokenizer: the language model's.
-        prompt_ids: the prompt, without padding.
-        new_ids: the new tokens, with whatever padding `generate` put behind them.
-        eos_ids: the end-of-sequence tokens.
-        stop_strings: strings at which the response is cut. One may begin in the middle of a token: that token goes too.
+    The prompt is without padding; the new tokens may have padding behind them. If a stop string begins in the middle of a token, that token goes too.
     """
     ids = list(new_ids)
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
@@ -50,14 +45,7 @@ def make_response(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
 
 
 def decode_after(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text that new tokens add to a prompt. Decoded alone, they would lose the first space with some tokenizers.
-
-    Args:
-        tokenizer: the language model's.
-        prompt_ids: the prompt, without padding.
-        new_ids: the new tokens.
-        skip_special_tokens: leave special tokens out of the text.
-    """
+    """The text that new tokens add to a prompt. Decoded alone, they would lose the first space with some tokenizers."""
     options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     context = list(prompt_ids[-CONTEXT_TOKENS:])
     before, whole = tokenizer.decode(context, **options), tokenizer.decode([*context, *new_ids], **options)
@@ -79,19 +67,13 @@ def _count_before_stop(tokenizer: Any, prompt_ids: Sequence[int], ids: list[int]
 
 
 class StopStrings(StoppingCriteria):
-    """Ends the generation of a row early once its new text holds a stop string.
-
-    Args:
-        tokenizer: the language model's.
-        stop_strings: the strings.
-        prompt_length: positions taken by the prompt, padding included.
-    """
+    """Ends the generation of a row once its new text holds a stop string; the first `prompt_length` positions are the prompt."""
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int):
         self.tokenizer = tokenizer
         self.stop_strings = list(stop_strings)
         self.prompt_length = prompt_length
-        # A token is at least a byte, so no stop string that ends in the newest token begins further back; some to spare.
+        # A token is at least a byte, so no stop string that ends in the newest token begins further back.
         self.window = max(len(stop.encode()) for stop in self.stop_strings) + CONTEXT_TOKENS
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoding of fixed batches at the lowest latency: a static cache that stays, and a decode step that is one CUDA graph, control included."""
+"""Decoding of fixed batches at the lowest latency: one static cache, and a decode step that is one CUDA graph, control included."""
 
 import copy
 import inspect
@@ -10,8 +10,9 @@ from transformers import CompileConfig, StaticCache
 
 from recontrol.ascent.backends import capturable
 from recontrol.decoding.batches import check_options, effective
-from recontrol.decoding.controller import CACHE_NAMES, Handle
-from recontrol.decoding.hooks import attachments, embedding_owner, output_embedding
+from recontrol.decoding.controller import Handle
+from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, output_embedding
+from recontrol.decoding.model_config import context_length, text_config
 
 # Modes of the compiler that record CUDA graphs.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -60,14 +61,13 @@ class StaticDecoder:
         self._embedding = output_embedding(model)
         owner = embedding_owner(model, self._embedding)
         self._cache_name = cache_name(owner)
-        config = owner.config.get_text_config(decoder=True)
-        context = getattr(config, "max_position_embeddings", None)
+        context = context_length(owner.config)
         if context is not None and max_tokens > context:
             raise ValueError(f"max_tokens is {max_tokens}, the context of this model {context}")
         self.model = model
         self.batch_size = batch_size
         self.max_tokens = max_tokens
-        self.cache = StaticCache(config=config, max_cache_len=max_tokens)
+        self.cache = StaticCache(config=text_config(owner.config), max_cache_len=max_tokens)
         self.compile_config = _compile_config(model, compile_config)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:
@@ -106,7 +106,7 @@ class StaticDecoder:
             return self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
 
     def _check_backend(self) -> None:
-        """Refuse what would break off the recording of a graph, in words that say why."""
+        """Refuse a backend that cannot be recorded in a graph."""
         if self.compile_config is None or self.compile_config.mode not in GRAPH_MODES or self.model.device.type == "cpu":
             return
         for handle in attachments(self._embedding):
@@ -118,11 +118,7 @@ class StaticDecoder:
 
 
 def cache_name(model: Any) -> str:
-    """What a model calls its key/value cache.
-
-    Raises:
-        TypeError: it has none that a static one can replace.
-    """
+    """The name of a model's key/value cache; a TypeError if it has none that a static one can replace."""
     parameters = inspect.signature(type(model).forward).parameters
     found = next((name for name in CACHE_NAMES if name in parameters and name != "cache_params"), None)
     if found is None:
@@ -136,6 +132,6 @@ def _compile_config(model: Any, given: CompileConfig | None) -> CompileConfig | 
         return None if on_cpu else CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
     chosen: Any = copy.copy(given)
     if on_cpu:
-        # Or transformers would pass over it there.
+        # Without this, transformers does not compile there.
         chosen._compile_all_devices = True
     return chosen

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,8 +13,7 @@ from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, check_options
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
-from recontrol.evaluation.cells import Cells
-from recontrol.evaluation.measure import Measure
+from recontrol.evaluation.measure import Cells, Measure
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, summarise
 from recontrol.methods.base import Method, Uncontrolled, check_uncontrolled, one_score, tensors_checksum
@@ -46,11 +45,10 @@ def evaluate(
     decoding: Decoding | None = None,
     **keywords: Any,
 ) -> list[Result]:
-    """Decode the same prompts by each method, and measure the responses.
+    """Decode the same prompts by each method, and measure the responses: one result for the uncontrolled model, then for each setting and each method.
 
     Every batch is decoded by all methods in turn from the same seed, each time beginning with another method, so that disturbances of the machine affect
-    all alike. With `out`, each batch of each method is a file there as soon as it is done. The same call continues with what is missing; one with more
-    methods or seeds adds them (their speed is then compared with that of the uncontrolled model at another time).
+    all alike. With `out`, the same call continues with what is missing; one with more methods or seeds adds them.
 
     Args:
         model: a causal language model with no controller attached.
@@ -59,27 +57,18 @@ def evaluate(
         value: the value function to climb; needed with `settings`. Its V is recorded along the responses of all methods.
         settings: pairs (step_size, steps): RE-Control with `value`.
         methods: others to compare, see `recontrol.methods`. The uncontrolled model is always measured and needs no mention.
-        reward: as for `collect`: a callable (prompts, responses) -> scores, a pair (sequence classifier, tokenizer), or
-            a name or path, or several of these.
-        encoder: sentence encoder for the coherence: a name or path for sentence-transformers, or an object with
-            `encode`; None leaves the coherence out.
+        reward: as for `collect`: a callable (prompts, responses) -> scores, a pair (sequence classifier, tokenizer), a name or path, or several of these.
+        encoder: of sentences, for the coherence: a name or path for sentence-transformers, or an object with `encode`; None leaves the coherence out.
         seeds: how many times all prompts are decoded; run i begins with `seed + 1000 i`, or beyond the batches of the run before it.
         head_weights: one weight a reward, where there are several: their weighted sum is reported, and climbed by `settings`.
         controller_options: further arguments of `Control` for `settings`, for example {"radius": 5.0}, and `backend` and `allow_other_model`.
-        out: folder for what is done; None keeps it in memory.
+        out: folder with a file for each batch of each method, as soon as it is done; None keeps it in memory.
         progress: show a progress bar.
         decoding: how; `batch_size` is 16 unless given, `seed` is that of the first run.
         keywords: settings of `Decoding` by name (max_new_tokens=64), and options of `model.generate` (do_sample=True); without do_sample the model is greedy.
 
-    Returns:
-        One result for the uncontrolled model, then one for each setting, then one for each method, in order.
-
-    Raises:
-        TypeError: `reward` is nothing that can be called.
-        ValueError: a controller is attached to the model, no prompts or too long ones (they are named), settings without
-            a value function or with a negative or NaN number in them, two methods of the same label, several rewards without `head_weights`, a reward
-            that returns NaN or the wrong count, or a folder with an evaluation of other settings.
-
+    Raises TypeError, ValueError: something is attached to the model, no prompts or too long ones, settings that are no control, two methods of the same
+    label, several rewards without `head_weights`, a reward that returns NaN or the wrong count, or a folder of other settings.
     Source: Kong et al. 2024, section 5 (evaluation metrics).
     """
     decoding = Decoding.of(decoding, **keywords)
@@ -88,27 +77,27 @@ def evaluate(
     measure = Measure(model, tokenizer, as_reward(reward), value, head_weights, encoder, decoding)
     if integer("seeds", seeds) < 1:
         raise ValueError(f"seeds must be an integer of at least 1, found {seeds!r}")
-    compared = [Uncontrolled(), *_settings(value, settings, head_weights, controller_options or {}), *methods]
+    compared = [Uncontrolled(), *_settings(value, settings or (), head_weights, **(controller_options or {})), *methods]
     _check(measure, compared, prompts)
-    batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    batches = [(number, list(prompts[start : start + batch_size])) for number, start in enumerate(range(0, len(prompts), batch_size))]
     # So far apart that no two runs share a batch's seed.
     runs = [decoding.seed + number * max(1000, len(batches)) for number in range(seeds)]
-    cells = Cells(out, _about(measure, prompts))
-    missing = [(method, run, number) for run in runs for number in range(len(batches)) for method in compared if cells.get(method, run, number) is None]
-    if missing:
+    cells = Cells(out, _about(measure, prompts), compared)
+    # Each batch begins with another method.
+    turns = [compared[number % len(compared) :] + compared[: number % len(compared)] for number, _ in batches]
+    todo = [(method, batch, run, number) for run in runs for number, batch in batches for method in turns[number] if not cells.known(method.label, run, number)]
+    if todo:
         measure = dataclasses.replace(measure, encoder=None if encoder is None else load_encoder(encoder))
-        todo = {method.label for method, _, _ in missing}
-        _warm_up(measure, [method for method in compared if method.label in todo], batches[0])
-    with tqdm(total=len(prompts) * len(compared) * seeds, unit="response", disable=not progress) as bar:
-        bar.update(bar.total - sum(len(batches[number]) for _, _, number in missing))
-        for run in runs:
-            for number, batch in enumerate(batches):
-                turn = number % len(compared)
-                for method in compared[turn:] + compared[:turn]:
-                    if cells.get(method, run, number) is None:
-                        cells.add(method, measure(method, batch, run, number, num_pieces=PIECES if number == 0 else 0))
-                        bar.update(len(batch))
-    rows = [[cells[method, run, number] for run in runs for number in range(len(batches))] for method in compared]
+        # Every method decodes a little: errors of a method or a reward show before the work, and threads and caches are ready.
+        few, first = dataclasses.replace(decoding, max_new_tokens=min(WARM_UP_TOKENS, decoding.max_new_tokens), seed=0), batches[0][1]
+        warm = [method.respond(model, tokenizer, first, few) for method in compared if any(method is each[0] for each in todo)]
+        one_score(checked_rewards(measure.reward, first, [response.text for response in warm[0].responses]), head_weights)
+    done = len(prompts) * len(compared) * seeds - sum(len(batch) for _, batch, _, _ in todo)
+    with tqdm(total=len(prompts) * len(compared) * seeds, initial=done, unit="response", disable=not progress) as bar:
+        for method, batch, run, number in todo:
+            cells.add(measure(method, batch, run, number, num_pieces=PIECES if number == 0 else 0))
+            bar.update(len(batch))
+    rows = [[cells[method.label, run, number] for run in runs for number, _ in batches] for method in compared]
     return [summarise(method, row, rows[0], head_weights) for method, row in zip(compared, rows, strict=True)]
 
 
@@ -130,22 +119,15 @@ def _about(measure: Measure, prompts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _settings(
-    value: ValueFunction | None, settings: Sequence[tuple[float, int]] | None, head_weights: Sequence[float] | None, options: dict[str, Any]
-) -> list[Method]:
+def _settings(value: ValueFunction | None, settings: Sequence[tuple[float, int]], head_weights: Sequence[float] | None, **options: Any) -> Iterator[ReControl]:
     """RE-Control by each pair."""
-    if not settings:
-        return []
-    if value is None:
-        raise ValueError("settings of control need a value function")
-    beside = {name: options[name] for name in ("backend", "allow_other_model") if name in options}
-    of_control = {name: option for name, option in options.items() if name not in beside}
-    methods: list[Method] = []
+    beside = {name: options.pop(name) for name in ("backend", "allow_other_model") if name in options}
     for step_size, steps in settings:
+        if value is None:
+            raise ValueError("settings of control need a value function")
         if step_size == 0 or steps == 0:
             raise ValueError(f"found the setting step_size {step_size}, steps {steps}: the uncontrolled model is always measured, leave it out")
-        methods.append(ReControl(Control(value, step_size, steps, head_weights=head_weights, **of_control), **beside))
-    return methods
+        yield ReControl(Control(value, step_size, steps, head_weights=head_weights, **options), **beside)
 
 
 def _check(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) -> None:
@@ -164,12 +146,3 @@ def _check(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) 
         if written != list(prompts):
             check_lengths(measure.model, measure.tokenizer, written, measure.decoding.max_new_tokens)
     check_uncontrolled(measure.model)
-
-
-def _warm_up(measure: Measure, methods: Sequence[Method], prompts: Sequence[str]) -> None:
-    """Let every method decode a little: errors of a method or a reward show before the work, and threads and caches are ready."""
-    few = dataclasses.replace(measure.decoding, max_new_tokens=min(WARM_UP_TOKENS, measure.decoding.max_new_tokens), seed=0)
-    for method in methods:
-        warm_up = method.respond(measure.model, measure.tokenizer, prompts, few)
-        if method is methods[0]:
-            one_score(checked_rewards(measure.reward, prompts, [response.text for response in warm_up.responses]), measure.head_weights)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.rewards.chat import ChatModel, Usage, marked, quoted
-from recontrol.data.rewards.templates import check_fields
+from recontrol.data.rewards.checks import check_fields
 
 INSTRUCTIONS = """\
 Two assistants, A and B, continued the same dialogue. Say whose response is better for the user, by these standards:
@@ -58,11 +57,9 @@ class Judgement:
 
     Attributes:
         verdicts: one a pair: 1 the response is better, 0 the other one is, 0.5 neither.
-        position_bias: among the pairs with both answers, the share where both name the same place, so that the order decided; None where the judge
-            has no order, or no pair was asked about.
+        position_bias: the share of the pairs with both answers that the order decided: both name the same place. None without an order or such pairs.
         unreadable: pairs that are ties because an answer could not be read.
-        usage: requests and tokens; None for a judge that sends nothing.
-        cost: in the currency of the prices; None without prices, or where the server does not count tokens.
+        usage, cost: requests and tokens, None for a judge that sends nothing, and their price, None without prices or counts of tokens.
     """
 
     verdicts: Sequence[float]
@@ -88,49 +85,22 @@ class PairwiseJudge:
 
         verdict = 1 if a(response, other) = 1 and a(other, response) = 0;  0 if a(response, other) = 0 and a(other, response) = 1;  else 0.5.
 
-    A judge that always prefers the first place thus gives ties. Equal responses are ties that are not asked about. Space around prompts
-    and responses is not shown. `ChatModel` describes requests and cache.
+    A judge that always prefers the first place thus gives ties. Equal responses are ties that are not asked about. Space around texts is not shown.
 
     Args:
         model: the name that the server knows the judge by.
-        base_url: of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI.
-        api_key: by default OPENAI_API_KEY; a server of your own may need none.
         instructions: the question, with {prompt}, {first} and {second} in it. It must ask for A (the first is better), B (the second) or C
             (neither): alone, in brackets, in a JSON object, or so in the first or last line of the answer.
-        cache: file for the answers, an SQLite database, made if absent; None keeps them in memory.
-        concurrency: requests at a time.
-        max_retries: how often a request that failed is sent again.
-        timeout: seconds to wait for an answer.
-        request: further fields of each request, those that only some servers know inside "extra_body"; by default {"temperature": 0}.
         price_per_million: (of tokens of questions, of tokens of answers), for `estimate` and the cost of a run.
-        unreadable: the share of different questions that may stay without a readable answer, for example because the judge refuses to read a
-            prompt; they count as "neither", are reported, and are asked again in the next run.
+        unreadable: the share of questions that may stay without a readable answer; they count as "neither", and are asked again in the next run.
+        chat: settings of `ChatModel`: base_url and api_key of the server, cache (an SQLite file of answers), concurrency, max_retries, timeout, request.
 
-    Attributes:
-        name: the model, and the start of the hash of the instructions when they are your own.
-
-    Raises:
-        ImportError: the extra `judge` (the package openai) is not installed.
-        ValueError: instructions that lack a field, wrong prices, a share outside [0, 1], a `concurrency` below 1, no key for OpenAI's
-            server, or a cache that is no such file.
-
+    Raises ImportError, ValueError: as `ChatModel`, instructions that lack a field, wrong prices, or a share outside [0, 1].
     Source: Kong et al. 2024, section 5 (GPT-4 as the judge of win rates).
     """
 
     def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        instructions: str = INSTRUCTIONS,
-        cache: str | os.PathLike | None = None,
-        concurrency: int = 8,
-        max_retries: int = 5,
-        timeout: float = 120.0,
-        request: dict[str, Any] | None = None,
-        price_per_million: tuple[float, float] | None = None,
-        unreadable: float = 0.05,
+        self, model: str, *, instructions: str = INSTRUCTIONS, price_per_million: tuple[float, float] | None = None, unreadable: float = 0.05, **chat: Any
     ):
         check_fields("instructions of the judge", instructions, {"prompt", "first", "second"})
         if price_per_million is not None and not (len(price_per_million) == 2 and all(math.isfinite(price) and price >= 0 for price in price_per_million)):
@@ -138,25 +108,11 @@ class PairwiseJudge:
         if not 0 <= unreadable <= 1:
             raise ValueError(f"unreadable is a share and must be from 0 to 1, found {unreadable}")
         self.model, self.instructions, self.price_per_million, self.unreadable = model, instructions, price_per_million, unreadable
-        self._chat = ChatModel(
-            model,
-            base_url=base_url,
-            api_key=api_key,
-            cache=cache,
-            concurrency=concurrency,
-            max_retries=max_retries,
-            timeout=timeout,
-            request=request,
-        )
+        self._chat = ChatModel(model, **chat)
         self.name = marked(f"judge {model}, pairwise", instructions, INSTRUCTIONS)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> Judgement:
-        """One verdict a pair, 1 where the response wins; tokens and cost are those of this call, without what the cache knew.
-
-        Raises:
-            ConnectionError: the server cannot be reached, refuses the request, or fails after all retries.
-            ValueError: too many answers cannot be read; one is quoted.
-        """
+        """One verdict a pair, 1 where the response wins; ConnectionError if the server fails, ValueError if too many answers cannot be read."""
         pairs = self._questions(prompts, responses, others)
         questions = [question for pair in pairs if pair for question in pair]
         answers, usage = self._chat.ask(questions, self._read, unreadable=int(self.unreadable * len(set(questions))))
@@ -184,11 +140,9 @@ class PairwiseJudge:
     def _questions(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> list[tuple[str, str] | None]:
         """The question in both orders; None for responses that are equal."""
         pairs: list[tuple[str, str] | None] = []
-        for prompt, response, other in zip(prompts, responses, others, strict=True):
-            prompt, response, other = prompt.strip(), response.strip(), other.strip()
-            ahead = self.instructions.format(prompt=prompt, first=response, second=other)
-            behind = self.instructions.format(prompt=prompt, first=other, second=response)
-            pairs.append(None if response == other else (ahead, behind))
+        for prompt, one, other in zip(*([text.strip() for text in texts] for texts in (prompts, responses, others)), strict=True):
+            ahead, behind = (self.instructions.format(prompt=prompt, first=first, second=second) for first, second in ((one, other), (other, one)))
+            pairs.append(None if one == other else (ahead, behind))
         return pairs
 
     def _read(self, answer: str | None) -> float:
@@ -204,11 +158,10 @@ class RewardJudge:
 
         verdict = 1 if r(prompt, response) > r(prompt, other);  0 if it is lower;  0.5 if they are equal.
 
-    The reward must be held out: one that the value function was trained on, or that chose the setting, measures over-optimisation along with
-    alignment. Equal responses to one prompt are scored once, so that rounding makes no winner.
+    Equal responses to one prompt are scored once, so that rounding makes no winner.
 
     Args:
-        reward: what `as_reward` accepts, with one score a response.
+        reward: what `as_reward` accepts, one score a response; held out, since one that was trained on or chose the setting measures over-optimisation too.
     """
 
     def __init__(self, reward: Any):
@@ -227,13 +180,10 @@ class RewardJudge:
 
 
 def choices(answer: str) -> set[str]:
-    """The choices in an answer, "A", "B", "C" or "TIE": by a letter in [[ ]], in a JSON object, or in its first or last line after </think>.
-
-    Several where the answer contradicts itself, none where it has no verdict.
-    """
+    """The choices in an answer, "A", "B", "C" or "TIE": by a letter in [[ ]], in a JSON object, or in its first or last line after </think>."""
     text = answer.rpartition("</think>")[2].strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # A small letter counts where it is all there is.
+    # A small letter counts alone.
     ends = [text.upper()] if len(text) == 1 else [line for line in (*lines[:1], *lines[-1:]) if len(line) <= LONGEST_LINE]
     matches = filter(None, map(LINE.fullmatch, ends))
     by_line = {(match["letter"] or match["better"]).upper() for match in matches}
@@ -241,7 +191,6 @@ def choices(answer: str) -> set[str]:
 
 
 def _named(written: str) -> set[str]:
-    """The choices among the values of a JSON object."""
     try:
         values = json.loads(written).values()
     except ValueError:

@@ -17,6 +17,8 @@ LONGEST_WORD = 30
 # Bootstrap resamples are drawn in blocks of at most this many indices, which bounds the memory.
 BLOCK = 4_000_000
 
+Numbers = Sequence[float] | np.ndarray | Tensor
+
 
 def words(text: str) -> list[str]:
     """Split a text into words and punctuation marks; what is longer than `LONGEST_WORD` is split into letters."""
@@ -30,11 +32,9 @@ def rep_n(tokens: Sequence[Any], n: int) -> float:
 
 
 def diversity(response: str | Sequence[Any]) -> float:
-    """prod_{n=2..4} (1 - rep_n), in [0, 1], of a text, split by `words`, or of a list of tokens; 0 without any token.
+    """prod_{n=2..4} (1 - rep_n), in [0, 1], of a text, split by `words`, or of a list of tokens; 0 without any token (Kong et al. 2024, section 5).
 
     The released code counts one n-gram more than there are, so its figures are lower: by about 3 % for a hundred words.
-
-    Source: Kong et al. 2024, section 5 (diversity).
     """
     tokens = words(response) if isinstance(response, str) else list(response)
     return float(np.prod([1 - rep_n(tokens, n) for n in (2, 3, 4)])) if tokens else 0.0
@@ -48,24 +48,20 @@ def load_encoder(encoder: Any) -> Any:
 
 
 def similarities(prompts: Sequence[str], responses: Sequence[str], encoder: Any) -> np.ndarray:
-    """Cosine of the sentence embeddings of each prompt and its response, e(x) . e(y) / (|e(x)| |e(y)|): (responses,), float64; 0 for a blank response.
-
-    Source: Kong et al. 2024, section 5 (coherence).
-    """
+    """e(x) . e(y) / (|e(x)| |e(y)|), e the sentence embeddings: (responses,), float64; 0 for a blank response (coherence, Kong et al. 2024, section 5)."""
     if len(prompts) != len(responses):
         raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(responses)} responses")
     if not responses:
         return np.zeros(0)
     # Several settings answer the same prompts: each text is encoded once.
-    texts = list(dict.fromkeys([*prompts, *responses]))
-    embeddings = np.asarray(load_encoder(encoder).encode(texts, show_progress_bar=False), dtype=np.float64)
+    texts, places = np.unique([*prompts, *responses], return_inverse=True)
+    embeddings = np.asarray(load_encoder(encoder).encode(texts.tolist(), show_progress_bar=False), dtype=np.float64)
     embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    place = {text: index for index, text in enumerate(texts)}
-    cosines = np.einsum("ij,ij->i", embeddings[[place[text] for text in prompts]], embeddings[[place[text] for text in responses]])
+    cosines = (embeddings[places[: len(prompts)]] * embeddings[places[len(prompts) :]]).sum(1)
     return np.where([bool(text.strip()) for text in responses], cosines.clip(-1, 1), 0.0)
 
 
-def bootstrap_interval(values: Sequence[float] | np.ndarray | Tensor, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Numbers, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """(low, high), percentile bootstrap interval of the mean at this level; a single value gives the same number twice."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:
@@ -82,13 +78,7 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray | Tensor, level: flo
     return float(low), float(high)
 
 
-def bootstrap_difference(
-    values: Sequence[float] | np.ndarray | Tensor,
-    others: Sequence[float] | np.ndarray | Tensor,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
+def bootstrap_difference(values: Numbers, others: Numbers, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Paired percentile bootstrap interval of mean(values - others), one number a prompt each: pairs are drawn, so the effect of a prompt cancels."""
     one, other = np.asarray(values, dtype=np.float64), np.asarray(others, dtype=np.float64)
     if one.shape != other.shape:

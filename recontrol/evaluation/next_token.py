@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recontrol.decoding.control import Control
 from recontrol.decoding.divergence import divergence
@@ -19,13 +19,10 @@ STATES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The effect of n steps on the next token, as means over states.
+    """The effect of `steps` steps of size `step_size` on the next token, as means over states.
 
     Attributes:
-        step_size: alpha.
-        steps: n.
-        value: V(h + u_n), with several heads their weighted sum, in V's own unit.
-        reward: the same in the unit of the reward, as V predicts it.
+        value, reward: V(h + u_n), with several heads their weighted sum, in V's own unit and in that of the reward.
         edit_norm: |u_n|.
         kl: KL(p || q) in nats, of the next-token distribution p of h + u_n and that of h, q, before temperature and the like.
     """
@@ -49,10 +46,10 @@ def path_of_steps(
     allow_other_model: bool = False,
     **settings: Any,
 ) -> list[PathPoint]:
-    """Mean V(h + u_n), |u_n| and KL(softmax(W_lm (h + u_n)) || softmax(W_lm h)) over states h, for each n.
+    """Mean V(h + u_n), |u_n| and KL(softmax(W_lm (h + u_n)) || softmax(W_lm h)) over states h: one point for each n, in order.
 
-    With the states of rollouts this is the frontier of the next token at the uncontrolled model's own prefixes, for the cost of the output embedding. For
-    whole responses, where control changes the prefixes too, use `evaluate`. Logits include what the model does after the output embedding.
+    With the states of rollouts this is the frontier of the next token at the uncontrolled model's own prefixes, for the cost of the output embedding;
+    control changes the prefixes too, which `evaluate` measures. Logits include what the model does after the output embedding.
 
     Args:
         model: the language model, without a `Controller`; it is left as it was.
@@ -64,13 +61,7 @@ def path_of_steps(
         allow_other_model: accept a value function that was trained on the states of another model.
         settings: further ones of `Control`: radius, target, head_weights.
 
-    Returns:
-        One point for each n, in order.
-
-    Raises:
-        TypeError: arguments of the wrong type, or a value function that does not go with the model's dtype.
-        ValueError: no states or of the wrong shape, no steps, a number that is negative or NaN, or a value function of another size, device or model.
-        RuntimeError: a `Controller` is attached, the backend cannot run here, or edits do not reach the logits.
+    Raises TypeError, ValueError, RuntimeError: as `Control` and `Controller.attach`, states of the wrong shape or none, or no steps.
     """
     controls = [Control(value, step_size, n, **settings) for n in steps]
     if not controls:
@@ -87,10 +78,8 @@ def path_of_steps(
             for place, control in enumerate(controls):
                 edited = climb(hidden, control, backend=backend)
                 heads = value(edited).double().cpu()
-                norms = (edited.double() - hidden.double()).norm(dim=-1)
-                moved = divergence(reading.logits(edited), plain)
-                rows = [heads @ weights, value.to_reward(heads) @ weights, norms.cpu(), moved.double().cpu()]
-                sums[place] += torch.stack([row.sum() for row in rows])
+                norms, moved = (edited.double() - hidden.double()).norm(dim=-1), divergence(reading.logits(edited), plain)
+                sums[place] += torch.stack([row.double().cpu().sum() for row in (heads @ weights, value.to_reward(heads) @ weights, norms, moved)])
     return [PathPoint(control.step_size, control.steps, *mean) for control, mean in zip(controls, (sums / len(states)).tolist(), strict=True)]
 
 
@@ -101,8 +90,7 @@ class _Reading(Editing):
         super().__init__(model)
         self._states: Tensor | None = None
         check_fit(self, value, allow_other_model)
-        with self._attaching():
-            self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
+        self.attach()
 
     def logits(self, states: Tensor) -> Tensor:
         """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
@@ -115,7 +103,6 @@ class _Reading(Editing):
         return output.logits[:, -1]
 
     @torch.compiler.disable
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._sign is not None:
-            return (args[0] * self._sign, *args[1:])
-        return None if self._states is None else (self._states[:, None], *args[1:])
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The given states in the place of the model's."""
+        return None if self._states is None else self._states[:, None]

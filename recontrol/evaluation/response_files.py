@@ -26,23 +26,19 @@ def read_responses(path: str | os.PathLike, method: str | None = None) -> list[L
     # Not splitlines, which also splits at characters such as U+2028 inside a text.
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     entries = [(number, _entry(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
-    found = sorted({str(entry["method"]) for _, entry in entries if "method" in entry})
-    listed = f"its methods are {', '.join(map(repr, found))}" if found else "its lines name no method"
-    if method is None and len(found) > 1:
+    names = sorted({str(entry["method"]) for _, entry in entries if "method" in entry})
+    listed = f"its methods are {', '.join(map(repr, names))}" if names else "its lines name no method"
+    if method is None and len(names) > 1:
         raise ValueError(f"{path} has the responses of several methods, say which one: {listed}")
-    if method is not None:
-        entries = [(number, entry) for number, entry in entries if str(entry.get("method")) == method]
+    entries = [(number, entry) for number, entry in entries if method is None or str(entry.get("method")) == method]
     if not entries:
-        raise ValueError(f"{path} has no responses" + (f" of the method {method!r}: {listed}" if method is not None else ""))
+        raise ValueError(f"{path} has no responses" + ("" if method is None else f" of the method {method!r}: {listed}"))
     seen: dict[tuple[Any, Any], int] = {}
     for number, entry in entries:
         key = (entry.get("seed"), entry.get("index"))
-        if key[1] is not None and key in seen:
-            raise ValueError(
-                f"{path}: lines {seen[key]} and {number} both have index {key[1]} and seed {key[0]}: "
-                "a file with the responses of several settings needs a field `method` that tells them apart"
-            )
-        seen[key] = number
+        if key[1] is not None and seen.setdefault(key, number) != number:
+            both = f"lines {seen[key]} and {number} both have index {key[1]} and seed {key[0]}"
+            raise ValueError(f"{path}: {both}: a file with the responses of several settings needs a field `method` that tells them apart")
     return [Line(entry["prompt"], entry["response"], entry.get("seed")) for _, entry in entries]
 
 
@@ -58,11 +54,10 @@ def pair_up(lines: Sequence[Line], others: Sequence[Line]) -> tuple[list[str], l
     keys = [(None, *key[1:]) if one_seed else key for key in _keys(lines, False)]
     missing = [number for number, key in enumerate(keys) if key not in table]
     if missing:
-        seed = "" if one_seed else f" and seed {lines[missing[0]].seed}"
-        raise ValueError(
-            f"{len(missing)} of {len(lines)} responses have no other one to the same prompt{seed}: {first_few(missing)}; found the prompt "
-            f"{lines[missing[0]].prompt[-200:]!r}, among others to prompts such as {others[0].prompt[-200:]!r}"
-        )
+        first = lines[missing[0]]
+        complaint = f"{len(missing)} of {len(lines)} responses have no other one to the same prompt{'' if one_seed else f' and seed {first.seed}'}"
+        found = f"found the prompt {first.prompt[-200:]!r}, among others to prompts such as {others[0].prompt[-200:]!r}"
+        raise ValueError(f"{complaint}: {first_few(missing)}; {found}")
     return [line.prompt for line in lines], [line.response for line in lines], [table[key] for key in keys]
 
 

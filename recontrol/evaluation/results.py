@@ -1,7 +1,7 @@
 """The result of a method on a set of prompts, over batches and seeds, and the paper's rule for choosing among settings."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,38 +19,28 @@ UNCONTROLLED = Uncontrolled.kind
 class Result:
     """The result of one method on a set of prompts.
 
-    Lists with an entry a response are in the order of the prompts, seed after seed. Intervals are 95 % percentile bootstrap intervals over prompts: the
-    seeds of a prompt are averaged first, since responses to the same prompt are not independent.
+    Lists with an entry a response are in the order of the prompts, seed after seed. Intervals, (low, high), are 95 % percentile bootstrap intervals over
+    prompts: the seeds of a prompt are averaged first, since responses to the same prompt are not independent.
 
     Args:
-        method: its label, "uncontrolled" for the model alone.
-        kind: the name that methods of different settings share.
-        settings: by name.
-        step_size: alpha; 0 unless the method is RE-Control alone.
-        steps: n; 0 likewise.
+        method, kind, settings: its label ("uncontrolled" for the model alone), the name that methods of other settings share, and the settings by name.
+        step_size, steps: alpha and n; 0 unless the method is RE-Control alone.
         seeds: how many.
-        reward: mean over responses; with several rewards of their weighted sum.
-        reward_interval: (low, high).
+        reward, reward_interval: mean over responses; with several rewards of their weighted sum.
         head_rewards: mean of each reward, where there are several; else empty.
         diversity: mean over responses of prod_{n=2..4} (1 - rep_n).
         coherence: mean cosine of the sentence embeddings of prompt and response; None without an encoder.
-        nll: nats a response token under the uncontrolled model, at temperature 1; None where no response has a token.
-        perplexity: exp(nll).
-        kl: nats a response, mean of sum_t KL(p_t || p0_t) along responses; None where a method does not show its distributions.
-        kl_interval: (low, high); None with `kl`.
+        nll, perplexity: nats a response token under the uncontrolled model, at temperature 1, and exp(nll); None where no response has a token.
+        kl, kl_interval: nats a response, mean of sum_t KL(p_t || p0_t) along responses; None where a method does not show its distributions.
         length: mean number of tokens kept in a response, the end-of-sequence token included.
         tokens_per_second: response tokens kept over the seconds of generation, without scoring and warm-up.
         cost: time of a decode step over that of the uncontrolled model for the same batch, median over batches.
-        added_seconds: time of a decode step minus the uncontrolled one's for the same batch, over the rows of the batch, median over batches: what
-            control adds to each token.
+        added_seconds: what control adds to each token: time of a decode step minus the uncontrolled one's, over the rows of the batch, median over batches.
         peak_bytes: peak memory during generation, beyond that before it; the largest of any batch.
         edit_norm: mean |u| over some responses' tokens, in units of the hidden state; None where no state is edited.
         value_end: mean of V at the states read for the last tokens, in the unit of the reward; None without V.
         training: the cost of training the method.
-        rewards: one a response.
-        kls: nats, one a response; empty with `kl` None.
-        responses: the texts.
-        answers: everything that is known of each response.
+        rewards, kls, responses, answers: of each response its reward, KL (empty with `kl` None), text, and everything that is known of it.
     """
 
     method: str
@@ -93,7 +83,7 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """The numbers by name, ready for JSON, without those of single responses."""
-        content = {name: entry for name, entry in asdict(self).items() if name not in ("rewards", "kls", "responses", "answers")}
+        content = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
         return {**content, "training": self.training._asdict()}
 
 
@@ -107,15 +97,14 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
     nll = sum(answer.nll for answer in answers) / tokens if tokens else None
     kls = [answer.kl for answer in answers if answer.kl is not None]
     kls = kls if len(kls) == len(answers) else []
-    pairs = list(zip(cells, base, strict=True))
-    extra = [(one.seconds / one.steps - other.seconds / other.steps) / len(one.answers) for one, other in pairs]
-    control = method.control if isinstance(method, ReControl) else None
+    step, base_step = (np.array([cell.seconds / cell.steps for cell in each]) for each in (cells, base))
+    step_size, steps = (method.control.step_size, method.control.steps) if isinstance(method, ReControl) else (0.0, 0)
     return Result(
         method=method.label,
         kind=method.kind,
         settings=method.settings,
-        step_size=0.0 if control is None else control.step_size,
-        steps=0 if control is None else control.steps,
+        step_size=step_size,
+        steps=steps,
         seeds=seeds,
         reward=float(rewards.mean()),
         reward_interval=bootstrap_interval(by_prompt(rewards, seeds)),
@@ -128,8 +117,8 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
         kl_interval=bootstrap_interval(by_prompt(np.array(kls), seeds)) if kls else None,
         length=tokens / len(answers),
         tokens_per_second=tokens / sum(cell.seconds for cell in cells),
-        cost=float(np.median([(one.seconds / one.steps) / (other.seconds / other.steps) for one, other in pairs])),
-        added_seconds=float(np.median(extra)),
+        cost=float(np.median(step / base_step)),
+        added_seconds=float(np.median((step - base_step) / [len(cell.answers) for cell in cells])),
         peak_bytes=max(cell.peak_bytes for cell in cells),
         edit_norm=_mean(cell.edit_norm for cell in cells),
         value_end=_mean(answer.values[-1] for answer in answers if answer.values),
@@ -147,21 +136,12 @@ def by_prompt(numbers: np.ndarray, seeds: int) -> np.ndarray:
 
 
 def choose(results: Sequence[Result]) -> Result:
-    """The setting with the largest coherence + diversity + average reward: the paper's rule, for validation prompts.
+    """The setting with the largest coherence + diversity + average reward: the paper's rule (Kong et al. 2024, section 5), for validation prompts.
 
-    The three are added as they are, so the scale of the reward decides how much of the others is given up for it. A
-    coherence that was not measured counts as 0 for all.
+    The scale of the reward decides how much of the others is given up for it. A coherence that was not measured counts as 0.
 
     Args:
-        results: from `evaluate`, of one kind of method and the uncontrolled model, which is no candidate.
-
-    Returns:
-        The best of the others, the first of equals.
-
-    Raises:
-        ValueError: there is no other.
-
-    Source: Kong et al. 2024, section 5 (choice of step size and number of updates).
+        results: from `evaluate`, of one kind of method and the uncontrolled model, which is no candidate; ValueError where there is no other.
     """
     candidates = [result for result in results if result.kind != UNCONTROLLED]
     if not candidates:

@@ -16,17 +16,10 @@ class WinRate:
 
     Attributes:
         rate: (wins + ties / 2) / pairs.
-        interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts; the pairs of one prompt, such as those of several
-            seeds, are drawn together, since they are not independent.
-        wins: pairs whose response is better.
-        ties: pairs where neither is.
-        losses: pairs whose other response is better.
-        position_bias: the share of pairs that the order decided, see `Judgement`; None where the judge has no order.
-        unreadable: pairs that are ties because an answer could not be read.
-        requests: that were sent and answered in this run; 0 where the judge sends none.
-        input_tokens: of these requests; None where the judge or its server does not say.
-        output_tokens: of the answers, likewise.
-        cost: of both, in the currency of the judge's prices; None without prices.
+        interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts: the pairs of one prompt are drawn together.
+        wins, ties, losses: pairs whose response is better, where neither is, whose other response is better.
+        position_bias, unreadable, cost: as in `Judgement`.
+        requests, input_tokens, output_tokens: sent and answered in this run, and their tokens; None where the judge or its server does not say.
         judge: its name.
         verdicts: one a pair, 1 for a win, 0.5 for a tie, 0 for a loss.
     """
@@ -52,26 +45,20 @@ class WinRate:
     def __str__(self) -> str:
         """Two or three lines for a reader."""
         low, high = self.interval
-        lines = [
-            f"win rate {self.rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}]",
-            f"wins {self.wins}, ties {self.ties}, losses {self.losses}, by {self.judge}",
+        bias, asked = self.position_bias is not None, self.position_bias is not None or self.requests > 0
+        parts = [
+            (True, f"win rate {self.rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}]\n"),
+            (True, f"wins {self.wins}, ties {self.ties}, losses {self.losses}, by {self.judge}"),
+            (bias, f"; the order decided {self.position_bias or 0:.1%} of the pairs"),
+            (self.unreadable, f"; no readable answer: {self.unreadable} of the ties"),
+            (asked, f"\n{self.requests} requests"),
+            (asked and self.input_tokens is not None, f", {self.input_tokens} tokens of questions and {self.output_tokens} of answers"),
+            (asked and self.cost is not None, f", cost {self.cost or 0:.4g}"),
         ]
-        if self.position_bias is not None:
-            lines[-1] += f"; the order decided {self.position_bias:.1%} of the pairs"
-        if self.unreadable:
-            lines[-1] += f"; no readable answer: {self.unreadable} of the ties"
-        if self.position_bias is not None or self.requests:
-            tokens = "" if self.input_tokens is None else f", {self.input_tokens} tokens of questions and {self.output_tokens} of answers"
-            lines.append(f"{self.requests} requests{tokens}" + ("" if self.cost is None else f", cost {self.cost:.4g}"))
-        return "\n".join(lines)
+        return "".join(text for shown, text in parts if shown)
 
 
-def win_rate(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    others: Sequence[str],
-    judge: Callable[..., Judgement | Sequence[float]],
-) -> WinRate:
+def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[str], judge: Callable[..., Judgement | Sequence[float]]) -> WinRate:
     """The share of pairs that the response wins: (wins + ties / 2) / pairs.
 
     Args:
@@ -80,48 +67,25 @@ def win_rate(
         others: what they are compared with: another method's, or the preferred ones from `load_prompts_with_preferred`.
         judge: a `PairwiseJudge`, a `RewardJudge`, or any function (prompts, responses, others) -> verdicts, one of 1, 0.5 and 0 a pair.
 
-    Raises:
-        ValueError: no pairs, different counts, or not one such verdict a pair.
-        ConnectionError: see `PairwiseJudge`.
-
+    Raises ValueError, ConnectionError: no pairs, different counts, not one such verdict a pair, or as the judge.
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
     if not prompts or not len(prompts) == len(responses) == len(others):
         raise ValueError(f"a win rate needs pairs: found {len(prompts)} prompts, {len(responses)} responses and {len(others)} others, wanted equally many")
-    judgement = judge(prompts, responses, others)
-    if not isinstance(judgement, Judgement):
-        judgement = Judgement(judgement)
+    found = judge(prompts, responses, others)
+    judgement = found if isinstance(found, Judgement) else Judgement(found)
     verdicts = [float(verdict) for verdict in judgement.verdicts]
     strange = sorted({verdict for verdict in verdicts if verdict not in (0, 0.5, 1)})
     if strange or len(verdicts) != len(prompts):
-        raise ValueError(
-            f"a judge must return 1, 0.5 or 0 for each of {len(prompts)} pairs, found {len(verdicts)} verdicts, among them {strange or 'no other'}"
-        )
-    usage = judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None)
+        wanted = f"1, 0.5 or 0 for each of {len(prompts)} pairs"
+        raise ValueError(f"a judge must return {wanted}, found {len(verdicts)} verdicts, among them {strange or 'no other'}")
     rate = sum(verdicts) / len(verdicts)
-    return WinRate(
-        rate=rate,
-        interval=bootstrap_interval(_by_prompt(prompts, verdicts, rate)),
-        wins=verdicts.count(1.0),
-        ties=verdicts.count(0.5),
-        losses=verdicts.count(0.0),
-        position_bias=judgement.position_bias,
-        unreadable=judgement.unreadable,
-        requests=usage.requests,
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        cost=judgement.cost,
-        judge=str(reward_name(judge)),
-        verdicts=verdicts,
-    )
-
-
-def _by_prompt(prompts: Sequence[str], verdicts: Sequence[float], rate: float) -> list[float]:
-    """Numbers whose mean is the rate, one a prompt: rate + sum over its pairs of (verdict - rate) * prompts / pairs.
-
-    Where every prompt has as many pairs, they are the means of its verdicts; else the rate is a ratio, and this is its linearisation.
-    """
-    sums: dict[str, float] = {}
+    # One number a prompt, whose mean is the rate: the means of its verdicts, and where prompts have different numbers of pairs the linearised ratio.
+    sums = dict.fromkeys(prompts, 0.0)
     for prompt, verdict in zip(prompts, verdicts, strict=True):
-        sums[prompt] = sums.get(prompt, 0.0) + verdict - rate
-    return [rate + difference * len(sums) / len(prompts) for difference in sums.values()]
+        sums[prompt] += verdict - rate
+    interval = bootstrap_interval([rate + each * len(sums) / len(prompts) for each in sums.values()])
+    wins, ties, losses = (verdicts.count(each) for each in (1.0, 0.5, 0.0))
+    told: dict[str, Any] = {name: getattr(judgement, name) for name in ("position_bias", "unreadable", "cost")}
+    told |= asdict(judgement.usage or Usage(requests=0, input_tokens=None, output_tokens=None))
+    return WinRate(rate, interval, wins, ties, losses, **told, judge=str(reward_name(judge)), verdicts=verdicts)

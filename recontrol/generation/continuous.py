@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from transformers.generation import configuration_utils
 
 from recontrol.decoding.hooks import embedding_owner, output_embedding
 from recontrol.generation.plan import Plan
-from recontrol.generation.requests import Options, Request
-from recontrol.generation.steering import Rows, Steering
+from recontrol.generation.request_editing import RequestEditing, Rows
+from recontrol.generation.requests import BatchDecoding
 
 # What transformers' continuous batching does with a generation config beside end-of-sequence tokens; it would pass over the rest.
 UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "bos_token_id", "generation_config"}
@@ -24,16 +24,16 @@ KNOWN_FROM, SLIDING_FROM = (5, 8), (5, 17)
 _PATIENCE = 0.2
 
 
-def why_not(model: Any, options: Options) -> str | None:
+def why_not(model: Any, decoding: BatchDecoding) -> str | None:
     """Why this cannot be generated in continuous batches; None where it can."""
     if release() < KNOWN_FROM or not callable(getattr(model, "init_continuous_batching", None)):
         return f"transformers {transformers.__version__} has no continuous batching of the kind that is known here (there is from {_dotted(KNOWN_FROM)} on)"
     if getattr(model, "_cached_continuous_batching_manager", None) is not None:
         return "the model keeps a manager of continuous batches; call its destroy_cached_continuous_batching_manager() first"
-    others = sorted(name for name, given in options.generation.items() if given is not None and name not in UNDERSTOOD)
+    others = sorted(name for name, given in decoding.options.items() if given is not None and name not in UNDERSTOOD)
     if others:
         return f"transformers' continuous batching takes no {', '.join(others)}"
-    wanted = _generation_config(model, options)
+    wanted = _generation_config(model, decoding)
     with warnings.catch_warnings():
         # Some processors want to see the prompts, which are not there yet.
         warnings.simplefilter("ignore")
@@ -59,35 +59,26 @@ def why_not(model: Any, options: Options) -> str | None:
     return None
 
 
-def tokens(model: Any, requests: Sequence[Request], plan: Plan, steering: Steering, options: Options) -> Generator[tuple[int, int | None], None, None]:
+def tokens(
+    model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding
+) -> Generator[tuple[int, int | None], None, None]:
     """Generate with transformers' continuous batching.
 
-    Args:
-        model: a causal language model for which `why_not` is None.
-        requests: the prompts.
-        plan: sizes of the cache and of a batch.
-        steering: attached hooks.
-        options: how responses are generated.
-
-    Yields:
-        (prompt, token), as tokens come if `options.streaming`, else when its response is finished, and (prompt, None) when it is.
-
-    Raises:
-        RuntimeError: transformers could not generate, with its reason.
+    Yields (prompt, token), as tokens come if `decoding.streaming`, else when its response is finished, and (prompt, None) when it is. A RuntimeError
+    has transformers' own reason.
     """
-    steered = any(request.control is not None for request in requests)
-    config = _batching_config(model, plan, options, steered=steered)
+    config = _batching_config(model, plan, decoding, steered=editing.steers)
     attention = model.config._attn_implementation
-    manager = model.init_continuous_batching(generation_config=_generation_config(model, options), continuous_batching_config=config)
-    watched = options.streaming or options.ends is not None
-    counts = dict.fromkeys(range(len(requests)), 0)
-    if steered:
-        steering.source = _Source(manager)
+    manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
+    watched = decoding.streaming or decoding.ends is not None
+    counts = dict.fromkeys(range(len(prompts)), 0)
+    if editing.steers:
+        editing.source = _source(manager)
     manager.start()
     try:
-        eos = sorted(options.eos_ids) or -1
-        for index, request in enumerate(requests):
-            manager.add_request(request.ids, request_id=str(index), max_new_tokens=options.max_new_tokens, streaming=watched, eos_token_id=eos)
+        eos = sorted(decoding.eos_ids) or -1
+        for index, ids in enumerate(prompts):
+            manager.add_request(ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
         while counts:
             result = manager.get_result(timeout=_PATIENCE)
             if result is None:
@@ -104,7 +95,7 @@ def tokens(model: Any, requests: Sequence[Request], plan: Plan, steering: Steeri
             stopped = False
             for place in range(counts[index], len(new)):
                 yield index, new[place]
-                stopped = options.ends is not None and options.ends(new[: place + 1])
+                stopped = decoding.ends is not None and decoding.ends(new[: place + 1])
                 if stopped:
                     break
             counts[index] = len(new)
@@ -117,33 +108,28 @@ def tokens(model: Any, requests: Sequence[Request], plan: Plan, steering: Steeri
         for index in counts:
             manager.cancel_request(str(index))
         manager.stop(block=True)
-        # Some releases leave it paged, which a plain call of the model does not bear.
+        # Some releases leave it paged, with which a plain call of the model fails.
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
 
 
-class _Source:
-    """Says which rows of a forward call belong to which request of a manager of continuous batches.
+def _source(manager: Any) -> Callable[[dict[str, Any]], Rows | None]:
+    """A function that says which rows of a forward call belong to which request of transformers' manager; None if the call is not the manager's.
 
-    The manager lists the requests that get a new token in the order of their states. Where the model is told which states to keep, it keeps these;
-    where it is not, all tokens of the batch go through the output embedding, and only the states at these places are read.
-
-    Args:
-        manager: of transformers.
+    The manager lists the requests that get a new token in the order of their states. If the model is told which states to keep, it keeps these;
+    otherwise all tokens of the batch go through the output embedding, and only the states at these places are read.
     """
 
-    def __init__(self, manager: Any):
-        self.manager = manager
-
-    def __call__(self, kwargs: dict[str, Any]) -> Rows | None:
-        """The rows; None if the call is none of the manager's."""
-        processor = self.manager.batch_processor
-        if processor is None or kwargs.get("cache") is not processor.cache:
+    def rows(given: dict[str, Any]) -> Rows | None:
+        processor = manager.batch_processor
+        if processor is None or given.get("cache") is not processor.cache:
             return None
         positions = processor.inputs_and_outputs.req_id_to_new_token_position
-        kept = isinstance(kwargs.get("logits_to_keep"), torch.Tensor)
+        kept = isinstance(given.get("logits_to_keep"), torch.Tensor)
         places = list(range(len(positions))) if kept else list(positions.values())
         return Rows([int(name) for name in positions], places, last=False)
+
+    return rows
 
 
 def release() -> tuple[int, int]:
@@ -156,15 +142,15 @@ def _dotted(found: tuple[int, int]) -> str:
     return ".".join(map(str, found))
 
 
-def _generation_config(model: Any, options: Options) -> GenerationConfig:
+def _generation_config(model: Any, decoding: BatchDecoding) -> GenerationConfig:
     """A generation config of its own, since transformers writes into the one it is given."""
-    config = copy.deepcopy(options.generation.get("generation_config") or model.generation_config)
-    config.update(**{name: given for name, given in options.generation.items() if name != "generation_config"})
-    config.update(max_new_tokens=options.max_new_tokens, eos_token_id=sorted(options.eos_ids) or -1, pad_token_id=options.pad_id)
+    config = copy.deepcopy(decoding.options.get("generation_config") or model.generation_config)
+    config.update(**{name: given for name, given in decoding.options.items() if name != "generation_config"})
+    config.update(max_new_tokens=decoding.max_new_tokens, eos_token_id=sorted(decoding.eos_ids) or -1, pad_token_id=decoding.pad_id)
     return config
 
 
-def _batching_config(model: Any, plan: Plan, options: Options, *, steered: bool) -> Any:
+def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered: bool) -> Any:
     """The settings, in the words of the installed release."""
     # By name, since older releases have none.
     config_class = configuration_utils.ContinuousBatchingConfig
@@ -175,7 +161,7 @@ def _batching_config(model: Any, plan: Plan, options: Options, *, steered: bool)
         "num_blocks": plan.blocks,
         "max_batch_tokens": plan.batch_tokens,
         "max_requests_per_batch": plan.batch_size,
-        "seed": options.seed,
+        "seed": decoding.seed,
         # On the CPU it would look for kernels that are for GPUs.
         "auto_switch_to_flash": model.device.type != "cpu",
     }

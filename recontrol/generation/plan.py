@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from recontrol.decoding.packing import byte_count, cache_bytes_per_token, pack_by_length
+from recontrol.checks import first_few, integer, required
+from recontrol.decoding.model_config import cache_bytes_per_token
+from recontrol.decoding.packing import byte_count, pack_by_length
 
 # Tokens of a block: what attention kernels on a GPU want, and elsewhere little, so that little is wasted.
 GPU_BLOCK_TOKENS, BLOCK_TOKENS = 256, 16
@@ -22,24 +24,20 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """How prompts are batched under a budget for the key/value cache.
+    """How prompts are batched under a budget for the key/value cache."""
 
-    Attributes:
-        bytes_per_token: of cache, over all layers.
-        budget: bytes that the cache may take.
-        lengths: tokens of each prompt when its response is finished.
-        block_tokens: tokens of a block of paged cache.
-        blocks: in the paged cache: what the budget allows, or fewer if all prompts need no more.
-        batch_tokens: tokens that go through the model at once at most, in continuous batches.
-        batch_size: prompts decoded at once at most.
-    """
-
+    # Of the cache, over all layers.
     bytes_per_token: int
+    # Bytes that the cache may take.
     budget: int
+    # Tokens of each prompt when its response is finished.
     lengths: tuple[int, ...]
+    # Tokens of a block of paged cache, and how many blocks: what the budget allows, or fewer if all prompts need no more.
     block_tokens: int
     blocks: int
+    # Tokens that go through the model at once at most, in continuous batches.
     batch_tokens: int
+    # Prompts decoded at once at most.
     batch_size: int
 
     @property
@@ -63,22 +61,14 @@ class Plan:
         return min(self.batch_size, len(self.lengths), int(self.blocks / (sum(self.blocks_needed) / len(self.lengths))))
 
     def static_batches(self) -> list[list[int]]:
-        """The prompts of each padded batch, the longest first.
-
-        Raises:
-            ValueError: prompts that do not fit even alone; they are named.
-        """
+        """The prompts of each padded batch, the longest first; prompts that do not fit even alone are refused by name."""
         return pack_by_length(self.lengths, self.budget, self.bytes_per_token, largest=self.batch_size)
 
     def checked(self) -> "Plan":
-        """This plan, unless there are prompts that do not fit into the paged cache even alone.
-
-        Raises:
-            ValueError: they are named.
-        """
+        """This plan; prompts that do not fit into the paged cache even alone are refused by name."""
         alone = [index for index, needed in enumerate(self.blocks_needed) if needed > self.blocks]
         if alone:
-            named = ", ".join(f"{index} ({self.lengths[index]} tokens)" for index in alone[:8]) + (", ..." if len(alone) > 8 else "")
+            named = first_few([f"{index} ({self.lengths[index]} tokens)" for index in alone])
             raise ValueError(
                 f"{len(alone)} prompts do not fit into {self.blocks} blocks of {self.block_tokens} tokens even alone: {named}; give a larger cache_budget"
             )
@@ -89,6 +79,7 @@ class Plan:
         need = sum(self.blocks_needed)
         batches = self.static_batches()
         padded = sum(len(batch) * max(self.lengths[index] for index in batch) for batch in batches)
+        padding = f"{1 - sum(self.lengths) / padded:.0%} of their cache is padding"
         lines = [
             ("cache of a token", f"{self.bytes_per_token} bytes over all layers"),
             ("budget", f"{self.budget} bytes, {self.budget // self.bytes_per_token} tokens"),
@@ -96,10 +87,7 @@ class Plan:
             ("blocks", f"{self.blocks} of {self.block_tokens} tokens ({self.block_bytes} bytes each); all prompts at once need {need}"),
             ("at once", f"{self.longest_at_once} as long as the longest, {self.average_at_once} of average length, {self.batch_size} at most"),
             ("tokens a step", f"{self.batch_tokens} at most"),
-            (
-                "static batches",
-                f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {1 - sum(self.lengths) / padded:.0%} of their cache is padding",
-            ),
+            ("static batches", f"{len(batches)}, the largest of {max(map(len, batches))} prompts; {padding}"),
         ]
         return "\n".join(f"{name + ':':<18}{text}" for name, text in lines)
 
@@ -118,17 +106,7 @@ def make_plan(
 
         blocks = min(budget // (block_tokens * bytes_per_token), sum of what the prompts need)
 
-    Args:
-        config: of the language model.
-        dtype: of its states.
-        lengths: tokens of each prompt when its response is finished: those of the prompt and those that may be generated.
-        device: where the cache will be.
-        cache_budget: bytes for the cache, or a text such as "8GiB"; by default half of the memory that is free.
-        batch_size: prompts decoded at once at most; by default 32 on the CPU, and on a GPU no limit but the cache.
-        block_tokens: tokens of a block of paged cache; by default 256 on a GPU, else 16.
-
-    Raises:
-        ValueError: a number that is not above 0, no prompts, a budget smaller than a block, or a config that does not tell the sizes of its cache.
+    `lengths` are the tokens of each prompt when its response is finished; the other settings are those of `recontrol.generate`.
     """
     on_gpu = torch.device(device).type == "cuda"
     if not lengths:
@@ -136,7 +114,7 @@ def make_plan(
     # Attention kernels on a GPU take blocks of this size; others have a smallest size of 4.
     block_tokens = (GPU_BLOCK_TOKENS if on_gpu else BLOCK_TOKENS) if block_tokens is None else block_tokens
     for name, given, least in (("batch_size", batch_size, 1), ("block_tokens", block_tokens, 4)):
-        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):
+        if given is not None and integer(name, given) < least:
             raise ValueError(f"{name} must be an integer of at least {least}, found {given!r}")
     per_token = cache_bytes_per_token(config, dtype)
     budget = int(FREE_SHARE * free_bytes(device)) if cache_budget is None else byte_count(cache_budget)
@@ -151,7 +129,7 @@ def make_plan(
 
 
 def tells_its_cache(config: Any) -> bool:
-    """Whether a model's config tells the sizes of its key/value cache; one of recurrent layers only does not."""
+    """Whether a model's config has the sizes of its key/value cache; one of recurrent layers only has none."""
     try:
         cache_bytes_per_token(config, torch.float32)
     except ValueError:
@@ -167,4 +145,11 @@ def batches_of(lengths: Sequence[int], batch_size: int | None) -> list[list[int]
 def free_bytes(device: str | torch.device) -> int:
     """Memory that is free on a device now."""
     place = torch.device(device)
-    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    try:
+        found = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        # Not on Linux.
+        return required("psutil", "train").virtual_memory().available
+    return 1024 * int(found["MemAvailable"].split()[0])

@@ -1,34 +1,24 @@
 """What goes into a batched generation and what comes out of it, prompt by prompt."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
 import torch
 
+from recontrol.checks import first_few
+from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
+from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One prompt on its way.
-
-    Attributes:
-        ids: its tokens.
-        control: what is done to its states, None for nothing.
-    """
-
-    ids: list[int]
-    control: Control | None
 
 
 @dataclass
 class Trace:
     """What control did to one response; entry t of each list belongs to its token t.
 
-    Attributes:
+    Args:
         value_before: V(o_t), with several heads their weighted sum.
         value_after: V(o_t + u_t).
         edit_norm: |u_t|, of the edit as the model read it, in the model's dtype.
@@ -41,6 +31,12 @@ class Trace:
     edit_norm: list[float] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
 
+    def add_edit(self, value_before: float, value_after: float, edit_norm: float) -> None:
+        """Add what the edit of one more state did."""
+        self.value_before.append(value_before)
+        self.value_after.append(value_after)
+        self.edit_norm.append(edit_norm)
+
     def cut(self, tokens: int) -> "Trace":
         """The first entries, as many as there are tokens."""
         return Trace(self.value_before[:tokens], self.value_after[:tokens], self.edit_norm[:tokens], self.divergence[:tokens])
@@ -50,7 +46,7 @@ class Trace:
 class Generation(Response):
     """One response of `recontrol.generate`.
 
-    Attributes:
+    Args:
         token_ids: the tokens kept; the end-of-sequence token, if there is one, is the last.
         text: what the tokens add to the prompt's text, without special tokens.
         finish: "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
@@ -78,37 +74,19 @@ class StreamedToken:
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
-    """How all responses are generated.
+class BatchDecoding(Decoding):
+    """A decoding, and what follows from the model and its tokenizer."""
 
-    Attributes:
-        max_new_tokens: length of a response at most.
-        generation: options of `model.generate`: sampling and the like.
-        eos_ids: end-of-sequence tokens.
-        pad_id: fills up the rows of a padded batch.
-        stop_strings: strings at which a response is cut.
-        ends: whether the newest token completes a stop string; None where there are no stop strings.
-        streaming: whether tokens are wanted as they come.
-        seed: of sampling.
-    """
-
-    max_new_tokens: int
-    generation: Mapping[str, Any]
-    eos_ids: frozenset[int]
-    pad_id: int
-    stop_strings: tuple[str, ...]
-    ends: Callable[[list[int]], bool] | None
-    streaming: bool
-    seed: int
+    eos_ids: frozenset[int] = frozenset()
+    pad_id: int = 0
+    # Whether the newest token completes a stop string; None without stop strings.
+    ends: Callable[[list[int]], bool] | None = None
+    # Whether tokens are handed over as they come.
+    streaming: bool = False
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """The tokens of each prompt, texts tokenised.
-
-    Raises:
-        TypeError: something that is neither a list of texts nor one of lists of token ids; it is named.
-        ValueError: no prompts, or prompts without tokens; they are named.
-    """
+    """The tokens of each prompt, texts tokenised; what is no text and no list of token ids, or empty, is refused by place."""
     wanted = "prompts must be a list of texts, or of lists of token ids"
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise TypeError(f"{wanted}, found {type(prompts).__name__}: {prompts!r:.40}")
@@ -126,21 +104,17 @@ def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[li
         found.append([int(token) for token in listed])
     empty = [index for index, ids in enumerate(found) if not ids]
     if empty:
-        raise ValueError(f"{len(empty)} prompts have no tokens: {', '.join(map(str, empty[:8]))}{', ...' if len(empty) > 8 else ''}")
+        raise ValueError(f"{len(empty)} prompts have no tokens: {first_few(empty)}")
     return found
 
 
 def listed_controls(control: Control | Sequence[Control | None] | None, count: int) -> list[Control | None]:
-    """One control a prompt, from one for all or a list.
-
-    Raises:
-        TypeError: something that is no control; it is named.
-        ValueError: a list of another length than that of the prompts.
-    """
+    """One control a prompt, from one for all or a list."""
     several = isinstance(control, Sequence) and not isinstance(control, str)
     controls: list[Any] = list(control) if isinstance(control, Sequence) and several else [control] * count
     for index, given in enumerate(controls):
-        if given is not None and not isinstance(given, Control):
+        # What else a controller is set to would have no effect here.
+        if given is not None and (not isinstance(given, Control) or isinstance(given, Controller)):
             place = f" at {index}" if several else ""
             raise TypeError(f"control must be a recontrol.Control, None, or a list of them, one a prompt; found {type(given).__name__}{place}")
     if len(controls) != count:

@@ -9,48 +9,30 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from recontrol.generation.requests import Options, Request
-from recontrol.generation.steering import Rows, Steering
-
-# What the thread that decodes says last.
-_DONE = None
+from recontrol.decoding.batches import left_padded
+from recontrol.generation.request_editing import RequestEditing, Rows
+from recontrol.generation.requests import BatchDecoding
 
 
 def tokens(
-    model: Any, requests: Sequence[Request], batches: Sequence[Sequence[int]], steering: Steering, options: Options
+    model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding
 ) -> Generator[tuple[int, int | None], None, None]:
-    """Generate batch by batch.
-
-    Args:
-        model: a causal language model.
-        requests: the prompts.
-        batches: which prompts go together.
-        steering: attached hooks.
-        options: how responses are generated.
-
-    Yields:
-        (prompt, token) as tokens come, and (prompt, None) when its response is finished.
-
-    Raises:
-        What `model.generate` raises.
-    """
+    """Generate batch by batch; yields (prompt, token) as tokens come, and (prompt, None) when its response is finished."""
     for batch in batches:
-        yield from _batch(model, batch, [requests[index].ids for index in batch], steering, options)
+        yield from _batch(model, batch, [prompts[index] for index in batch], editing, decoding)
 
 
-def _batch(model: Any, batch: Sequence[int], ids: list[list[int]], steering: Steering, options: Options) -> Generator[tuple[int, int | None], None, None]:
-    width = max(map(len, ids))
-    # On the left, so that the last position is the prompt's last for every row.
-    inputs = torch.tensor([[options.pad_id] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    # `generate` returns when all is done, so it runs in a thread of its own, and hands over each token when there is one.
+def _batch(
+    model: Any, batch: Sequence[int], ids: list[list[int]], editing: RequestEditing, decoding: BatchDecoding
+) -> Generator[tuple[int, int | None], None, None]:
+    # `generate` returns when all is done, so it runs in a thread of its own, and hands over each token when there is one; None comes last.
     found: queue.SimpleQueue[tuple[int, int | None] | BaseException | None] = queue.SimpleQueue()
-    watcher = _Watcher(batch, found, options)
-    thread = threading.Thread(target=_run, args=(model, inputs, mask, watcher, options), daemon=True)
-    steering.source = lambda kwargs: watcher.rows() if threading.current_thread() is thread else None
+    watcher = _Watcher(batch, found, decoding)
+    thread = threading.Thread(target=_run, args=(model, ids, watcher, decoding), daemon=True)
+    editing.source = lambda given: watcher.rows() if threading.current_thread() is thread else None
     thread.start()
     try:
-        while (entry := found.get()) is not _DONE:
+        while (entry := found.get()) is not None:
             if isinstance(entry, BaseException):
                 raise entry
             yield entry
@@ -59,36 +41,31 @@ def _batch(model: Any, batch: Sequence[int], ids: list[list[int]], steering: Ste
         thread.join()
 
 
-def _run(model: Any, inputs: Tensor, mask: Tensor, watcher: "_Watcher", options: Options) -> None:
+def _run(model: Any, ids: list[list[int]], watcher: "_Watcher", decoding: BatchDecoding) -> None:
     try:
+        inputs, mask = left_padded(ids, decoding.pad_id, model.device)
         with torch.no_grad():
             model.generate(
                 input_ids=inputs,
                 attention_mask=mask,
-                max_new_tokens=options.max_new_tokens,
+                max_new_tokens=decoding.max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([watcher]),
-                # Of rows that change from step to step no compiled code knows.
-                **{"pad_token_id": options.pad_id, "disable_compile": True, **options.generation},
+                # Compiled code knows nothing of rows that change from step to step.
+                **{"pad_token_id": decoding.pad_id, "disable_compile": True, **decoding.options},
             )
     except BaseException as error:
         watcher.found.put(error)
     finally:
-        watcher.found.put(_DONE)
+        watcher.found.put(None)
 
 
 class _Watcher(StoppingCriteria):
-    """Hands over the new tokens of the rows of one batch, and knows which rows are not finished.
+    """Puts the new tokens of the rows of one batch into a queue, and knows which rows are not finished."""
 
-    Args:
-        batch: the prompt of each row.
-        found: where the tokens go.
-        options: when a row is finished.
-    """
-
-    def __init__(self, batch: Sequence[int], found: "queue.SimpleQueue[Any]", options: Options):
+    def __init__(self, batch: Sequence[int], found: "queue.SimpleQueue[Any]", decoding: BatchDecoding):
         self.batch = list(batch)
         self.found = found
-        self.options = options
+        self.decoding = decoding
         self.abandoned = False
         self.live = list(range(len(batch)))
         self._new: list[list[int]] = [[] for _ in batch]
@@ -105,8 +82,8 @@ class _Watcher(StoppingCriteria):
             new = self._new[row]
             new.append(newest[row])
             self.found.put((self.batch[row], newest[row]))
-            stopped = self.options.ends is not None and self.options.ends(new)
-            if newest[row] in self.options.eos_ids or len(new) == self.options.max_new_tokens or stopped:
+            stopped = self.decoding.ends is not None and self.decoding.ends(new)
+            if newest[row] in self.decoding.eos_ids or len(new) == self.decoding.max_new_tokens or stopped:
                 self.found.put((self.batch[row], None))
             else:
                 live.append(row)

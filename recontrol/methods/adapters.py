@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,7 @@ from recontrol.checks import required
 from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import forget_compiled
-from recontrol.files import read_json, write_json
+from recontrol.files import read_json
 from recontrol.methods.base import Method, Training
 
 EXTRA = "fine-tuning"
@@ -30,11 +30,9 @@ class FineTuningRun:
     """A finished run; in its folder as `fine_tuning.json`, beside the adapter.
 
     Attributes:
-        path: the folder of the adapter, as `peft.PeftModel.from_pretrained` takes it.
-        settings: all that the result depends on.
+        path, settings: the folder of the adapter, as `peft.PeftModel.from_pretrained` takes it, and all that the result depends on.
         trainable_parameters: how many numbers were trained.
-        seconds: wall-clock time of training, over all sessions of a run that was stopped; without sampling the pairs of DPO.
-        peak_bytes: peak memory, beyond that in use before: allocated on the CUDA device, else resident memory of the process.
+        seconds, peak_bytes: of training, over all sessions of a run that was stopped, without sampling the pairs of DPO; memory beyond that before.
         history: one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
     """
 
@@ -55,28 +53,18 @@ class FineTuningRun:
             raise ValueError(f"{file} is not the record of a run of fine-tuning: found format {found!r}, wanted {FORMAT!r}")
         return cls(path=Path(path), **content)
 
-    def write(self, folder: Path) -> None:
-        """Write the record beside an adapter."""
-        content = asdict(self)
-        del content["path"]
-        write_json(folder / RECORD_NAME, {"format": FORMAT, **content})
-
 
 @contextlib.contextmanager
 def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
-    """Inside the block the layers of `model` compute W x + (alpha / rank) B A x, with A and B of the LoRA adapter in `path` (Hu et al. 2021, section 4.1).
-
-    The adapter is not merged into the weights. Afterwards, also after an exception, the model's modules, flags and attributes are those from before.
-    """
+    """Inside the block the layers of `model` compute W x + (alpha / rank) B A x, with A and B of the LoRA adapter in `path`; afterwards all is as before."""
     peft = required("peft", EXTRA)
     folder = Path(path)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: wanted a folder with {CONFIG_NAME} in it")
     check_plain(model)
-    if (folder / RECORD_NAME).is_file():
-        other = difference(FineTuningRun.read(folder).settings["base_model"], model)
-        if other:
-            raise ValueError(f"the adapter in {folder} was trained on another model: {other}")
+    other = difference(FineTuningRun.read(folder).settings["base_model"], model) if (folder / RECORD_NAME).is_file() else None
+    if other:
+        raise ValueError(f"the adapter in {folder} was trained on another model: {other}")
     modules = [(module, dict(module._modules)) for module in model.modules()]
     attributes = set(vars(model))
     with evaluation_mode(model), flags_kept(model):
@@ -97,16 +85,10 @@ def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class FineTuned(Method):
-    """The language model with a LoRA adapter, put on for each batch and taken off again.
+    """The language model with a LoRA adapter, put on for each batch and taken off again (Kong et al. 2024, section 5; Hu et al. 2021, section 4.1).
 
     Args:
-        path: a folder that `train_dpo` or `train_rl` has written.
-
-    Raises:
-        FileNotFoundError: it holds no run.
-        ValueError: its record is damaged.
-
-    Source: Kong et al. 2024, section 5 (comparison with fine-tuning).
+        path: a folder that `train_dpo` or `train_rl` has written; FileNotFoundError or ValueError where it holds no run.
     """
 
     path: str | os.PathLike
@@ -123,13 +105,12 @@ class FineTuned(Method):
     @property
     def kind(self) -> str:  # type: ignore[override]
         """The algorithm of the fine-tuning."""
-        algorithm = str(self.run.settings.get("algorithm"))
-        return NAMES.get(algorithm, algorithm)
+        return NAMES[self.run.settings["algorithm"]]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The price of divergence, and the learning rate."""
-        return {"beta": self.run.settings.get("beta"), "learning rate": self.run.settings.get("learning_rate")}
+        return {"beta": self.run.settings["beta"], "learning rate": self.run.settings["learning_rate"]}
 
     @property
     def identity(self) -> Any:
@@ -150,7 +131,7 @@ class FineTuned(Method):
 
 def check_plain(model: Any) -> None:
     """Refuse a model that has adapters; the first is named."""
-    layer = required("peft.tuners.tuners_utils", EXTRA).BaseTunerLayer
+    layer = required("peft", EXTRA).tuners.tuners_utils.BaseTunerLayer
     found = next((name for name, module in model.named_modules() if isinstance(module, layer)), None)
     if found is not None:
         raise ValueError(f"the model must have no adapter, found one on {found}: merge it or take it off first")

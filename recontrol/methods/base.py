@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -19,13 +18,7 @@ from recontrol.decoding.hooks import attachments, output_embedding
 
 
 class Training(NamedTuple):
-    """What it took to train a method.
-
-    Attributes:
-        parameters: numbers that were trained; 0 where nothing was.
-        seconds: wall-clock time of the training; None where it is not known.
-        peak_bytes: peak memory, beyond that of the process before; None where it is not known.
-    """
+    """The cost of training a method: numbers that were trained, wall-clock seconds, peak memory beyond that before; None for what is not known."""
 
     parameters: int = 0
     seconds: float | None = 0.0
@@ -40,16 +33,14 @@ def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def one_score(rewards: Tensor, head_weights: Sequence[float] | None) -> Tensor:
+def one_score(rewards: Tensor, head_weights: Sequence[float] | None, name: str = "head_weights") -> Tensor:
     """(responses, num_heads) -> (responses,), float64: sum_k head_weights[k] * rewards[:, k]; None for the weights of a single head."""
     heads = rewards.shape[1]
-    if head_weights is None:
-        if heads != 1:
-            raise ValueError(f"found {heads} rewards a response: give head_weights, {heads} numbers")
-        return rewards[:, 0].double()
-    weights = [number("head_weights", weight) for weight in several("head_weights", head_weights)]
+    if head_weights is None and heads != 1:
+        raise ValueError(f"found {heads} rewards a response: give {name}, {heads} numbers")
+    weights = [1.0] if head_weights is None else [number(name, weight) for weight in several(name, head_weights)]
     if len(weights) != heads:
-        raise ValueError(f"head_weights must be {heads} numbers, one a reward, found {len(weights)}")
+        raise ValueError(f"{name} must be {heads} numbers, one a reward, found {len(weights)}")
     return rewards.double() @ torch.tensor(weights, dtype=torch.float64, device=rewards.device)
 
 
@@ -59,14 +50,11 @@ def check_uncontrolled(model: Any) -> None:
         raise ValueError("the model must be the uncontrolled one, found a controller or recorder attached to it already: detach it first")
 
 
-class Method(ABC):
+class Method:
     """A method of responding to prompts, made once and used for any number of batches.
 
-    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that decodes several responses
-    to a prompt and chooses between them overrides `respond`. The language model belongs to the caller and is left as it was.
-
-    Attributes:
-        kind: the name of the method in tables; methods of one kind differ in `settings`.
+    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that chooses between responses
+    overrides `respond`. The model is left as it was. `kind` is the name of the method in tables; methods of one kind differ in `settings`.
     """
 
     kind: ClassVar[str]
@@ -78,8 +66,7 @@ class Method(ABC):
 
     @property
     def identity(self) -> Any:
-        """What else the responses depend on, ready for JSON: for example a checksum of weights, or texts that have no place in a table."""
-        return None
+        """What else the responses depend on, ready for JSON: a checksum of weights, or texts that have no place in a table."""
 
     @property
     def label(self) -> str:
@@ -89,13 +76,12 @@ class Method(ABC):
 
     @property
     def training(self) -> Training:
-        """What it took to train the method."""
+        """The cost of training the method."""
         return Training()
 
     @property
     def divergence(self) -> float | None:
         """KL to the uncontrolled model in nats a response, where a formula gives it; None where it is measured token by token."""
-        return None
 
     def write(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
@@ -103,32 +89,21 @@ class Method(ABC):
 
     def edit(self, states: Tensor) -> Tensor | None:
         """(rows, hidden_size) -> the edited states; None for a method that edits no states."""
-        return None
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Change the model inside the block, and yield the method's logits processors.
-
-        Args:
-            model: the language model.
-            tokenizer: its tokenizer.
-            prompts: as the caller gave them, before `write`.
-            options: of `model.generate`.
-        """
+        """Change the model inside the block, and yield the method's logits processors; `prompts` are those before `write`, `options` of `model.generate`."""
         yield []
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
-        """Respond to one batch of prompts.
+        """Respond to one batch of prompts; the caller's generators and the tokenizer's settings are left as they were.
 
         Args:
             model: a causal language model, with nothing attached to it.
-            tokenizer: its tokenizer; its padding settings are neither used nor changed.
-            prompts: the texts to respond to.
-            decoding: how; the caller's random generators are left as they were.
+            tokenizer: its tokenizer.
+            prompts: the texts to respond to; none are a ValueError.
+            decoding: how.
             keywords: settings of `Decoding` by name, and options of `model.generate`. Logits processors among them follow the method's own.
-
-        Raises:
-            ValueError: no prompts, or an option that does not return one response a prompt.
         """
         decoding = Decoding.of(decoding, **keywords)
         options = dict(decoding.options)
@@ -151,10 +126,7 @@ class Together(Method):
     """Several methods at once, for example a prompt and control: the last writes the text first, the first changes the logits first.
 
     Args:
-        methods: at least one; none may have a `respond` of its own.
-
-    Raises:
-        ValueError: no methods, or one that chooses between responses (it can be given another method to choose from instead).
+        methods: at least one, and none that chooses between responses, else ValueError.
     """
 
     methods: Sequence[Method]
@@ -188,14 +160,9 @@ class Together(Method):
 
     @property
     def training(self) -> Training:
-        """The sum."""
-        parts = [method.training for method in self.methods]
-        seconds, peaks = [part.seconds for part in parts], [part.peak_bytes for part in parts]
-        return Training(
-            sum(part.parameters for part in parts),
-            None if None in seconds else sum(filter(None, seconds)),
-            None if None in peaks else max(filter(None, peaks), default=0),
-        )
+        """The sums, and the largest peak."""
+        parameters, seconds, peaks = zip(*(method.training for method in self.methods), strict=True)
+        return Training(sum(parameters), None if None in seconds else sum(seconds), None if None in peaks else max(peaks))
 
     def write(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
@@ -204,7 +171,7 @@ class Together(Method):
         return prompt
 
     def edit(self, states: Tensor) -> Tensor | None:
-        """The states as edited by the one method that edits states; at most one method can be attached."""
+        """The states as edited by the method that edits states; at most one method can be attached."""
         return next((edited for method in self.methods if (edited := method.edit(states)) is not None), None)
 
     @contextlib.contextmanager

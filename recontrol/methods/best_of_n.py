@@ -20,23 +20,17 @@ from recontrol.methods.base import Method, Training, Uncontrolled, one_score
 
 @dataclass(frozen=True, eq=False)
 class BestOfN(Method):
-    """y = argmax_{i <= n} r(y_i), y_1 ... y_n sampled independently: the first of equals is kept.
-
-    Costs n times the decoding, and the reward at test time.
+    """y = argmax_{i <= n} r(y_i), y_1 ... y_n sampled independently: the first of equals is kept. Costs n times the decoding, and the reward.
 
     Args:
         n: responses to a prompt, at least 1.
         reward: as for `collect`: a callable (prompts, responses) -> scores, a pair (sequence classifier, tokenizer), or a name or path.
         inner: how each of them is made.
         head_weights: one number a reward, where there are several: their weighted sum is the largest.
-        rows_at_once: decode at most this many responses at once, in several rounds, but never fewer than one to each prompt; None for all at once.
-            Another number gives other samples.
+        rows_at_once: decode at most this many responses at once, but one to each prompt; None for all. Another number gives other samples.
         sampling: options of `model.generate` in the place of those that a comparison has for all methods, do_sample=True where it is greedy.
 
-    Raises:
-        TypeError: `reward` is nothing that can be called, `inner` no method, a count no integer.
-        ValueError: n or rows_at_once below 1, or an `inner` that chooses between responses itself.
-
+    Raises TypeError, ValueError: `reward` is no reward, `inner` no method or one that chooses between responses, a count no integer of at least 1.
     Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
     """
 
@@ -64,8 +58,7 @@ class BestOfN(Method):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How many samples, and the settings of the inner method."""
-        # Not "n", which are the steps of an ascent.
+        """How many samples ("n" are the steps of an ascent), and the settings of the inner method."""
         return {"samples": self.n, **self.inner.settings}
 
     @property
@@ -81,12 +74,7 @@ class BestOfN(Method):
 
     @property
     def divergence(self) -> float | None:
-        """The formula log n - (n - 1) / n, an upper bound of the KL; None where the inner method is not the uncontrolled model.
-
-        It is the KL where no two responses have the same reward and every single one is improbable.
-
-        Source: Stiennon et al. 2020, appendix (the formula); Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy" (a bound).
-        """
+        """Log n - (n - 1) / n, an upper bound of the KL (Beirami et al. 2024); None where the inner method is not the uncontrolled model."""
         return math.log(self.n) - (self.n - 1) / self.n if isinstance(self.inner, Uncontrolled) else None
 
     def write(self, prompt: str) -> str:
@@ -98,10 +86,7 @@ class BestOfN(Method):
         return self.inner.edit(states)
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
-        """Sample n responses to each prompt and keep the best; `steps` are those of all rounds, `seconds` include the scoring.
-
-        The decoding must sample; with n = 1 its seed gives the inner method's response.
-        """
+        """Sample n responses to each prompt and keep the best; `steps` are those of all rounds, `seconds` include the scoring."""
         decoding = Decoding.of(Decoding.of(decoding, **keywords), **(self.sampling or {}))
         options = dict(decoding.options)
         check_options(options)
@@ -112,24 +97,19 @@ class BestOfN(Method):
         if self.n > 1 and not effective(model, {**greedy_unless_asked(options), **options}, "do_sample"):
             raise ValueError(f"best of {self.n} wants sampling, found greedy decoding, whose responses to a prompt are all the same: give do_sample=True")
         at_once = self.n if self.rows_at_once is None else min(self.n, max(1, self.rows_at_once // len(prompts)))
-        # The samples of each prompt, round by round.
         samples: list[list[Response]] = [[] for _ in prompts]
-        steps, seconds = 0, 0.0
+        rounds = []
         for start in range(0, self.n, at_once):
             count = min(at_once, self.n - start)
             repeated = [prompt for prompt in prompts for _ in range(count)]
-            made = self.inner.respond(model, tokenizer, repeated, dataclasses.replace(decoding, seed=_seed(decoding.seed, start)))
-            steps, seconds = steps + made.steps, seconds + made.seconds
+            # First the caller's own seed, then others than those of neighbouring batches.
+            seed = zlib.crc32(f"{decoding.seed} {start}".encode()) if start else decoding.seed
+            rounds.append(self.inner.respond(model, tokenizer, repeated, dataclasses.replace(decoding, seed=seed)))
             for place, of_prompt in enumerate(samples):
-                of_prompt += made.responses[place * count : (place + 1) * count]
+                of_prompt += rounds[-1].responses[place * count : (place + 1) * count]
         began = time.perf_counter()
         texts = [response.text for of_prompt in samples for response in of_prompt]
         rewards = checked_rewards(self.reward, [prompt for prompt in prompts for _ in range(self.n)], texts)
         best = one_score(rewards, self.head_weights).reshape(len(prompts), self.n).argmax(1).tolist()
-        seconds += time.perf_counter() - began
-        return Batch([of_prompt[choice] for of_prompt, choice in zip(samples, best, strict=True)], steps, seconds)
-
-
-def _seed(seed: int, start: int) -> int:
-    """Of the round that begins with sample `start`: the caller's own first, then others that are not those of neighbouring batches."""
-    return seed if start == 0 else zlib.crc32(f"{seed} {start}".encode())
+        seconds = sum(made.seconds for made in rounds) + time.perf_counter() - began
+        return Batch([of_prompt[choice] for of_prompt, choice in zip(samples, best, strict=True)], sum(made.steps for made in rounds), seconds)

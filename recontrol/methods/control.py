@@ -26,17 +26,13 @@ SHOWN = {"step_size": "alpha", "steps": "n", "head_weights": "weights"}
 class ReControl(Method):
     """Representation editing by a value function: y_t ~ softmax(W_lm (o_t + u_t)), u_t by n gradient steps of V from u_t = 0.
 
-    With a `target` the state is steered to a value; with several heads, or a weighted sum of value functions, towards several rewards at once.
-
     Args:
         control: value function, step size, steps, radius, target, weights of the heads.
         backend: of the ascent, as for `recontrol.ascend`.
         allow_other_model: accept a value function that was trained on the states of another model.
         trained: the cost of training the value function, where it is known.
 
-    Raises:
-        TypeError, ValueError: `control` is no `Control`, or an unknown backend.
-
+    Raises TypeError, ValueError: `control` is no `Control`, or an unknown backend.
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
 
@@ -54,9 +50,7 @@ class ReControl(Method):
     @property
     def settings(self) -> dict[str, Any]:
         """Step size, steps, and what else is set."""
-        given = settings_of(self.control)
-        del given["value"]
-        return {SHOWN.get(name, name): setting for name, setting in given.items() if setting is not None}
+        return {SHOWN.get(name, name): setting for name, setting in settings_of(self.control).items() if name != "value" and setting is not None}
 
     @property
     def identity(self) -> str:
@@ -75,13 +69,9 @@ class ReControl(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Attach a controller inside the block; rows that have ended are not edited."""
-        controller = Controller(
-            **settings_of(self.control),
-            backend=self.backend,
-            stop_token_ids=finishing_tokens(model, tokenizer, dict(options)),
-            allow_other_model=self.allow_other_model,
-        )
-        with controller.attach(model):
+        beside: dict[str, Any] = {"backend": self.backend, "allow_other_model": self.allow_other_model}
+        stops = finishing_tokens(model, tokenizer, dict(options))
+        with Controller(**settings_of(self.control), stop_token_ids=stops, **beside).attach(model):
             yield []
 
 

@@ -1,52 +1,72 @@
-"""Fine-tuning to compare with control at test time: LoRA adapters by DPO, RLOO or GRPO, through TRL and PEFT."""
+"""Fine-tuning to compare with control at test time: pairs of responses, and LoRA adapters by DPO, RLOO or GRPO, through TRL and PEFT."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
+import json
+import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import numpy
 import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from recontrol.checks import first_few, required
-from recontrol.data.pairs import Preference
-from recontrol.data.rewards import as_reward, reward_name
+from recontrol.data.prompts import Preference
+from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.sampling import token_counts
-from recontrol.data.settings import model_settings, texts_checksum
-from recontrol.decoding.batches import check_lengths, eos_tokens
+from recontrol.data.settings import IGNORED, model_settings, texts_checksum
+from recontrol.decoding.batches import check_lengths, effective, eos_tokens, generate_batch, seeded
+from recontrol.decoding.config import Decoding
+from recontrol.decoding.fingerprint import difference
+from recontrol.decoding.model_config import context_length
 from recontrol.decoding.responses import listed_stop_strings, make_response
-from recontrol.methods.adapters import EXTRA, FineTuningRun, check_plain
+from recontrol.files import LOCK_NAME, check_same_settings, read_json, write_json, writing_lock
+from recontrol.methods.adapters import EXTRA, FORMAT, RECORD_NAME, FineTuningRun, check_plain, flags_kept
 from recontrol.methods.base import check_uncontrolled
-from recontrol.methods.fine_tuning_run import fine_tune
-from recontrol.methods.preferences import single_scores
+from recontrol.methods.peak_memory import PeakMemory
 
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "settings.json"
+# The last file that the trainer writes into a checkpoint.
+STATE_NAME = "trainer_state.json"
+# What the history has of the trainer's log.
+OF_DPO = ("step", "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+KEPT = (*OF_DPO, "reward", "reward_std", "kl", "entropy", "completions/mean_length")
 # The online algorithms, with the classes that TRL has for them.
 ONLINE = {"rloo": ("RLOOConfig", "RLOOTrainer"), "grpo": ("GRPOConfig", "GRPOTrainer")}
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The settings that `train_dpo` and `train_rl` share; the defaults of the first three are theirs.
+    """The settings that `train_dpo` and `train_rl` share; the defaults of the first three are theirs. Sizes that do not divide are a ValueError.
 
     Args:
         beta: price of a nat of divergence from the model without adapter.
         learning_rate: of AdamW, falling to 0 linearly.
         batch_size: pairs, or responses, in an optimisation step.
-        rank: of B A.
-        alpha: the adapter's product is scaled by alpha / rank; None is twice the rank.
-        dropout: on the input of A.
+        rank, alpha, dropout: of B A, which is scaled by alpha / rank (by default alpha is twice the rank), and of the input of A.
         target_modules: names of the layers that get an adapter; by default all linear ones but the output embedding.
         epochs: passes over the pairs or prompts; may be a fraction.
         micro_batch_size: pairs, or responses, in a forward pass; None is all of the step.
         gradient_checkpointing: compute activations twice, to keep fewer of them.
         save_steps: optimisation steps between two checkpoints.
         seed: of the adapter's first weights and the order of the pairs or prompts.
-
-    Raises:
-        ValueError: sizes below 1, or that do not divide.
     """
 
     beta: float
@@ -69,56 +89,111 @@ class FineTuning:
             raise ValueError(f"micro_batch_size must divide batch_size={self.batch_size}, found {self.micro_batch_size}")
 
     @classmethod
-    def split(cls, defaults: dict[str, Any], keywords: dict[str, Any]) -> tuple["FineTuning", dict[str, Any]]:
+    def split(cls, keywords: dict[str, Any], **defaults: Any) -> tuple["FineTuning", dict[str, Any]]:
         """The settings among some keywords, and the other keywords, which are fields of the trainer's config."""
-        names = {each.name for each in dataclasses.fields(cls)}
-        given = {name: setting for name, setting in keywords.items() if name in names}
-        return cls(**{**defaults, **given}), {name: option for name, option in keywords.items() if name not in names}
+        given = {each.name: keywords.pop(each.name) for each in dataclasses.fields(cls) if each.name in keywords}
+        return cls(**{**defaults, **given}), keywords
 
-    def lora(self) -> tuple[Any, dict[str, Any]]:
-        """The config of PEFT, and its description in the record of a run."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
-        described = {"rank": self.rank, "alpha": 2 * self.rank if self.alpha is None else self.alpha, "dropout": self.dropout, "target_modules": targets}
-        config = required("peft", EXTRA).LoraConfig
-        chosen = {"r": self.rank, "lora_alpha": described["alpha"], "lora_dropout": self.dropout, "target_modules": targets}
-        return config(**chosen, task_type="CAUSAL_LM"), described
-
-    def arguments(self, model: Any, options: dict[str, Any], **chosen: Any) -> dict[str, Any]:
-        """The fields of a trainer's config that the result depends on; `chosen` are those of one algorithm, `options` those of the caller."""
+    def arguments(self, model: Any, **others: Any) -> dict[str, Any]:
+        """The fields of a trainer's config that the result depends on; `others` are those of one algorithm and of the caller."""
         at_once = self.micro_batch_size or self.batch_size
-        fields = {
-            "learning_rate": self.learning_rate,
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": self.batch_size // at_once,
-            "gradient_checkpointing": self.gradient_checkpointing,
+        return dict(
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=self.batch_size // at_once,
+            gradient_checkpointing=self.gradient_checkpointing,
             # The dtype of the model's own weights; those of the adapter are float32.
-            "bf16": model.dtype == torch.bfloat16,
-            "fp16": model.dtype == torch.float16,
-            "disable_dropout": True,
-            "seed": self.seed,
-            "beta": self.beta,
-            **chosen,
-        }
-        taken = sorted(options.keys() & {*fields, *self.place(Path(), model, False)})
-        if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be among the options of the trainer: set here, or an argument under another name")
-        return {**fields, **options}
+            bf16=model.dtype == torch.bfloat16,
+            fp16=model.dtype == torch.float16,
+            disable_dropout=True,
+            seed=self.seed,
+            beta=self.beta,
+            **others,
+        )
 
-    def place(self, folder: Path, model: Any, progress: bool) -> dict[str, Any]:
-        """The fields of a trainer's config that the result does not depend on."""
-        return {
-            "output_dir": str(folder),
-            "save_strategy": "steps",
-            "save_steps": self.save_steps,
-            # One more than is needed, in case the newest is cut off while it is written.
-            "save_total_limit": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": not progress,
-            "use_cpu": model.device.type == "cpu",
-            "dataloader_pin_memory": model.device.type == "cuda",
-        }
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """The best and the worst of several responses to each prompt, in the order of the prompts, and their difference in reward, above 0.
+
+    `left_out` counts prompts without a pair, by the reason: "equal" (all rewards are the same) or "empty" (fewer than two responses have a token).
+    """
+
+    pairs: list[Preference]
+    margins: list[float]
+    left_out: dict[str, int]
+
+
+def make_preference_pairs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward: Any,
+    *,
+    samples: int = 2,
+    decoding: Decoding | None = None,
+    progress: bool = True,
+    **keywords: Any,
+) -> PreferencePairs:
+    """Sample y_1, ..., y_n from the uncontrolled model for each prompt; prefer argmax_i r(x, y_i) to argmin_i r(x, y_i).
+
+    A response that the model ended has the text of its end-of-sequence token, so that training on the pair keeps the model's own endings.
+
+    Args:
+        model: a causal language model, with nothing attached to it.
+        tokenizer: its tokenizer; its padding settings are neither used nor changed.
+        prompts: the texts to respond to.
+        reward: see `as_reward`; one score a response.
+        samples: responses to each prompt, at least 2.
+        decoding: how; do_sample is True unless given. `batch_size` prompts (by default 16) are decoded at once, that is `batch_size * samples` rows.
+        progress: show a progress bar.
+        keywords: settings of `Decoding` by name, and options of `model.generate`.
+
+    Raises ValueError: no, empty or too long prompts, fewer than 2 samples, greedy decoding, an option that does not go with batches, a model under
+    control, a reward of several scores, or no prompt with two responses of different reward.
+    Source: Rafailov et al. 2023, section 4 (pairs of responses of the initial model); the reward takes the place of the annotator.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, found {samples}")
+    decoding = Decoding.of(decoding, **keywords)
+    decoding = dataclasses.replace(decoding, options={"do_sample": True, **decoding.options})
+    batch_size = decoding.batch_size or 16
+    if not effective(model, dict(decoding.options), "do_sample"):
+        raise ValueError(f"greedy decoding would write the same response {samples} times: found do_sample=False, wanted sampling")
+    check_uncontrolled(model)
+    check_lengths(model, tokenizer, prompts, decoding.max_new_tokens)
+    score = as_reward(reward)
+    found = PreferencePairs([], [], {"equal": 0, "empty": 0})
+    left_out = found.left_out
+    for number, first in enumerate(tqdm(range(0, len(prompts), batch_size), "sampling pairs", disable=not progress)):
+        repeated = [prompt for prompt in prompts[first : first + batch_size] for _ in range(samples)]
+        responses = generate_batch(model, tokenizer, repeated, dataclasses.replace(decoding, seed=decoding.seed + number)).responses
+        rows = [row for row, response in enumerate(responses) if response.token_ids]
+        scores = single_scores(score, [repeated[row] for row in rows], [responses[row].text for row in rows]).tolist()
+        for start in range(0, len(repeated), samples):
+            scored = [each for each in zip(scores, rows, strict=True) if start <= each[1] < start + samples]
+            (best, chosen), (worst, rejected) = (max(scored), min(scored)) if scored else ((0, 0), (0, 0))
+            if len(scored) < 2 or best == worst:
+                left_out["empty" if len(scored) < 2 else "equal"] += 1
+                continue
+            # Where the model wrote an end-of-sequence token, with its text.
+            ends = [tokenizer.decode(responses[row].token_ids[-1:]) if responses[row].finish == "eos" else "" for row in (chosen, rejected)]
+            found.pairs.append(Preference(repeated[start], responses[chosen].text + ends[0], responses[rejected].text + ends[1]))
+            found.margins.append(best - worst)
+    if not found.pairs:
+        counts = f"of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} fewer than two responses with a token"
+        raise ValueError(f"no prompt has two responses of different reward: {counts}; take more samples, or another reward")
+    if any(left_out.values()):
+        logger.info("left out %d of %d prompts: %s", sum(left_out.values()), len(prompts), left_out)
+    return found
+
+
+def single_scores(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    """(responses,), the one score of each; a reward of several scores is refused."""
+    table = checked_rewards(reward, prompts, responses)
+    if table.shape[1] != 1:
+        raise ValueError(f"fine-tuning needs one score a response, found {table.shape[1]}: give a reward that weighs them into one")
+    return table[:, 0]
 
 
 def train_dpo(
@@ -134,8 +209,8 @@ def train_dpo(
 ) -> FineTuningRun:
     r"""Train a LoRA adapter on preferences by minimising the mean of -log sigmoid(beta (log p(y+|x)/p0(y+|x) - log p(y-|x)/p0(y-|x))).
 
-    p is the model with the adapter, p0 without. The same call continues a run that was stopped from its last checkpoint, and reads one that is
-    finished. The model, its tokenizer and the caller's generators are left as they were; weights are not copied.
+    p is the model with the adapter, p0 without. The same call continues a run that was stopped and reads one that is finished. The model (whose weights
+    are not copied), its tokenizer and the caller's generators are left as they were. `FineTuned` makes a method of the folder.
 
     Args:
         model: a causal language model without adapters.
@@ -143,45 +218,44 @@ def train_dpo(
         pairs: of `make_preference_pairs`, or of `load_pairs`. Prompt and response are tokenised together.
         out: the folder of the adapter; checkpoints are in a folder beside it until it is there.
         max_length: tokens of prompt and response together; responses are cut there, and at the end of the model's context.
-        add_eos: put an end-of-sequence token behind each response that has none: for pairs of whole responses from a data set. Pairs of
-            `make_preference_pairs` have it where the model wrote it.
+        add_eos: end each response with an end-of-sequence token: for whole responses of a data set. `make_preference_pairs` writes those of the model.
         progress: show a progress bar.
-        keywords: settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`, for
-            example warmup_steps=0.1.
+        keywords: settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`.
 
-    Returns:
-        The run, with its cost; `FineTuned` makes a method of its folder.
-
-    Raises:
-        ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
-        ValueError: no pairs, pairs of equal responses or whose prompts fill `max_length` (they are named), a tokenizer without end-of-sequence
-            token, sizes that do not divide, an option that is an argument here, a model with adapters or under control, or a folder that holds
-            something else.
-        RuntimeError: another run is writing into the folder, or this is one of several processes.
-
+    Raises ImportError: the extra `fine-tuning` (trl and peft) is not installed. TypeError: a field of the trainer's config that is set here. ValueError: no
+    pairs, pairs of equal responses or whose prompts fill `max_length`, a tokenizer without end-of-sequence token, sizes that do not divide, a model with
+    adapters or under control, or a folder of something else. RuntimeError: another run is writing into the folder, or this is one of several processes.
     Source: Rafailov et al. 2023, equation 7; Hu et al. 2021, section 4.1.
     """
-    trl = required("trl", EXTRA)
-    chosen, options = FineTuning.split({"beta": 0.1, "learning_rate": 5e-6, "batch_size": 16}, keywords)
-    lora, described = chosen.lora()
-    _check_model(model, tokenizer)
+    trl = _trl(model, tokenizer)
+    chosen, options = FineTuning.split(keywords, beta=0.1, learning_rate=5e-6, batch_size=16)
     pairs = [Preference(*pair) for pair in pairs]
-    longest = min(max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length)
-    _check_pairs(tokenizer, pairs, longest)
-    fields = chosen.arguments(model, options, max_length=longest)
-    settings = {"algorithm": "dpo", **fields, "add_eos": add_eos, "lora": described, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}
+    longest = min(max_length, context_length(model.config) or max_length)
+    if not pairs:
+        raise ValueError("there are no pairs to train on")
+    counts = token_counts(tokenizer, [pair.prompt for pair in pairs])
+    for complaint, wrong in {
+        "have equal responses, so that there is nothing to prefer": [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected],
+        f"have prompts that leave no room for a response in {longest} tokens": [index for index, count in enumerate(counts) if count >= longest],
+    }.items():
+        if wrong:
+            raise ValueError(f"{len(wrong)} pairs {complaint}: {first_few(wrong)}")
+    fields = chosen.arguments(model, max_length=longest, num_train_epochs=chosen.epochs, **options)
+    settings = {"algorithm": "dpo", "add_eos": add_eos, "pairs_sha256": texts_checksum(pairs), "num_pairs": len(pairs)}
 
-    def make_trainer(twin: Any, tokenizer: Any, folder: Path) -> Any:
+    def make_trainer(twin: Any, **common: Any) -> Any:
         ends = [{f"{name}_ends": add_eos or getattr(pair, name).endswith(tokenizer.eos_token) for name in ("chosen", "rejected")} for pair in pairs]
         rows = required("datasets", EXTRA).Dataset.from_list([{**pair._asdict(), **end} for pair, end in zip(pairs, ends, strict=True)])
-        arguments = trl.DPOConfig(**fields, **chosen.place(folder, model, progress))
-        trainer = trl.DPOTrainer(twin, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        trainer = trl.DPOTrainer(twin, train_dataset=rows, **common)
+
         # TRL ends every response; one that was cut at max_new_tokens would teach the model to stop there.
-        trainer.train_dataset = trainer.train_dataset.map(_without_added_eos)
+        def cut(row: dict[str, Any]) -> dict[str, Any]:
+            return {f"{name}_ids": row[f"{name}_ids"][: None if row[f"{name}_ends"] else -1] for name in ("chosen", "rejected")}
+
+        trainer.train_dataset = trainer.train_dataset.map(cut)
         return trainer
 
-    keep = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
-    return fine_tune(model, tokenizer, out, {**model_settings(model, tokenizer), **settings}, make_trainer, keep=keep, progress=progress)
+    return _fine_tune(model, tokenizer, Path(out), chosen, trl.DPOConfig, fields, settings, make_trainer, progress)
 
 
 def train_rl(
@@ -202,10 +276,7 @@ def train_rl(
     r"""Train a LoRA adapter on the reward of the model's own responses by maximising the mean of r(x, y) - beta log(p(y|x) / p0(y|x)).
 
     The baseline of RLOO, the default, is the mean reward of the other responses to the prompt; GRPO takes the mean of all, divides by their standard
-    deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does, which TRL no longer has (pull request 7020 of huggingface/trl).
-
-    Sampling is from the whole distribution. The same call continues a run that was stopped from its last checkpoint, and reads one that is finished.
-    The model, its tokenizer and the caller's generators are left as they were; weights are not copied.
+    deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does. Sampling is from the whole distribution; else as `train_dpo`.
 
     Args:
         model: a causal language model without adapters.
@@ -219,100 +290,143 @@ def train_rl(
         temperature: of sampling.
         stop_strings: strings at which a response ends; it is cut before the first token that touches one.
         progress: show a progress bar.
-        keywords: settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further fields of `trl.RLOOConfig` or
-            `trl.GRPOConfig`.
+        keywords: settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further fields of the config of TRL's trainer.
 
-    Returns:
-        The run, with its cost; `FineTuned` makes a method of its folder.
-
-    Raises:
-        ImportError: the extra `fine-tuning` (the packages trl and peft) is not installed.
-        ValueError: another algorithm, too few prompts, prompts that are empty or too long, a tokenizer without end-of-sequence token, sizes that
-            do not divide, an option that is an argument here, a model with adapters or under control, a folder that holds something else, or a
-            reward that returns NaN, the wrong count or several scores a response.
-        RuntimeError: another run is writing into the folder, or this is one of several processes.
-
+    Raises ImportError, TypeError, ValueError, RuntimeError: as `train_dpo`; another algorithm, too few, empty or too long prompts, or no finite score.
     Source: Ahmadian et al. 2024, section 3 (RLOO); Shao et al. 2024, section 4.1 (GRPO); Hu et al. 2021, section 4.1.
     """
-    trl = required("trl", EXTRA)
+    trl = _trl(model, tokenizer)
     if algorithm not in ONLINE:
         raise ValueError(f"algorithm must be one of {', '.join(ONLINE)}, found {algorithm!r}")
-    chosen, options = FineTuning.split({"beta": 0.05, "learning_rate": 1e-5, "batch_size": 64}, keywords)
-    lora, described = chosen.lora()
+    chosen, options = FineTuning.split(keywords, beta=0.05, learning_rate=1e-5, batch_size=64)
     if samples < 2 or chosen.batch_size % samples:
         raise ValueError(f"samples must be at least 2 and divide batch_size={chosen.batch_size}, found {samples}")
-    _check_model(model, tokenizer)
     check_lengths(model, tokenizer, prompts, max_new_tokens)
-    order = _order(len(prompts), chosen, samples)
+    needed, generator = chosen.batch_size // samples, torch.Generator().manual_seed(chosen.seed)
+    # All epochs are one to TRL, whose own order would begin again where a run continues.
+    order = [index for _ in range(math.ceil(chosen.epochs)) for index in torch.randperm(len(prompts), generator=generator).tolist()]
+    order = order[: round(chosen.epochs * len(prompts))]
+    if len(order) < needed:
+        step = f"a step of {chosen.batch_size} responses, {samples} to each prompt"
+        raise ValueError(f"{step}, needs {needed} prompts, found {len(order)} in {chosen.epochs:g} epochs")
     score, stops = as_reward(reward), listed_stop_strings(stop_strings)
     sampling: dict[str, Any] = {"num_generations": samples, "max_completion_length": max_new_tokens, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     if stops:
         # TRL looks for the end-of-sequence token alone: with it as the padding, nothing that comes after a stop string is trained on.
         sampling["generation_kwargs"] = {"stop_strings": stops, "pad_token_id": tokenizer.eos_token_id}
-    # All epochs are one to TRL, whose own order would begin again where a run continues.
-    fields = chosen.arguments(model, options, **sampling, num_train_epochs=1, shuffle_dataset=False)
-    settings = {"algorithm": algorithm, **fields, "epochs": chosen.epochs, "lora": described, "stop_strings": stops, "reward": reward_name(score)}
+    fields = chosen.arguments(model, **sampling, num_train_epochs=1, shuffle_dataset=False, **options)
+    settings = {"algorithm": algorithm, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score)}
     settings |= {"prompts_sha256": texts_checksum(prompts), "num_prompts": len(prompts)}
+    config, trainer = (getattr(trl, name) for name in ONLINE[algorithm])
 
-    def make_trainer(twin: Any, tokenizer: Any, folder: Path) -> Any:
+    def make_trainer(twin: Any, **common: Any) -> Any:
+        eos_ids = eos_tokens(twin, {}) | {tokenizer.eos_token_id}
         if stops:
             # `generate` needs the tokenizer to find stop strings.
             twin.generate = functools.partial(twin.generate, tokenizer=tokenizer)
-        config, trainer = (getattr(trl, name) for name in ONLINE[algorithm])
-        return trainer(
+
+        def of_tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            """The reward as TRL calls it; the texts are cut and decoded as everywhere else in recontrol."""
+            before = tokenizer(list(prompts)).input_ids
+            responses = [make_response(tokenizer, ids, new, eos_ids, stops) for ids, new in zip(before, completion_ids, strict=True)]
+            return single_scores(score, prompts, [response.text for response in responses]).tolist()
+
+        rows = required("datasets", EXTRA).Dataset.from_dict({"prompt": [prompts[index] for index in order]})
+        return trainer(twin, reward_funcs=of_tokens, train_dataset=rows, **common)
+
+    return _fine_tune(model, tokenizer, Path(out), chosen, config, fields, settings, make_trainer, progress)
+
+
+def _fine_tune(
+    model: Any, tokenizer: Any, out: Path, chosen: FineTuning, config: Any, fields: dict, about: dict, make_trainer: Callable[..., Any], progress: bool
+) -> FineTuningRun:
+    """Train an adapter on a copy of the model that shares its weights, or continue a run that was stopped, or read a finished one."""
+    device, targets = model.device.type, chosen.target_modules
+    lora: dict[str, Any] = {"rank": chosen.rank, "alpha": 2 * chosen.rank if chosen.alpha is None else chosen.alpha, "dropout": chosen.dropout}
+    lora["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    folder = out.with_name(f"{out.name}.training")
+    settings = json.loads(json.dumps({**model_settings(model, tokenizer), **fields, **about, "lora": lora}, default=str))
+    finished = (out / RECORD_NAME).is_file()
+    if finished or (folder / SETTINGS_NAME).is_file():
+        found = FineTuningRun.read(out).settings if finished else read_json(folder / SETTINGS_NAME)
+        check_same_settings(found, settings, f"{out if finished else folder} is of a run with", ignored=IGNORED)
+        if other := difference(found["base_model"], model):
+            raise ValueError(f"{out if finished else folder} is of a run on another model: {other}; use another folder")
+    if finished:
+        return FineTuningRun.read(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something else than an adapter of this package; use another folder")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError(f"fine-tuning runs in one process, found {os.environ['WORLD_SIZE']}: start it without a launcher")
+    with writing_lock(folder), _undisturbed(model, chosen.seed, progress), PeakMemory(model.device) as memory:
+        if not (folder / SETTINGS_NAME).is_file() and any(path.name != LOCK_NAME for path in folder.iterdir()):
+            raise ValueError(f"{folder} is needed for checkpoints and holds something else; move it away")
+        write_json(folder / SETTINGS_NAME, settings)
+        while (newest := get_last_checkpoint(str(folder))) is not None and not (Path(newest) / STATE_NAME).is_file():
+            # Cut off while it was written.
+            shutil.rmtree(newest)
+        # Trainers put adapters, hooks and a new `forward` on the model that they train.
+        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        # What the result does not depend on. The second checkpoint is for the case that the newest is cut off while it is written.
+        beside = {"save_strategy": "steps", "save_steps": chosen.save_steps, "save_total_limit": 2, "logging_steps": 1, "report_to": "none"}
+        beside |= {"use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda", "disable_tqdm": not progress}
+        renamed = {"r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"], "target_modules": lora["target_modules"]}
+        trainer = make_trainer(
             twin,
-            reward_funcs=_reward_of_tokens(score, tokenizer, eos_tokens(twin, {}) | {tokenizer.eos_token_id}, stops),
-            args=config(**fields, **chosen.place(folder, model, progress)),
-            train_dataset=required("datasets", EXTRA).Dataset.from_dict({"prompt": [prompts[index] for index in order]}),
-            processing_class=tokenizer,
-            peft_config=lora,
+            args=config(**{**beside, **fields, "output_dir": str(folder)}),
+            processing_class=copy.deepcopy(tokenizer),
+            peft_config=required("peft", EXTRA).LoraConfig(**renamed, task_type="CAUSAL_LM"),
         )
-
-    keep = ("reward", "reward_std", "kl", "entropy", "completions/mean_length")
-    return fine_tune(model, tokenizer, out, {**model_settings(model, tokenizer), **settings}, make_trainer, keep=keep, progress=progress)
-
-
-def _reward_of_tokens(score: Callable[..., Any], tokenizer: Any, eos_ids: set[int], stops: list[str]) -> Callable[..., list[float]]:
-    """The reward as TRL calls it; the texts are cut and decoded as everywhere else in recontrol."""
-
-    def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        before = tokenizer(list(prompts)).input_ids
-        responses = [make_response(tokenizer, ids, new, eos_ids, stops) for ids, new in zip(before, completion_ids, strict=True)]
-        return single_scores(score, prompts, [response.text for response in responses]).tolist()
-
-    return reward
-
-
-def _order(count: int, chosen: FineTuning, samples: int) -> list[int]:
-    """The prompts of all epochs, each epoch in its own order."""
-    generator = torch.Generator().manual_seed(chosen.seed)
-    permutations = [torch.randperm(count, generator=generator) for _ in range(math.ceil(chosen.epochs))]
-    order = torch.cat(permutations)[: round(chosen.epochs * count)].tolist() if permutations else []
-    needed = chosen.batch_size // samples
-    if len(order) < needed:
-        raise ValueError(
-            f"a step of {chosen.batch_size} responses, {samples} to each prompt, needs {needed} prompts, found {len(order)} in {chosen.epochs:g} epochs"
-        )
-    return order
+        trainer.add_callback(_Cost(memory))
+        # Without a progress bar it would print each step.
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=newest)
+        log, trainable = trainer.state.log_history, sum(each.numel() for each in trainer.model.parameters() if each.requires_grad)
+        history = [{name: step[name] for name in KEPT if name in step} for step in log if "loss" in step]
+        record = {"format": FORMAT, "settings": settings, "trainable_parameters": trainable, **log[-1]["cost"], "history": history}
+        # Embeddings are never trained here; asked whether they were, PEFT would look for the base model on the hub.
+        trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        write_json(folder / "adapter" / RECORD_NAME, record)
+        # In the place of an empty folder too.
+        os.replace(folder / "adapter", out)
+        shutil.rmtree(folder)
+    return FineTuningRun.read(out)
 
 
-def _without_added_eos(row: dict[str, Any]) -> dict[str, Any]:
-    return {f"{name}_ids": row[f"{name}_ids"] if row[f"{name}_ends"] else row[f"{name}_ids"][:-1] for name in ("chosen", "rejected")}
+class _Cost(TrainerCallback):
+    """Writes time and memory over all sessions of a run into the trainer's log, and so into its checkpoints."""
+
+    def __init__(self, memory: PeakMemory):
+        self._memory, self._start = memory, time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = next((step["cost"] for step in reversed(state.log_history) if "cost" in step), {"seconds": 0.0, "peak_bytes": 0})
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = self._before["seconds"] + time.perf_counter() - self._start
+        state.log_history[-1]["cost"] = {"seconds": seconds, "peak_bytes": max(self._before["peak_bytes"], self._memory.bytes)}
 
 
-def _check_pairs(tokenizer: Any, pairs: Sequence[Preference], longest: int) -> None:
-    if not pairs:
-        raise ValueError("there are no pairs to train on")
-    equal = [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected]
-    if equal:
-        raise ValueError(f"{len(equal)} pairs have equal responses, so that there is nothing to prefer: {first_few(equal)}")
-    too_long = [index for index, count in enumerate(token_counts(tokenizer, [pair.prompt for pair in pairs])) if count >= longest]
-    if too_long:
-        raise ValueError(f"{len(too_long)} pairs have prompts that leave no room for a response in {longest} tokens: {first_few(too_long)}")
+@contextlib.contextmanager
+def _undisturbed(model: Any, seed: int, progress: bool) -> Iterator[None]:
+    """A seed inside; afterwards flags, generators and settings of libraries as before. No telemetry, and no warnings about the trainer's own calls."""
+    datasets, hub = required("datasets", EXTRA), huggingface_hub.constants
+    with contextlib.ExitStack() as after, warnings.catch_warnings(action="ignore", category=FutureWarning), seeded(seed), flags_kept(model):
+        after.callback(random.setstate, random.getstate())
+        after.callback(numpy.random.set_state, numpy.random.get_state())
+        after.callback(setattr, hub, "HF_HUB_DISABLE_TELEMETRY", hub.HF_HUB_DISABLE_TELEMETRY)
+        hub.HF_HUB_DISABLE_TELEMETRY = True
+        if not progress and not datasets.are_progress_bars_disabled():
+            after.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        yield
 
 
-def _check_model(model: Any, tokenizer: Any) -> None:
+def _trl(model: Any, tokenizer: Any) -> Any:
+    """The package, once the model and the tokenizer have been checked."""
+    trl = required("trl", EXTRA)
     check_uncontrolled(model)
     check_plain(model)
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ValueError("fine-tuning needs a tokenizer with an end-of-sequence token, found none: set tokenizer.eos_token")
+    return trl

@@ -9,9 +9,6 @@ import torch
 
 from recontrol.checks import required
 
-# Seconds between two readings of the memory of the process.
-INTERVAL = 0.01
-
 
 class PeakMemory:
     """Peak memory inside a block, beyond that in use before it: allocated on a CUDA device, else the resident memory of the process, read every 10 ms."""
@@ -30,25 +27,23 @@ class PeakMemory:
         return max(0, self._peak - self._before)
 
     def __enter__(self) -> Self:
-        if self._cuda is None:
-            self._before = self._peak = _resident()
-            self._watcher.start()
-        else:
+        if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
-            self._before = self._peak = torch.cuda.memory_allocated(self._cuda)
+        self._read()
+        self._before = self._peak
+        self._watcher.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._read()
         self._done.set()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        self._watcher.join()
 
     def _read(self) -> None:
         self._peak = max(self._peak, _resident() if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda))
 
     def _watch(self) -> None:
-        while not self._done.wait(INTERVAL):
+        while self._cuda is None and not self._done.wait(0.01):
             self._read()
 
 

@@ -31,19 +31,13 @@ SHOWN = 40
 class Prompting(Method):
     r"""The prompt inside a template, with examples of good responses before it: `template` with "{prompt}" replaced by examples and prompt.
 
-    The model itself is not changed. For prompts that a chat template has rendered, write the marks of that template into this one too.
-
     Args:
-        template: the text around the prompt; has "{prompt}" exactly once. Other braces are text.
+        template: the text around the prompt, marks of a chat template included; has "{prompt}" exactly once. Other braces are text.
         examples: pairs (prompt, response), written directly before the prompt, each response right after its prompt.
         separator: written between an example and what follows it, but only once where the next prompt begins with it.
         name: of the template in tables; by default its first words.
 
-    Raises:
-        TypeError: a text that is none.
-        ValueError: not exactly one "{prompt}", an example that is no pair of texts, an empty response, or a template that is the prompt alone without
-            examples.
-
+    Raises TypeError, ValueError: a text that is none, not exactly one "{prompt}", an example without a response, or neither template nor examples.
     Source: Kong et al. 2024, section 5 (baselines: prompt engineering).
     """
 
@@ -54,11 +48,10 @@ class Prompting(Method):
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, text in {"template": self.template, "separator": self.separator, "name": "" if self.name is None else self.name}.items():
+        for name, text in (("template", self.template), ("separator", self.separator), ("name", self.name or "")):
             if not isinstance(text, str):
                 raise TypeError(f"{name} must be a text, found {type(text).__name__}")
-        count = self.template.count(PLACE)
-        if count != 1:
+        if (count := self.template.count(PLACE)) != 1:
             raise ValueError(f"a template must have {PLACE} exactly once, found it {count} times in {self.template!r}")
         object.__setattr__(self, "examples", tuple(_checked(number, example) for number, example in enumerate(self.examples)))
         if self.template == PLACE and not self.examples:
@@ -66,14 +59,9 @@ class Prompting(Method):
 
     @classmethod
     def for_dialogues(cls, goal: str = "helpful and harmless", examples: Sequence[tuple[str, str]] = ()) -> "Prompting":
-        r"""An instruction before a dialogue such as "\n\nHuman: ...\n\nAssistant:" (HH-RLHF) or "Human: ...\nAssistant:" (SHP).
+        r"""An instruction before a dialogue such as "\n\nHuman: ...\n\nAssistant:" (HH-RLHF) or "Human: ...\nAssistant:" (SHP), by its goal.
 
-        Args:
-            goal: what the assistant should be: "helpful", "harmless" or "helpful and harmless".
-            examples: pairs (dialogue, response).
-
-        Raises:
-            ValueError: another goal, or examples as `Prompting` refuses them.
+        The goal is "helpful", "harmless" or "helpful and harmless", else ValueError; examples are pairs (dialogue, response).
         """
         if goal not in INSTRUCTIONS:
             raise ValueError(f"unknown goal {goal!r}; choose one of {', '.join(map(repr, INSTRUCTIONS))}")
@@ -106,34 +94,26 @@ class Prompting(Method):
 def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, head_weights: Sequence[float] | None = None) -> list[tuple[str, str]]:
     """The best-rewarded responses of rollouts, as in-context examples: of each prompt its best response, of these the best.
 
-    Use other prompts than those of the comparison.
+    They are pairs (prompt, response), the best one last, where it is nearest to the prompt; of equals the earlier in the rollouts counts as the better.
 
     Args:
-        rollouts: what `collect` made, or its folder.
-        count: how many.
+        rollouts: what `collect` made, or its folder; of other prompts than those of a comparison.
+        count: how many; more than there are prompts, or texts, are a ValueError.
         head_weights: one number a reward, where there are several: the best is that with the largest weighted sum.
-
-    Returns:
-        Pairs (prompt, response), the best one last, where it is nearest to the prompt; of equals the earlier in the rollouts counts as the better.
-
-    Raises:
-        ValueError: fewer prompts than `count`, rollouts without texts, or weights that do not go with the rewards.
     """
     rollouts = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
     prompts = len(rollouts.groups.unique())
     if not 1 <= count <= prompts:
         raise ValueError(f"count must be from 1 to {prompts}, the prompts of {rollouts.path}, found {count}")
-    chosen: dict[int, int] = {}
+    best: dict[int, int] = {}
     for index in one_score(rollouts.rewards, head_weights).argsort(descending=True, stable=True).tolist():
-        chosen.setdefault(int(rollouts.groups[index]), index)
-        if len(chosen) == count:
-            break
-    wanted = set(chosen.values())
-    found = {index: (record["prompt"], record["response"]) for index, record in enumerate(rollouts.records()) if index in wanted}
+        best.setdefault(int(rollouts.groups[index]), index)
+    chosen = list(best.values())[:count]
+    found = {index: (record["prompt"], record["response"]) for index, record in enumerate(rollouts.records()) if index in chosen}
     blank = [index for index, (_, response) in found.items() if not response.strip()]
     if blank:
         raise ValueError(f"the responses {blank} of {rollouts.path}, which are among the best, have no text")
-    return [found[index] for index in reversed(chosen.values())]
+    return [found[index] for index in reversed(chosen)]
 
 
 def _checked(number: int, example: Any) -> tuple[str, str]:

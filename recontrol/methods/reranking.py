@@ -1,35 +1,42 @@
 """Controlled decoding on tokens: the likeliest next tokens are ranked again, by the reward itself (ARGS) or by the value function (prefix scorer)."""
 
 import contextlib
-from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import copy
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from recontrol.checks import integer, number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.decoding.batches import eos_tokens, finishing_tokens
 from recontrol.decoding.control import Control
+from recontrol.decoding.controller import CACHE_NAMES
 from recontrol.decoding.editing import check_fit
+from recontrol.decoding.hooks import Attachment, forget_compiled
 from recontrol.decoding.responses import decode_after
 from recontrol.methods.base import Method, Training, one_score, tensors_checksum
-from recontrol.methods.candidates import CandidateStates
 from recontrol.methods.control import training_of
 from recontrol.value import ValueFunction
 
+logger = logging.getLogger("recontrol")
+
 
 class TopK(LogitsProcessor):
-    """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others.
+    """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others; before temperature, top-k and top-p.
 
-    `model.generate` calls this after repetition penalties and before temperature, top-k and top-p: a temperature divides logit and bonus.
+    `bonus` maps (rows, tokens) ids so far and (rows, k) candidates, the likeliest first, to (rows, k).
     """
 
-    def __init__(self, k: int):
-        self.k = k
+    def __init__(self, k: int, bonus: Callable[[Tensor, Tensor], Tensor]):
+        self.k, self.bonus = k, bonus
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, tokens) ids so far, (rows, vocabulary) logits -> (rows, vocabulary) scores."""
@@ -37,23 +44,14 @@ class TopK(LogitsProcessor):
         bonus = self.bonus(input_ids, candidates).to(device=scores.device, dtype=scores.dtype)
         return torch.full_like(scores, -torch.inf).scatter(-1, candidates, logits + bonus)
 
-    @abstractmethod
-    def bonus(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        """(rows, tokens) ids so far, (rows, k) candidates, the likeliest first -> (rows, k), added to their logits; any dtype and device."""
-
 
 @dataclass(frozen=True, eq=False)
 class ARGS(Method):
     """score(v) = LM(v | x, y_<t) + w * r(x, y_<t v) for the k likeliest next tokens v, minus infinity for all others.
 
-    LM is the logit, as in the code released with the paper; log-probabilities would give the same tokens. Greedy decoding takes the token of the highest
-    score (ARGS-greedy); with `do_sample` one is drawn from the softmax of the k scores, divided by the temperature (ARGS-stochastic). Top-k and top-p
-    of the sampling apply to these k scores.
-
-    The reward scores the caller's prompts with the response so far and the candidate behind it. That text may end in the middle of a word or, with
-    byte-level tokens, of a character, which a reward model has not seen in training. Equal texts are scored once; responses that have ended are not scored.
-
-    A step costs up to (rows * k) rewards in one call: the batch size of a `RewardModel` bounds how many are scored at once.
+    LM is the logit. Greedy decoding takes the token of the highest score (ARGS-greedy); with `do_sample` one is drawn from the softmax of the k scores,
+    divided by the temperature (ARGS-stochastic). The reward scores the caller's prompts with the response so far and the candidate behind it, up to
+    rows * k texts in one call: equal ones once, responses that have ended not at all.
 
     Args:
         reward: a callable (prompts, responses) -> scores, or what else `recontrol.collect` takes as the reward.
@@ -61,10 +59,7 @@ class ARGS(Method):
         k: number of candidates.
         weights: one number a score, r is the weighted sum; required where the reward returns several scores.
 
-    Raises:
-        TypeError: `reward` is no reward, or a number is none.
-        ValueError: `k` is not positive, a number is not finite, or there are not as many weights as scores.
-
+    Raises TypeError, ValueError: `reward` is no reward, a number is none or not finite, `k` is not positive, or there are not as many weights as scores.
     Source: Khanov et al. 2024 (ARGS: Alignment as Reward-Guided Search), sections 2.1 (score) and 2.2 (greedy and stochastic choice).
     """
 
@@ -76,12 +71,10 @@ class ARGS(Method):
 
     def __post_init__(self) -> None:
         weights = None if self.weights is None else tuple(number("weights", weight) for weight in several("weights", self.weights))
-        checked = {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}
-        for name, argument in checked.items():
-            object.__setattr__(self, name, argument)
-        named = getattr(self.reward, "head_names", None)
-        if named:
-            _check_weights(weights, len(named))
+        for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}.items():
+            object.__setattr__(self, name, checked)
+        # Raises, where the reward says how many scores it returns.
+        one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -96,63 +89,40 @@ class ARGS(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Yield the processor of one batch."""
-        yield [_RewardGuided(self, tokenizer, prompts, finishing_tokens(model, tokenizer, dict(options)))]
-
-
-class _RewardGuided(TopK):
-    def __init__(self, method: ARGS, tokenizer: Any, prompts: Sequence[str], finishing: Collection[int]):
-        super().__init__(method.k)
-        self.method = method
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.finishing = finishing
+        finishing = finishing_tokens(model, tokenizer, dict(options))
         # Positions taken by the prompt, padding included: known at the first call.
-        self.width: int | None = None
+        width: int | None = None
 
-    def bonus(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        if self.width is None:
-            self.width = input_ids.shape[1]
-        # Several rows may respond to one prompt.
-        samples = len(input_ids) // len(self.prompts)
-        found: dict[tuple[str, str], int] = {}
-        places = []
-        for row, (ids, options) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
-            written, response = ids[: self.width], ids[self.width :]
-            if response and response[-1] in self.finishing:
-                continue
-            for column, token in enumerate(options):
-                text = decode_after(self.tokenizer, written, [*response, token], skip_special_tokens=True)
-                places.append((row, column, found.setdefault((self.prompts[row // samples], text), len(found))))
-        bonus = torch.zeros(candidates.shape)
-        if places:
-            rows, columns, texts = torch.tensor(places).unbind(-1)
-            bonus[rows, columns] = self.method.w * self._rewards(list(found))[texts]
-        return bonus
+        def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
+            nonlocal width
+            width = input_ids.shape[1] if width is None else width
+            # Several rows may respond to one prompt.
+            samples = len(input_ids) // len(prompts)
+            found: dict[tuple[str, str], int] = {}
+            places = []
+            for row, (ids, tokens) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
+                written, response = ids[:width], ids[width:]
+                for column, token in enumerate([] if response and response[-1] in finishing else tokens):
+                    text = decode_after(tokenizer, written, [*response, token], skip_special_tokens=True)
+                    places.append((row, column, found.setdefault((prompts[row // samples], text), len(found))))
+            added = torch.zeros(candidates.shape)
+            if places:
+                rows, columns, texts = torch.tensor(places).unbind(-1)
+                rewards = one_score(checked_rewards(self.reward, *zip(*found, strict=True)), self.weights, "weights")
+                added[rows, columns] = self.w * rewards.float()[texts]
+            return added
 
-    def _rewards(self, pairs: list[tuple[str, str]]) -> Tensor:
-        table = checked_rewards(self.method.reward, [prompt for prompt, _ in pairs], [response for _, response in pairs])
-        _check_weights(self.method.weights, table.shape[1])
-        return one_score(table, self.method.weights).float()
-
-
-def _check_weights(weights: Sequence[float] | None, scores: int) -> None:
-    if len(weights or [1.0]) != scores:
-        found = "none" if weights is None else str(len(weights))
-        raise ValueError(f"the reward returns {scores} scores a response: found {found} for weights, wanted {scores} numbers")
+        yield [TopK(self.k, bonus)]
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixScorer(Method):
     """score(v) = logit(v) + strength * V(o_{t+1} had v been chosen as y_t) for the k likeliest next tokens v, minus infinity for all others.
 
-    With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is the
-    value function of RE-Control in its own unit: where V is standardised, a strength of 1 is one logit for a standard deviation of the reward.
-
-    No state follows a token that ends the response. Such a candidate gets V(o_t) of the state that it is sampled from: neither better nor worse than
-    what is expected of the other tokens.
-
-    A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k forward calls over the whole text where the
-    cache cannot be used (sliding windows, recurrent states).
+    With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is in its
+    own unit: where it is standardised, a strength of 1 is one logit for a standard deviation of the reward. A token that ends the response, which no state
+    follows, gets V(o_t). A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k calls over the whole
+    text where the cache cannot be used (sliding windows, recurrent states).
 
     Args:
         value: the value function, on the model's device.
@@ -160,12 +130,9 @@ class PrefixScorer(Method):
         k: number of candidates.
         head_weights: (num_heads,) numbers, V is the weighted sum of the heads; required if there are several.
         allow_other_model: accept a value function that was trained on the states of another model.
-        trained: what training the value function took, where it is known.
+        trained: the cost of training the value function, where it is known.
 
-    Raises:
-        TypeError: `value` is no value function, or a number is none.
-        ValueError: `k` is not positive, a number is not finite, `head_weights` missing or of the wrong length.
-
+    Raises TypeError, ValueError: `value` is no value function, a number is none or not finite, `k` is not positive, or `head_weights` do not fit.
     Source: Mudgal et al. 2024 (Controlled Decoding from Language Models), token-wise control with a prefix scorer (CD-FUDGE).
     """
 
@@ -178,11 +145,9 @@ class PrefixScorer(Method):
     trained: Training | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        # The same checks of the value function and its heads as for an ascent.
         head_weights = Control(self.value, head_weights=self.head_weights).head_weights
-        checked = {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}
-        for name, argument in checked.items():
-            object.__setattr__(self, name, argument)
+        for name, checked in {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}.items():
+            object.__setattr__(self, name, checked)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -202,33 +167,153 @@ class PrefixScorer(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Observe the forward calls inside the block and yield the processor of one batch."""
-        with CandidateStates(model) as candidates:
-            check_fit(candidates, self.value, self.allow_other_model)
-            yield [_PrefixScores(self, candidates, sorted(eos_tokens(model, dict(options))))]
+        ending = torch.tensor(sorted(eos_tokens(model, dict(options))), dtype=torch.int64)
 
+        def values(states: Any) -> Tensor:
+            heads = self.value(states)
+            return heads[..., 0] if self.head_weights is None else heads @ heads.new_tensor(self.head_weights)
 
-class _PrefixScores(TopK):
-    def __init__(self, method: PrefixScorer, states: CandidateStates, ending: Sequence[int]):
-        super().__init__(method.k)
-        self.method = method
-        self.states = states
-        self.ending = torch.tensor(ending, dtype=torch.int64)
+        @torch.no_grad()
+        def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
+            after, now = values(states.states(input_ids, candidates)), values(states.state)[:, None]
+            return self.strength * torch.where(torch.isin(candidates, ending.to(candidates.device)), now, after)
 
-    @torch.no_grad()
-    def bonus(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        after = self._values(self.states.states(input_ids, candidates))
-        now = self._values(self.states.state)[:, None]
-        return self.method.strength * torch.where(torch.isin(candidates, self.ending.to(candidates.device)), now, after)
-
-    def _values(self, states: Any) -> Tensor:
-        """(..., hidden_size) -> (...), the weighted sum of the heads."""
-        values = self.method.value(states)
-        weights = self.method.head_weights
-        return values[..., 0] if weights is None else values @ values.new_tensor(weights)
+        with CandidateStates(model) as states:
+            check_fit(states, self.value, self.allow_other_model)
+            yield [TopK(self.k, bonus)]
 
 
 def _checked_k(k: int) -> int:
-    """The number of candidates, an integer of at least 1."""
     if integer("k", k) < 1:
         raise ValueError(f"k must be 1 or more, found {k!r}")
     return int(k)
+
+
+class CandidateStates(Attachment):
+    """o_{t+1} had v been chosen as y_t, for each of k tokens v a row, computed between two forward calls of `generate`, for one batch of this thread.
+
+    The k candidates go through the transformer together, as k positions in the same place: each attends to the text so far and itself. Their keys and
+    values go into a shallow copy of the cache, so the generation continues bit-identically. Where that cannot be (see `_why_not`, `_disproof`) each
+    candidate costs a forward call over the whole text, and the log says so. `state` is (rows, hidden_size), o_t before the edit of a `Controller`.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.decoder = self.owner.get_decoder()
+        self.state: Tensor | None = None
+        self.from_cache: bool | None = None
+        self._call: dict[str, Any] = {}
+        self._output: Tensor | None = None
+        self._parameters = [*inspect.signature(type(self.decoder).forward).parameters][1:]
+        self._thread = threading.get_ident()
+        # The second one before a controller's hook, which edits the state.
+        self._hooks.append(self.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+        self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding, prepend=True))
+        forget_compiled()
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
+        """(rows, tokens) ids so far, (rows, k) candidates -> (rows, k, hidden_size), the states after each candidate."""
+        if self.state is None:
+            raise RuntimeError(f"this {type(self.owner).__name__} made no forward call since it was attached to: ask while it generates")
+        with self.pause():
+            real = self._real(input_ids)
+            if self.from_cache is None:
+                self._check_output()
+                reason = self._why_not(input_ids) or self._disproof(input_ids, real, candidates)
+                self.from_cache = reason is None
+                if reason is not None:
+                    logger.warning("each candidate token costs a forward call over the whole text, which is slow: %s", reason)
+            return self._beside(real, candidates) if self.from_cache else self._whole(input_ids, real, candidates)
+
+    def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._listening():
+            self._call = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+            self._output = _last_hidden(output)[:, -1]
+
+    def _before_embedding(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._listening():
+            self.state = args[0][:, -1] if args[0].dim() == 3 else args[0]
+
+    def _listening(self) -> bool:
+        return not self._paused and threading.get_ident() == self._thread
+
+    def _check_output(self) -> None:
+        found, read = self._output, self.state
+        # NaN propagates elsewhere.
+        if found is None or read is None or found.shape != read.shape or not torch.equal(found.to(read.dtype).nan_to_num(), read.nan_to_num()):
+            others = f"the output embedding of this {type(self.owner).__name__} reads other states than its {type(self.decoder).__name__} returns"
+            raise ValueError(f"{others}: the states after candidate tokens cannot be had without computing logits")
+
+    def _real(self, input_ids: Tensor) -> Tensor:
+        """(rows, tokens) bool, False where there is padding."""
+        mask = self._call.get("attention_mask")
+        if mask is None:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+            found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise ValueError(f"wanted an attention mask of shape {tuple(input_ids.shape)}, found one {found}: static caches are not taken here")
+        return mask.bool()
+
+    def _why_not(self, input_ids: Tensor) -> str | None:
+        """Why the cache cannot be used; None where it can."""
+        cache = next((self._call[name] for name in CACHE_NAMES if self._call.get(name) is not None), None)
+        if type(cache) is not DynamicCache or cache.offloading:
+            return f"there is no plain key/value cache on the device, found {type(cache).__name__}"
+        positions, attention = self._call.get("position_ids"), self.decoder.config._attn_implementation
+        others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        length = 0 if others else cache.get_seq_length()
+        by_number = isinstance(positions, Tensor) and positions.dim() == 2 and not getattr(self.decoder.config, "alibi", False)
+        reasons = (
+            (others, f"the cache has layers of {', '.join(sorted(others))}"),
+            (length != input_ids.shape[1], f"the cache holds {length} of {input_ids.shape[1]} positions"),
+            (attention not in ("sdpa", "eager"), f"attention {attention!r} takes no mask of one's own"),
+            (not by_number, f"positions of {type(self.decoder).__name__} are not given by number"),
+        )
+        return next((reason for found, reason in reasons if found), None)
+
+    def _disproof(self, input_ids: Tensor, real: Tensor, candidates: Tensor) -> str | None:
+        """Compare the states of one row with those of a forward call over the whole text; None where half of the digits agree."""
+        row = int(real.sum(1).argmin())
+        found = self._beside(real, candidates)[row].double()
+        one = slice(row, row + 1)
+        wanted = self._whole(input_ids[one], real[one], candidates[one])[0].double()
+        error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+        # Kernels differ with the shape of what goes in, by some of the last digits in each layer.
+        if error <= torch.finfo(self.dtype()).eps ** 0.5:
+            return None
+        return f"{type(self.decoder).__name__} gives other states beside each other than one by one (relative error {error:.1e})"
+
+    def _beside(self, real: Tensor, candidates: Tensor) -> Tensor:
+        """One forward call of k positions a row, with the cache of the generation."""
+        rows, k = candidates.shape
+        # (rows, k, tokens + k): the text so far, and the candidate itself.
+        own = torch.eye(k, dtype=torch.bool, device=real.device).expand(rows, k, k)
+        seen = torch.cat([real[:, None].expand(rows, k, real.shape[1]), own], dim=-1)[:, None]
+        if self.decoder.config._attn_implementation == "eager":
+            dtype = self.dtype()
+            seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        name, cache = next((name, self._call[name]) for name in CACHE_NAMES if self._call.get(name) is not None)
+        # Layers replace their key and value tensors, so those of the generation do not change.
+        beside = copy.copy(cache)
+        beside.layers = [copy.copy(layer) for layer in cache.layers]
+        positions = (self._call["position_ids"][:, -1:] + 1).expand(rows, k)
+        return self._run(input_ids=candidates, attention_mask=seen, position_ids=positions, **{name: beside})
+
+    def _whole(self, input_ids: Tensor, real: Tensor, candidates: Tensor) -> Tensor:
+        """Forward calls over the whole text without a cache, one for each column of candidates."""
+        mask = torch.cat([real, torch.ones_like(real[:, :1])], dim=1).long()
+        inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+        if self._call.get("position_ids") is not None:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        texts = [torch.cat([input_ids, column[:, None]], dim=1) for column in candidates.unbind(1)]
+        return torch.stack([self._run(input_ids=text, **inputs)[:, -1] for text in texts], dim=1)
+
+    def _run(self, **inputs: Any) -> Tensor:
+        """Call the transformer as the generation calls it, but for the inputs."""
+        kept = {name: option for name, option in self._call.items() if name not in CACHE_NAMES and not isinstance(option, Tensor)}
+        return _last_hidden(self.decoder(**{**kept, **inputs}))
+
+
+def _last_hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.last_hidden_state

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor
 
 from recontrol.checks import number
@@ -37,9 +37,7 @@ class Direction:
         origin: how it was found, in a few words, for tables.
         provenance: where it comes from: `base_model`, as `model_fingerprint` describes it, and settings.
 
-    Raises:
-        TypeError: `vector` is no tensor, `origin` no text.
-        ValueError: `vector` is no vector, is zero or is not finite.
+    Raises TypeError, ValueError: `vector` is no tensor, no vector, zero or not finite, or `origin` no text.
     """
 
     vector: Tensor
@@ -69,43 +67,34 @@ class Direction:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Direction":
         """Read what `save` has written; ValueError for a file that is damaged, holds something else, or is of a later release."""
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no direction at {path}: there is no such file")
         try:
             with interrupts_wait(), safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                vector = file.get_tensor("vector") if "vector" in file.keys() else None  # noqa: SIM118
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no direction at {path}: there is no such file") from None
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or is of another format") from error
-        if about.get("format") != FORMAT or vector is None:
+        if about.get("format") != FORMAT or "vector" not in tensors:
             raise ValueError(f"{path} holds no direction: found format {about.get('format')!r}, wanted {FORMAT!r}")
         version = about.get("format_version", "")
         if not version.isdigit() or int(version) > FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version!r}, this release reads up to {FORMAT_VERSION}; upgrade recontrol")
-        return cls(vector, about["origin"], json.loads(about["provenance"]))
+        return cls(tensors["vector"], about["origin"], json.loads(about["provenance"]))
 
 
 def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0.1, head_weights: Sequence[float] | None = None) -> Direction:
-    """The weight w of a ridge regression of the final reward on the states.
+    """The weight w of a ridge regression of the final reward on the states, scaled to the mean norm of the states.
 
     min over w, b of  mean_t (w . s_t + b - r)^2 + lambda |w|^2,  lambda = ridge * (mean variance of a coordinate of s),
 
-    over all states of all responses; every token counts the same. One pass sums the normal equations in float64: memory is hidden_size^2 numbers, however
-    many rollouts there are. The effect of `ridge` does not depend on the units of states and rewards; with a large one the direction is their covariance.
+    over all states of all responses, in float64. `explained` in the provenance is the share of the reward's variance that the regression explains.
 
     Args:
         rollouts: of the uncontrolled model: what `collect` made, or its folder.
         ridge: above 0.
         head_weights: one number a reward, where there are several: their weighted sum is regressed.
 
-    Returns:
-        w, scaled to the mean norm of the states. `explained` in the provenance is the share of the reward's variance over tokens that the regression
-        explains on its own data.
-
-    Raises:
-        TypeError, ValueError: a ridge that is not above 0, weights that do not go with the rewards, rewards that are all the same or not finite, states
-            that are not finite.
-
+    Raises TypeError, ValueError: a wrong ridge, weights that do not go with the rewards, rewards that are all the same or not finite, states that are not.
     Source: Kong et al. 2024, section 5 (baselines: static representation editing).
     """
     began = time.perf_counter()
@@ -123,8 +112,7 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
         total += rows.sum(0)
         products.addmm_(rows.T, rows)
         norms += float(states.norm(dim=1).sum())
-    mean = total / count
-    covariance = products / count - mean.outer(mean)
+    covariance = products / count - (total / count).outer(total / count)
     of_states, with_score, variance = covariance[:-1, :-1], covariance[:-1, -1], covariance[-1, -1]
     penalty = ridge * of_states.diagonal().mean()
     if not penalty > 0:
@@ -132,23 +120,18 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
     factor = torch.linalg.cholesky(of_states + penalty * torch.eye(width, dtype=torch.float64))
     weight = torch.cholesky_solve(with_score[:, None], factor)[:, 0]
     explained = float((2 * weight @ with_score - weight @ of_states @ weight) / variance)
-    return _direction(weight, norms / count, "reward regression", rollouts, began, ridge=ridge, head_weights=head_weights, explained=explained)
+    return _direction(weight, norms / count, "reward regression", rollouts, began, head_weights, ridge=ridge, explained=explained)
 
 
 def mean_difference(rollouts: Rollouts | str | os.PathLike, *, share: float = 0.25, head_weights: Sequence[float] | None = None) -> Direction:
-    """The mean state of the best-rewarded responses minus that of the worst-rewarded ones; every token counts the same.
+    """The mean state of the best-rewarded responses minus that of the worst-rewarded ones, scaled to the mean norm of both; every token counts the same.
 
     Args:
         rollouts: of the uncontrolled model: what `collect` made, or its folder. Only the best and worst responses are read.
         share: of the responses that count as the best, and as the worst: above 0, at most 0.5; at least one response each.
         head_weights: one number a reward, where there are several: responses are ordered by the weighted sum.
 
-    Returns:
-        The difference, scaled to the mean norm of these states.
-
-    Raises:
-        TypeError, ValueError: another share, weights that do not go with the rewards, rewards that are not finite or too often equal, states that are
-            not finite.
+    Raises TypeError, ValueError: a wrong share, weights that do not go with the rewards, rewards too often equal, or rewards or states that are not finite.
     """
     began = time.perf_counter()
     if not 0 < number("share", share, 0) <= 0.5:
@@ -156,18 +139,19 @@ def mean_difference(rollouts: Rollouts | str | os.PathLike, *, share: float = 0.
     rollouts, scores = _scored(rollouts, head_weights)
     order = scores.argsort(stable=True)
     count = max(1, int(share * len(order)))
-    ends = {"worst": order[:count], "best": order[len(order) - count :]}
-    low, high = scores[ends["worst"][-1]], scores[ends["best"][0]]
-    if not low < high:
-        raise ValueError(f"a reward of {high:g} is among the worst {count} responses and among the best {count}: a smaller share could tell them apart")
-    means, norms, tokens = {}, 0.0, 0
-    for name, indices in ends.items():
-        total, read = torch.zeros(rollouts.hidden_size, dtype=torch.float64), int(rollouts.lengths[indices].sum())
+    worst, best = order[:count], order[len(order) - count :]
+    if not scores[worst[-1]] < scores[best[0]]:
+        same = f"a reward of {scores[best[0]]:g} is among the worst {count} responses and among the best {count}"
+        raise ValueError(f"{same}: a smaller share could tell them apart")
+    means, norms = [], 0.0
+    for indices in (worst, best):
+        total = torch.zeros(rollouts.hidden_size, dtype=torch.float64)
         for states, _ in _parts(rollouts, indices.sort().values, scores):
             total += states.sum(0)
             norms += float(states.norm(dim=1).sum())
-        means[name], tokens = total / read, tokens + read
-    return _direction(means["best"] - means["worst"], norms / tokens, "mean difference", rollouts, began, share=share, head_weights=head_weights)
+        means.append(total / rollouts.lengths[indices].sum())
+    norm = norms / int(rollouts.lengths[torch.cat([worst, best])].sum())
+    return _direction(means[1] - means[0], norm, "mean difference", rollouts, began, head_weights, share=share)
 
 
 def _scored(rollouts: Rollouts | str | os.PathLike, head_weights: Sequence[float] | None) -> tuple[Rollouts, Tensor]:
@@ -190,33 +174,28 @@ def _parts(rollouts: Rollouts, indices: Tensor, scores: Tensor) -> Iterator[tupl
         yield batch.states.double(), scores[part].repeat_interleave(batch.lengths)
 
 
-def _direction(vector: Tensor, norm: float, origin: str, rollouts: Rollouts, began: float, **settings: Any) -> Direction:
-    length = float(vector.norm())
-    if not length > 0:
+def _direction(vector: Tensor, norm: float, origin: str, rollouts: Rollouts, began: float, head_weights: Any, **settings: Any) -> Direction:
+    if not vector.norm() > 0:
         raise ValueError(f"the {origin} of {rollouts.path} is zero: the states do not depend on the reward")
     manifest = cast(dict[str, Any], rollouts.manifest)
-    data = {"responses": len(rollouts), "tokens": rollouts.num_tokens}
-    provenance = {"base_model": manifest.get("base_model"), "reward": manifest.get("reward"), "data": data, **settings}
-    weights = settings.get("head_weights")
-    provenance["head_weights"] = None if weights is None else [float(weight) for weight in weights]
-    return Direction(vector * (norm / length), origin, {**provenance, "training_seconds": time.perf_counter() - began})
+    provenance = {"data": {"responses": len(rollouts), "tokens": rollouts.num_tokens}, **settings, "training_seconds": time.perf_counter() - began}
+    provenance |= {name: manifest.get(name) for name in ("base_model", "reward")}
+    provenance["head_weights"] = None if head_weights is None else [float(weight) for weight in head_weights]
+    return Direction(vector * (norm / float(vector.norm())), origin, provenance)
 
 
 @dataclass(frozen=True, eq=False)
 class StaticEditing(Method):
     """Representation editing by a constant: y_t ~ softmax(W_lm (o_t + strength * d)).
 
-    Time index: o_t is the state at the position whose logits sample y_t. Only positions whose logits are computed are edited: with `generate`, one row a
-    sequence, at prefill too. Rows that have ended are edited as well, which changes no response.
+    o_t is the state at the position whose logits sample y_t; only such positions are edited, that of the prompt's last token too.
 
     Args:
         direction: d, whose norm is the mean norm of a state.
         strength: the length of the edit over that norm; 0 edits nothing, a negative one lowers the reward.
         allow_other_model: accept a direction that was found in the states of another model.
 
-    Raises:
-        TypeError, ValueError: `direction` is no `Direction`, or `strength` no finite number.
-
+    Raises TypeError, ValueError: `direction` is no `Direction`, or `strength` no finite number.
     Source: Kong et al. 2024, section 5 (baselines: static representation editing).
     """
 
@@ -250,10 +229,7 @@ class StaticEditing(Method):
         return _moved(states, self._edit_of(states))
 
     def attach(self, model: Any) -> "StaticHandle":
-        """Put the hook in place; `with editing.attach(model): model.generate(...)` removes it at the end.
-
-        The direction must fit the model, and nothing else that edits may be attached.
-        """
+        """Edit what `model` reads until the end of a `with` block; the direction must fit the model, and nothing else that edits may be attached."""
         return StaticHandle(self, model)
 
     @contextlib.contextmanager
@@ -263,7 +239,6 @@ class StaticEditing(Method):
             yield []
 
     def _edit_of(self, states: Tensor) -> Tensor:
-        """(hidden_size,), float32, what is added, where the states are."""
         return (self.strength * self.direction.vector).to(states.device)
 
 
@@ -274,8 +249,7 @@ class StaticHandle(Editing):
         editing: what to add.
         model: the model.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `StaticEditing.attach`.
+    Raises TypeError, ValueError, RuntimeError: as `StaticEditing.attach`.
     """
 
     def __init__(self, editing: StaticEditing, model: Any):
@@ -292,16 +266,11 @@ class StaticHandle(Editing):
         weight = getattr(self.embedding, "weight", direction.vector)
         # Moved once, so that a decode step copies nothing.
         self._edit = editing._edit_of(direction.vector if weight.is_meta else weight)
-        with self._attaching():
-            self._hooks.append(self.embedding.register_forward_pre_hook(self._before_embedding))
+        self.attach()
 
-    def _before_embedding(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        if self._sign is not None:
-            return (hidden * self._sign, *args[1:])
-        if self._paused or self.editing.strength == 0:
-            return None
-        return (_moved(hidden, self._edit), *args[1:])
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The states moved by the constant."""
+        return None if self.editing.strength == 0 else _moved(hidden, self._edit)
 
 
 def _moved(states: Tensor, edit: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from recontrol import methods
 from recontrol.data.rewards import Reward, checked_rewards, reward_name
 from recontrol.decoding.control import Control
-from recontrol.evaluation.cells import short_hash
+from recontrol.evaluation.measure import short_hash
 from recontrol.methods.base import one_score
 
 # A run of a study, which imports this module: it has the study, model, tokenizer, reward, folder, prompts, rollouts and value function of the methods.

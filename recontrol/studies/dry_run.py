@@ -10,7 +10,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from recontrol.data.rewards.regression import LlamaRegressionModel
+from recontrol.data.rewards.model import HEAD
 from recontrol.files import write_aside
 from recontrol.studies.study import ModelSection, RewardSection, SourceSection, Study
 
@@ -102,15 +102,16 @@ def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
     """UltraRM's architecture, else a sequence classifier."""
     layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
     config = LlamaConfig(**layers, **_sizes(tokenizer), max_position_embeddings=1024)
-    kind: Any = LlamaRegressionModel if "ultrarm" in name.lower() else LlamaForSequenceClassification
-    return _saved(kind(config), tokenizer, path)
+    model = LlamaForSequenceClassification(config)
+    weights = {weight.replace("score", HEAD) if "ultrarm" in name.lower() else weight: tensor for weight, tensor in model.state_dict().items()}
+    return _saved(model, tokenizer, path, state_dict=weights)
 
 
 def _sizes(tokenizer: Any) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), "pad_token_id": 1}
 
 
-def _saved(model: Any, tokenizer: Any, path: Path) -> str:
-    model.save_pretrained(path)
+def _saved(model: Any, tokenizer: Any, path: Path, **options: Any) -> str:
+    model.save_pretrained(path, **options)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -13,10 +13,10 @@ import yaml
 
 from recontrol.checks import renamed
 from recontrol.configs import from_mapping
-from recontrol.data.config import Collection
 from recontrol.data.prompts import turn_marks
 from recontrol.data.rewards import Reward
 from recontrol.data.rewards.loading import load_reward
+from recontrol.data.settings import Collection
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.loading import load_language_model
 from recontrol.evaluation.judges import PairwiseJudge, RewardJudge

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from recontrol.checks import dtype_name, renamed
-from recontrol.training.objectives import Objective, objective_of, settings_of_objectives
+from recontrol.training.objectives import OBJECTIVES, Objective
 
 KERNELS = ("torch", "closed-form", "triton")
 CHOICES = {"schedule": ("constant", "cosine"), "kernel": ("auto", *KERNELS)}
@@ -17,38 +17,31 @@ CHOICES = {"schedule": ("constant", "cosine"), "kernel": ("auto", *KERNELS)}
 OLD_OBJECTIVES = {"reference": "released"}
 OLD_KEYS = {"passes": "epochs", "train_reference_loss": "train_released_loss"}
 
-
-def _number(given: Any) -> bool:
-    return math.isfinite(given) and given >= 0
-
-
-def _integer(given: Any, least: int = 1) -> bool:
-    return type(given) is int and given >= least
-
-
+Limit = tuple[Callable[[Any], bool], str]
+AT_LEAST_0: Limit = (lambda given: 0 <= given < math.inf, "finite and at least 0")
+ABOVE_0: Limit = (lambda given: 0 < given < math.inf, "finite and above 0")
+COUNT: Limit = (lambda given: type(given) is int and given >= 1, "an integer of at least 1")
+INTEGER: Limit = (lambda given: type(given) is int and given >= 0, "an integer of at least 0")
 # What a setting must be: a test and its words.
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+LIMITS: dict[str, Limit] = {
     "td_lambda": (lambda given: 0 <= given <= 1, "between 0 and 1"),
-    "preference_regression": (_number, "finite and at least 0"),
-    "preference_regulariser": (_number, "finite and at least 0"),
-    "learning_rate": (lambda given: _number(given) and given > 0, "finite and above 0"),
-    "weight_decay": (_number, "finite and at least 0"),
-    "warmup_steps": (lambda given: _integer(given, 0), "an integer of at least 0"),
-    "max_gradient_norm": (lambda given: given is None or (_number(given) and given > 0), "finite and above 0, or None"),
-    "ema_decay": (lambda given: given is None or 0 < given < 1, "between 0 and 1, or None"),
-    "batch_size": (lambda given: given is None or _integer(given), "an integer of at least 1"),
-    "epochs": (_integer, "an integer of at least 1"),
-    "patience": (lambda given: given is None or _integer(given), "an integer of at least 1"),
+    **dict.fromkeys(("preference_regression", "preference_regulariser", "weight_decay"), AT_LEAST_0),
+    "learning_rate": ABOVE_0,
+    **dict.fromkeys(("warmup_steps", "seed"), INTEGER),
+    "max_gradient_norm": (ABOVE_0[0], f"{ABOVE_0[1]}, or None"),
+    "ema_decay": (lambda given: 0 < given < 1, "between 0 and 1, or None"),
+    **dict.fromkeys(("batch_size", "epochs", "patience"), COUNT),
     "validation_fraction": (lambda given: 0 <= given < 1, "at least 0 and below 1"),
-    "seed": (lambda given: _integer(given, 0), "an integer of at least 0"),
     "dtype": (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates"),
-    "compute_dtype": (lambda given: given in (None, "bfloat16"), "bfloat16, or None for that of the weights"),
+    "compute_dtype": (lambda given: given == "bfloat16", "bfloat16, or None for that of the weights"),
 }
+# Settings that may be None.
+OPTIONAL = ("max_gradient_norm", "ema_decay", "batch_size", "patience", "compute_dtype")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of training that decide its result.
+    """All settings of training that decide its result; ValueError for one out of its range, or for which the objective has no use.
 
     Args:
         objective: "td", the paper's; "td-lambda", with some of the final reward in the targets; "mc", regression of the final reward at
@@ -81,9 +74,6 @@ class TrainConfig:
         kernel: what computes V and its gradient in training: "torch" is autograd; "closed-form" (two linear layers, one head) and "triton" (fused
             kernels for two linear layers in float32, whose speed on a GPU has not been measured) keep a mask instead of the activations;
             "auto" is "closed-form" on a CPU where it can be and pays, else "torch". They round differently, so a run goes on only with its own.
-
-    Raises:
-        TypeError, ValueError: a setting out of its range, or one for which the objective has no use.
     """
 
     objective: str | None = None
@@ -120,8 +110,9 @@ class TrainConfig:
             renamed(f"objective={self.objective!r}", repr(OLD_OBJECTIVES[self.objective]))
             self._set("objective", OLD_OBJECTIVES[self.objective])
         for name, (fits, wanted) in LIMITS.items():
-            if not fits(getattr(self, name)):
-                raise ValueError(f"{name} must be {wanted}, found {getattr(self, name)!r}")
+            given = getattr(self, name)
+            if not (given is None and name in OPTIONAL) and not fits(given):
+                raise ValueError(f"{name} must be {wanted}, found {given!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
@@ -133,7 +124,14 @@ class TrainConfig:
 
     def new_objective(self) -> Objective:
         """The objective with its settings, not yet bound to data."""
-        return objective_of(self.objective, {name: getattr(self, name) for name in settings_of_objectives()})
+        name = self.objective or ("td-lambda" if self.td_lambda else "td")
+        if name not in OBJECTIVES:
+            raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(map(repr, OBJECTIVES))}")
+        kind = OBJECTIVES[name]
+        for other in sorted({each for others in OBJECTIVES.values() for each in others.takes} - set(kind.takes)):
+            if getattr(self, other):
+                raise ValueError(f"the objective {name!r} has no {other}, found {getattr(self, other)!r}")
+        return kind(**{own: getattr(self, own) for own in kind.takes})
 
     def record(self) -> dict[str, Any]:
         """By name, as JSON reads it back, with what follows from other settings filled in."""
@@ -146,11 +144,7 @@ class TrainConfig:
 
 
 def config_of(config: Any, seed: int | None, settings: Mapping[str, Any]) -> TrainConfig:
-    """The config of a call: one that is given or hidden_dims alone, with some settings replaced.
-
-    Raises:
-        TypeError: a setting that there is not.
-    """
+    """The config of a call: one that is given or hidden_dims alone, with some settings replaced; TypeError for a setting that there is not."""
     names = [each.name for each in dataclasses.fields(TrainConfig)]
     unknown = [name for name in settings if name not in names]
     if unknown:

@@ -1,16 +1,17 @@
 """Rollouts as training sees them: split by prompt, in parts that fit memory, with standardised rewards."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recontrol.checks import first_few
+from recontrol.data.batches import MemoryRollouts, ScoredResponses
 from recontrol.data.rollouts import Rollouts
 from recontrol.training.distributed import Processes
 
@@ -21,64 +22,71 @@ TOKENS_AT_ONCE = 8192
 # The paper's batch; small data get smaller ones, or one pass over them would be a handful of updates.
 LARGEST_BATCH = 512
 MINIBATCHES = 20
+# From the number of a batch to its responses.
+Make = Callable[[int], ScoredResponses]
 
 
+@dataclass
 class TrainingData:
-    """Stored rollouts, some of whose prompts are held out.
+    """What to train on: `stored` rollouts, or those that `make` samples with the settings `online`.
 
-    Attributes:
-        rollouts: those trained on and those held out.
-        held_in: responses to train on.
-        held_out: responses to validate on.
-        rewards: (len(held_in), num_heads), those trained on, in the dtype of the weights.
-        states_dtype: of the states.
-        normalise_rewards: whether V stays in standard deviations of the reward.
-        processes: the processes that share a mini-batch.
+    `held_in` are the responses (of `online` rollouts the batches) to train on, `held_out` the responses of `rollouts` to validate on. `rewards`,
+    (responses, num_heads), in the dtype of the weights, say in what unit V counts; with `normalise_rewards` it stays in that unit. `no_states`
+    are (0, hidden_size), of the dtype of states.
     """
 
-    def __init__(
-        self,
-        rollouts: Rollouts,
-        processes: Processes,
-        *,
-        validation_fraction: float = 0.0,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        normalise_rewards: bool = False,
-    ):
-        if not len(rollouts):
-            raise ValueError(f"{rollouts.path} has no responses to train on")
-        check_rewards(rollouts)
-        self.rollouts, self.processes, self.normalise_rewards = rollouts, processes, normalise_rewards
-        self.held_in, self.held_out = split_by_prompt(rollouts.groups, validation_fraction, seed)
-        self.rewards = rollouts.rewards.to(dtype)[self.held_in]
-        self.hidden_size, self.num_heads = rollouts.hidden_size, rollouts.num_heads
-        self.states_dtype: torch.dtype = getattr(torch, rollouts.manifest["dtype"])
+    processes: Processes
+    rollouts: Rollouts
+    held_in: Tensor
+    held_out: Tensor
+    rewards: Tensor
+    normalise_rewards: bool
+    no_states: Tensor
+    provenance: dict[str, Any]
+    online: dict[str, Any] | None = None
+    make: Make | None = None
 
     def units(self, epoch: int) -> Tensor:
-        """What an epoch takes: responses."""
-        return self.held_in
+        """What an epoch takes: responses, or batches by the numbers of this pass over the prompts."""
+        return self.held_in if self.online is None else self.held_in + epoch * len(self.held_in)
 
     def batch_size(self, asked: int | None, units: int) -> int:
         """Units in a mini-batch."""
-        return asked or max(1, min(LARGEST_BATCH, units // MINIBATCHES))
+        if self.online is None:
+            return asked or max(1, min(LARGEST_BATCH, units // MINIBATCHES))
+        if asked is not None:
+            raise ValueError(f"a mini-batch is a batch of OnlineRollouts, whose batch_size says how many prompts it has; found batch_size={asked!r} here too")
+        return 1
 
     def fetch(self, batch: Tensor) -> tuple[Rollouts, Tensor]:
         """Where the responses of a mini-batch are, and their indices there."""
-        return self.rollouts, batch
-
-    def check(self) -> None:
-        """Refuse states that are not finite."""
-        check_states(self.rollouts)
+        if self.make is None:
+            return self.rollouts, batch
+        # What training reads of rollouts, a batch in memory has too.
+        rollouts = cast(Rollouts, MemoryRollouts(self.make(int(batch)).batch()))
+        return rollouts, torch.arange(len(rollouts.lengths))
 
     def settings(self, labels: tuple[Tensor, ...]) -> dict[str, Any]:
-        """What the result depends on beside the config."""
-        return {"rollouts": digest(self.rollouts, *labels)}
+        """What the result depends on beside the config; what that says of mini-batches and of the split has no meaning with `online`."""
+        found = digest(self.rollouts, *labels) if self.rollouts is not None else None
+        if self.online is None:
+            return {"rollouts": found}
+        online = {name: entry for name, entry in self.online.items() if name not in ("base_model", "made_with", "tokenizer")}
+        return {"online": online, "validation": found, "batch_size": None, "validation_fraction": 0.0}
 
-    def provenance(self) -> dict[str, Any]:
-        """What V was trained on."""
-        counts = {"responses": len(self.rollouts), "tokens": self.rollouts.num_tokens, "trained_on": len(self.held_in), "held_out": len(self.held_out)}
-        return {**origin(self.rollouts.manifest), "data": counts}
+
+def stored(
+    rollouts: Rollouts, processes: Processes, fraction: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32, normalise_rewards: bool = False
+) -> TrainingData:
+    """Rollouts, a fraction of whose prompts is held out."""
+    if not len(rollouts):
+        raise ValueError(f"{rollouts.path} has no responses to train on")
+    check_rewards(rollouts)
+    held_in, held_out = split_by_prompt(rollouts.groups, fraction, seed)
+    counts = {"responses": len(rollouts), "tokens": rollouts.num_tokens, "trained_on": len(held_in), "held_out": len(held_out)}
+    provenance, rewards = {**origin(rollouts.manifest), "data": counts}, rollouts.rewards.to(dtype)[held_in]
+    no_states = torch.empty(0, rollouts.hidden_size, dtype=getattr(torch, rollouts.manifest["dtype"]))
+    return TrainingData(processes, rollouts, held_in, held_out, rewards, normalise_rewards, no_states, provenance)
 
 
 def origin(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +111,6 @@ class Standardisation:
             logger.warning("all rewards of heads %s are the same: there is nothing to learn from them", same.nonzero()[:, 0].tolist())
         return cls(torch.where(same, rewards[0], rewards.mean(0)), torch.where(same, 1, rewards.std(0, correction=0)))
 
-    @classmethod
-    def none(cls, num_heads: int, dtype: torch.dtype) -> "Standardisation":
-        """Leaves numbers as they are."""
-        return cls(torch.zeros(num_heads, dtype=dtype), torch.ones(num_heads, dtype=dtype))
-
     def apply(self, rewards: Tensor) -> Tensor:
         """Rewards in standard deviations, in the dtype of the statistics."""
         return (rewards.to(self.mean) - self.mean) / self.scale
@@ -118,10 +121,7 @@ class Standardisation:
 
 
 def split_by_prompt(groups: Tensor, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the responses to train on and of those held out, in rising order; a prompt has all its responses on one side.
-
-    At least one prompt is on each side, unless `validation_fraction` is 0.
-    """
+    """Indices of the responses to train on and of those held out, in rising order: whole prompts, at least one on each side if the fraction is not 0."""
     prompts = groups.unique()
     if validation_fraction and len(prompts) < 2:
         raise ValueError(f"found {len(prompts)} prompt, wanted at least 2 to hold one out; validation_fraction=0 trains without validation")

@@ -1,10 +1,9 @@
 """What a value function knows as a response unfolds, and where it is wrong: numbers, a table and a figure."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,70 +56,61 @@ def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor |
         bins: of relative position, and of V for the calibration.
         head: of V.
 
-    Returns:
-        The numbers.
-
     Raises:
         ValueError: fewer than three responses, states of another width, or a head or number of bins that cannot be.
     """
     responses = torch.arange(len(rollouts)) if responses is None else responses
-    if len(responses) < 3:
-        raise ValueError(f"found {len(responses)} responses to diagnose a value function on, wanted at least 3")
     if (rollouts.hidden_size, rollouts.num_heads) != (value.hidden_size, value.num_heads):
         has = f"states of {rollouts.hidden_size} numbers and {rollouts.num_heads} rewards"
         raise ValueError(f"{rollouts.path} has {has}, the value function wants {value.hidden_size} and {value.num_heads}")
-    if type(bins) is not int or bins < 1 or not 0 <= head < value.num_heads:
-        raise ValueError(f"bins must be at least 1 and head one of {value.num_heads}, found bins={bins!r} and head={head!r}")
-    predicted = []
-    for part in parts(responses, rollouts.lengths):
-        states, _, _ = rollouts.batch(part)
-        predicted.append(value.to_reward(value(states.to(value.device)))[:, head].double().cpu())
-    rewards = rollouts.rewards[responses, head].double().numpy()
-    return _compare(torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy(), rewards, bins)
+    if not 0 <= head < value.num_heads:
+        raise ValueError(f"head must be one of {value.num_heads}, found head={head!r}")
+    read = (rollouts.batch(part).states.to(value.device) for part in parts(responses, rollouts.lengths))
+    predicted = [torch.empty(0), *(value.to_reward(value(states))[:, head].double().cpu() for states in read)]
+    return _compare(torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy(), rollouts.rewards[responses, head].double().numpy(), bins)
 
 
 def diagnose_values(values: Sequence[Sequence[float]], rewards: Sequence[float], *, bins: int = 10) -> Diagnosis:
-    """The same of values that are known, as an evaluation records them along its responses.
+    """The same of V(s_t) for each token of each response, as an evaluation records them, and one reward a response.
 
-    Args:
-        values: of each response, V(s_t) for each token, in the unit of the reward; responses without a token are left out.
-        rewards: one a response.
-        bins: of relative position, and of V for the calibration.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        ValueError: another number of rewards than responses, fewer than three responses with tokens, or no bins.
+    Values are in the unit of the reward; responses without a token are left out. ValueError for fewer than three others.
     """
     if len(values) != len(rewards):
         raise ValueError(f"found {len(rewards)} rewards for the values along {len(values)} responses, wanted one each")
-    kept = [number for number, along in enumerate(values) if len(along)]
-    if len(kept) < 3:
-        raise ValueError(f"found {len(kept)} responses with tokens to diagnose a value function on, wanted at least 3")
-    if type(bins) is not int or bins < 1:
-        raise ValueError(f"bins must be at least 1, found bins={bins!r}")
-    v = np.concatenate([np.asarray(values[number], dtype=np.float64) for number in kept])
-    return _compare(v, np.array([len(values[number]) for number in kept]), np.array([rewards[number] for number in kept], dtype=np.float64), bins)
+    lengths = np.array([len(along) for along in values], dtype=int)
+    v = np.fromiter((number for along in values for number in along), dtype=float)
+    return _compare(v, lengths[lengths > 0], np.asarray(rewards, dtype=float)[lengths > 0], bins)
 
 
 def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int) -> Diagnosis:
     """(tokens,) of all responses in turn, (responses,) and (responses,)."""
+    if len(lengths) < 3:
+        raise ValueError(f"found {len(lengths)} responses with tokens to diagnose a value function on, wanted at least 3")
+    if type(bins) is not int or bins < 1:
+        raise ValueError(f"bins must be an integer of at least 1, found bins={bins!r}")
     r, starts = np.repeat(rewards, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
     place = np.minimum(((np.arange(len(v)) - starts + 0.5) / np.repeat(lengths, lengths) * bins).astype(int), bins - 1)
     low, high = np.quantile(rewards, [1 / 3, 2 / 3])
     inside = [place == number for number in range(bins)]
+
+    def each(measure: Callable[[np.ndarray, np.ndarray], float | None]) -> list[float | None]:
+        return [measure(v[rows], r[rows]) for rows in inside]
+
     calibration = [(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in np.array_split(np.argsort(v, kind="stable"), bins) if len(rows)]
     return Diagnosis(
         responses=len(rewards),
         tokens=[int(rows.sum()) for rows in inside],
-        correlation=[_correlation(v[rows], r[rows]) for rows in inside],
-        explained_variance=[_explained(v[rows], r[rows]) for rows in inside],
-        best_third=[_mean(v[rows & (r >= high)]) for rows in inside],
-        worst_third=[_mean(v[rows & (r <= low)]) for rows in inside],
+        correlation=each(lambda v, r: float(np.corrcoef(v, r)[0, 1]) if _varies(v) and _varies(r) else None),
+        explained_variance=each(lambda v, r: float(1 - np.square(v - r).mean() / r.var()) if _varies(r) else None),
+        best_third=each(lambda v, r: float(v[r >= high].mean()) if (r >= high).any() else None),
+        worst_third=each(lambda v, r: float(v[r <= low].mean()) if (r <= low).any() else None),
         calibration=calibration,
-        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / rewards.std()) if np.ptp(rewards) else None,
+        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / rewards.std()) if _varies(rewards) else None,
     )
+
+
+def _varies(numbers: np.ndarray) -> bool:
+    return len(numbers) > 0 and bool(np.ptp(numbers))
 
 
 def table(diagnoses: Mapping[str, Diagnosis]) -> str:
@@ -139,26 +129,16 @@ def save_diagnosis(out: str | os.PathLike, diagnoses: Mapping[str, Diagnosis]) -
     """Write `diagnosis.json` and `diagnosis.png` into a folder; up to five value functions, by name, can be distinguished in the figure."""
     if not 1 <= len(diagnoses) <= len(COLOURS):
         raise ValueError(f"found {len(diagnoses)} value functions to draw, wanted 1 to {len(COLOURS)}")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_aside(folder / "diagnosis.png") as aside:
-        draw(diagnoses).savefig(aside, format="png", dpi=130)
-    write_json(folder / "diagnosis.json", {"format": FORMAT, "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})
-
-
-def draw(diagnoses: Mapping[str, Diagnosis]) -> Any:
-    """A figure of three panels: correlation along the response, V of good and bad responses along it, and calibration."""
     # Needs no display, and shares no state with a caller's own figures.
     figure = required("matplotlib.figure", "report").Figure(figsize=(14, 4.5), layout="constrained")
     along, thirds, calibration = figure.subplots(1, 3)
-    lines = []
     for (name, found), colour in zip(diagnoses.items(), COLOURS, strict=False):
         places = (np.arange(len(found.tokens)) + 0.5) / len(found.tokens)
-        lines += along.plot(places, _floats(found.correlation), color=colour, marker="o", label=name)
-        thirds.plot(places, _floats(found.best_third), color=colour)
-        thirds.plot(places, _floats(found.worst_third), color=colour, linestyle="--")
+        for axes, numbers, style in ((along, found.correlation, "o-"), (thirds, found.best_third, "-"), (thirds, found.worst_third, "--")):
+            # None becomes NaN, which is not drawn.
+            axes.plot(places, np.array(numbers, dtype=float), style, color=colour, label=name)
         predicted, observed, _ = zip(*found.calibration, strict=True)
-        calibration.plot(predicted, observed, color=colour, marker="o")
+        calibration.plot(predicted, observed, "o-", color=colour)
     along.axhline(0, color="grey", linewidth=0.8)
     # Where predicted and observed reward are the same.
     calibration.axline((predicted[0], predicted[0]), slope=1, color="grey", linewidth=0.8, linestyle=":")
@@ -167,24 +147,9 @@ def draw(diagnoses: Mapping[str, Diagnosis]) -> Any:
     calibration.set(title="Calibration: mean final reward against V", xlabel="V")
     for axes in (along, thirds, calibration):
         axes.grid(alpha=0.25)
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
-    return figure
-
-
-def _correlation(v: np.ndarray, r: np.ndarray) -> float | None:
-    if not len(v) or not np.ptp(v) or not np.ptp(r):
-        return None
-    return float(np.corrcoef(v, r)[0, 1])
-
-
-def _explained(v: np.ndarray, r: np.ndarray) -> float | None:
-    return float(1 - np.square(v - r).mean() / r.var()) if len(r) and np.ptp(r) else None
-
-
-def _mean(v: np.ndarray) -> float | None:
-    return float(v.mean()) if len(v) else None
-
-
-def _floats(numbers: list[float | None]) -> np.ndarray:
-    """With NaN, which is not drawn, for None."""
-    return np.array(numbers, dtype=float)
+    figure.legend(*along.get_legend_handles_labels(), loc="outside lower center", ncols=len(diagnoses), frameon=False)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_aside(folder / "diagnosis.png") as aside:
+        figure.savefig(aside, format="png", dpi=130)
+    write_json(folder / "diagnosis.json", {"format": FORMAT, "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})

@@ -21,16 +21,11 @@ SMALLEST_CLOSED_FORM = 2**16
 
 def evaluation(value: ValueFunction, kernel: str, compute_dtype: str | None) -> Callable[[Tensor], Tensor]:
     """V of packed hidden states on any device, with a gradient for its weights, by one of `KERNELS` or in a low precision."""
-
-    def values(states: Tensor) -> Tensor:
-        states = states.to(value.device)
-        if compute_dtype is not None:
-            return low_precision_values(value, states, getattr(torch, compute_dtype))
-        if kernel == "triton":
-            return fused_values(value, states)
-        return closed_form_values(value, states) if kernel == "closed-form" else value(states)
-
-    return values
+    if compute_dtype is not None:
+        return lambda states: low_precision_values(value, states.to(value.device), getattr(torch, compute_dtype))
+    if kernel == "torch":
+        return lambda states: value(states.to(value.device))
+    return lambda states: fused_values(value, states.to(value.device), kernel)
 
 
 def low_precision_values(value: ValueFunction, hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,41 +41,41 @@ def low_precision_values(value: ValueFunction, hidden: Tensor, dtype: torch.dtyp
 
 
 def chosen_kernel(kernel: str, value: ValueFunction, hidden: Tensor) -> str:
-    """One of `KERNELS`: the one asked for, or RuntimeError with the reason why it cannot run on states like these.
-
-    "auto" is the closed form on a CPU, where it can be and the first layer is not tiny; else autograd.
-    """
+    """One of `KERNELS`: what "auto" is, or the one asked for, or RuntimeError with the reason why it cannot run on states like these."""
     if kernel == "auto":
-        large = value.parameters_by_kind[0][0].numel() >= SMALLEST_CLOSED_FORM
-        return "closed-form" if hidden.device.type == "cpu" and large and _why_no_closed_form(value) is None else "torch"
-    reason = why_not(value, hidden) if kernel == "triton" else _why_no_closed_form(value) if kernel == "closed-form" else None
-    if reason is not None:
+        pays = hidden.device.type == "cpu" and value.parameters_by_kind[0][0].numel() >= SMALLEST_CLOSED_FORM
+        return "closed-form" if pays and why_not(value, hidden, "closed-form") is None else "torch"
+    if kernel != "torch" and (reason := why_not(value, hidden, kernel)) is not None:
         raise RuntimeError(f"kernel {kernel!r} cannot run here: {reason}; choose one of {', '.join(map(repr, ('auto', *KERNELS)))}")
     return kernel
 
 
-def fused_values(value: ValueFunction, hidden: Tensor) -> Tensor:
-    """V by the Triton kernels, float32, for two linear layers; its gradient reaches the weights, not the hidden states."""
-    chosen_kernel("triton", value, hidden)
-    from recontrol.kernels import value_training
+def fused_values(value: ValueFunction, hidden: Tensor, kernel: str = "triton") -> Tensor:
+    """V for two linear layers with a mask kept for the gradient, which reaches the weights, not the hidden states.
 
-    return _apply(value, hidden, value_training.forward, value_training.backward)
-
-
-def closed_form_values(value: ValueFunction, hidden: Tensor) -> Tensor:
-    """As `fused_values`, in plain PyTorch for one head, a block of tokens at a time; a byte a unit and token is kept for the gradient.
-
-    On a CPU it takes somewhat less time than autograd and a fraction of the memory: only the activations of one block exist.
+    "triton" are the kernels, in float32; "closed-form" is plain PyTorch for one head, a block of tokens at a time: on a CPU it takes somewhat less
+    time than autograd and a fraction of the memory, since only the activations of one block exist.
     """
-    chosen_kernel("closed-form", value, hidden)
-    return _apply(value, hidden, blockwise_forward, blockwise_backward)
+    chosen_kernel(kernel, value, hidden)
+    forward, backward = blockwise_forward, blockwise_backward
+    if kernel == "triton":
+        from recontrol.kernels import value_training
+
+        forward, backward = value_training.forward, value_training.backward
+    (w1, w2), (b1, b2) = value.parameters_by_kind
+    return _Values.apply(hidden, w1, b1, w2, b2, forward, backward)
 
 
-def why_not(value: ValueFunction, hidden: Tensor) -> str | None:
-    """Why the Triton kernels cannot evaluate this value function on these states, or None when they can."""
-    weights, _ = value.parameters_by_kind
-    if len(weights) != 2:
-        return f"it has kernels for two linear layers, this value function has {len(weights)}"
+def why_not(value: ValueFunction, hidden: Tensor, kernel: str = "triton") -> str | None:
+    """Why the Triton kernels, or the closed form, cannot evaluate this value function on these states, or None when they can."""
+    layers = len(value.hidden_dims) + 1
+    if kernel == "closed-form":
+        # With more heads it needs a product for each.
+        if layers != 2:
+            return f"the closed form is for two linear layers, this value function has {layers}"
+        return None if value.num_heads == 1 else f"the closed form is for one head, this value function has {value.num_heads}"
+    if layers != 2:
+        return f"it has kernels for two linear layers, this value function has {layers}"
     if value.dtype != torch.float32:
         return f"it needs float32 weights, these are {dtype_name(value.dtype)}"
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -99,10 +94,7 @@ def why_not(value: ValueFunction, hidden: Tensor) -> str | None:
 
 
 def blockwise_forward(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-    """V = w2 relu(W1 h + b1) + b2, (tokens, heads), and the mask m = 1[W1 h + b1 > 0], (tokens, units), bool.
-
-    NaN counts as active, as in autograd's ReLU.
-    """
+    """V = w2 relu(W1 h + b1) + b2, (tokens, heads), and the mask m = 1[W1 h + b1 > 0], (tokens, units), bool, in which NaN is active as in ReLU."""
     values, mask = hidden.new_empty(len(hidden), len(w2), dtype=w1.dtype), hidden.new_empty(len(hidden), len(w1), dtype=torch.bool)
     z = hidden.new_empty(min(TOKENS_IN_BLOCK, len(hidden)), len(w1), dtype=w1.dtype)
     for rows, out, active in zip(*(tensor.split(TOKENS_IN_BLOCK) for tensor in (hidden, values, mask)), strict=True):
@@ -141,15 +133,3 @@ class _Values(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.backward_of(gradient, *ctx.saved_tensors), None, None
-
-
-def _apply(value: ValueFunction, hidden: Tensor, forward: Callable, backward: Callable) -> Tensor:
-    (w1, w2), (b1, b2) = value.parameters_by_kind
-    return _Values.apply(hidden, w1, b1, w2, b2, forward, backward)
-
-
-def _why_no_closed_form(value: ValueFunction) -> str | None:
-    if len(value.hidden_dims) != 1:
-        return f"the closed form is for two linear layers, this value function has {len(value.hidden_dims) + 1}"
-    # With more it needs a product for each.
-    return None if value.num_heads == 1 else f"the closed form is for one head, this value function has {value.num_heads}"

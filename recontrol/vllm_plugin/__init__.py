@@ -7,10 +7,10 @@ checked where they are admitted (`admission`); states are edited in the workers,
 
 
 def register() -> None:
-    """Put the plugin in place in this process; called by vLLM, again where it likes.
+    """Put the plugin in place in this process; called by vLLM, maybe several times.
 
     Raises:
-        ValueError, OSError: RECONTROL_BANK or RECONTROL_DEFAULT cannot be meant; vLLM does not start.
+        ValueError, OSError: RECONTROL_BANK or RECONTROL_DEFAULT is invalid; vLLM does not start.
         ImportError, RuntimeError: this release of vLLM lacks what the plugin needs; vLLM does not start.
     """
     # Only here: the package is imported where there is no vLLM, too.

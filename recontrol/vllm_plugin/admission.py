@@ -1,11 +1,10 @@
-"""Refusing a request whose control cannot be meant, before it is run."""
+"""Refusing a request whose control is invalid, before it is run."""
 
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from recontrol.vllm_plugin.settings import KEY, Settings
+from recontrol.vllm_plugin.wrapping import wrap
 
 # What an HTTP request is read into.
 REQUESTS = (
@@ -18,11 +17,8 @@ REQUESTS = (
 def install(settings: Settings) -> None:
     """Check the control of every request where vLLM checks its other sampling parameters, and once more where it enters the engine.
 
-    The first is what a client is answered from (400 over HTTP). The second is for requests that did not come through this release's
-    front end; vLLM ends such a request with an error and goes on with the others.
-
-    Raises:
-        ImportError: this release of vLLM lacks what is wrapped.
+    The first rejects the request (HTTP 400). The second is for requests that did not come through this release's front end; vLLM ends such a request
+    with an error and goes on with the others.
     """
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
@@ -32,12 +28,12 @@ def install(settings: Settings) -> None:
             check(parameters.extra_args, settings)
 
     _check_early(settings)
-    before(SamplingParams, "verify", lambda parameters, *args, **kwargs: checked(parameters))
-    before(EngineCore, "preprocess_add_request", lambda engine, request, *args, **kwargs: checked(getattr(request, "sampling_params", None)))
+    wrap(SamplingParams, "verify", before=lambda parameters, *args, **kwargs: checked(parameters))
+    wrap(EngineCore, "preprocess_add_request", before=lambda engine, request, *args, **kwargs: checked(getattr(request, "sampling_params", None)))
 
 
 def _check_early(settings: Settings) -> None:
-    """In the process of the HTTP server, before the answer begins: once a stream has begun its status is 200 whatever comes."""
+    """In the process of the HTTP server, before the answer begins: a stream that has begun has status 200 whatever comes."""
 
     def early(request: Any, *args: Any, **kwargs: Any) -> None:
         check(getattr(request, "vllm_xargs", None), settings)
@@ -52,40 +48,15 @@ def _check_early(settings: Settings) -> None:
         request = getattr(sys.modules.get(module), name, None)
         for method, action in (("to_sampling_params", early), ("to_beam_search_params", beams)):
             if hasattr(request, method):
-                before(request, method, action)
+                wrap(request, method, before=action)
 
 
 def check(extra_args: dict[str, Any] | None, settings: Settings) -> None:
-    """Refuse a control that cannot be meant, as vLLM refuses other sampling parameters.
-
-    Raises:
-        VLLMValidationError: the control cannot be meant; over HTTP, 400.
-    """
+    """Refuse an invalid control as vLLM refuses other sampling parameters."""
     try:
         settings.control_of(extra_args)
     except ValueError as error:
         raise _validation_error()(f"{KEY}: {error}") from None
-
-
-def before(owner: Any, name: str, action: Callable[..., None]) -> None:
-    """Make a method of a class do something first; done once, however often it is asked for.
-
-    Raises:
-        ImportError: there is no such method.
-    """
-    method = getattr(owner, name, None)
-    if method is None:
-        raise ImportError(f"this release of vLLM has no {owner.__name__}.{name}, which the plugin recontrol needs")
-    if getattr(method, "recontrol", False):
-        return
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        action(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    wrapped.recontrol = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
 
 
 def _validation_error() -> type[Exception]:

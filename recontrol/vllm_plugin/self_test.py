@@ -8,27 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recontrol.decoding.controller import Controller
+from recontrol.decoding.control import Control
+from recontrol.decoding.control_batch import ControlBatch
+from recontrol.decoding.editing import differences
 from recontrol.value import ValueFunction
-from recontrol.vllm_plugin.edits import BatchEdit
 
-Editing = Callable[[Callable[[Tensor], Tensor]], AbstractContextManager[None]]
+Edited = Callable[[Callable[[Tensor], Tensor]], AbstractContextManager[None]]
 ROWS = 2
 STEP_SIZE, STEPS = 0.1, 3
 
 
 @torch.inference_mode()
-def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Editing) -> None:
-    """Run made-up states through the model's logits, as they are and edited.
-
-    Args:
-        runner: the model runner, its model loaded.
-        bank: the value functions.
-        editing: a context manager inside of which the next states are edited by what it is given.
-
-    Raises:
-        RuntimeError: the logits do not follow the states, a value function gives what is not finite, or ranks differ in a bit.
-    """
+def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Edited) -> None:
+    """Run made-up states through the model's logits, as they are and edited; inside `editing(edit)` the next states are edited."""
     model = runner.get_model()
     width = next(iter(bank.values())).hidden_size
     # The same on every rank.
@@ -40,7 +32,7 @@ def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Editing) -> N
             negated = model.compute_logits(hidden)
     # Of tensor-parallel ranks that do not sample, some get no logits.
     if plain is not None:
-        noise, change = ((other.float() - plain.float()).nan_to_num(0, 0, 0).abs().max().item() for other in (again, negated))
+        noise, change = differences(plain, again, negated)
         if not change > 2 * noise:
             raise RuntimeError(
                 f"edits do not reach the logits: with the states negated, the logits of {type(model).__name__} changed by {change:.3g} "
@@ -48,7 +40,9 @@ def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Editing) -> N
             )
     for name, value in bank.items():
         heads = None if value.num_heads == 1 else (1.0,) * value.num_heads
-        edited = BatchEdit([Controller(value, STEP_SIZE, STEPS, head_weights=heads)] * ROWS, hidden.device)(hidden)
+        batch = ControlBatch()
+        batch.assign(Control(value, STEP_SIZE, STEPS, head_weights=heads))
+        edited = batch.edit(hidden)
         if not torch.isfinite(value(edited)).all():
             raise RuntimeError(f"the value function {name!r} gives values that are not finite; its weights are damaged")
         _check_ranks(name, edited)

@@ -1,4 +1,4 @@
-"""What the environment says: the bank of value functions, and the control of requests that carry none."""
+"""The settings from the environment: the bank of value functions, and the control of requests that carry none."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from recontrol.decoding.controller import Controller
+from recontrol.decoding.control import Control
 from recontrol.value import ValueFunction
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME, read_config
 from recontrol.vllm_plugin.controls import parse_control
@@ -34,12 +34,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Read and check RECONTROL_BANK and RECONTROL_DEFAULT; an empty one counts as absent.
-
-        Raises:
-            ValueError: there is a default but no bank, a subfolder is no value function, or the default is no control.
-            FileNotFoundError: the bank is no folder, is empty, or lacks a file.
-        """
+        """Read and check RECONTROL_BANK and RECONTROL_DEFAULT; an empty one counts as absent."""
         folder, default = environment.get(BANK) or None, environment.get(DEFAULT) or None
         if folder is None:
             if default is not None:
@@ -56,24 +51,12 @@ class Settings:
         return cls(bank, default, known)
 
     def load(self, device: torch.device) -> dict[str, ValueFunction]:
-        """The value functions of the bank with their weights, on this device.
-
-        Raises:
-            ValueError, OSError: a file is damaged or gone.
-        """
+        """The value functions of the bank with their weights, on this device."""
         assert self.bank is not None
         return {name: ValueFunction.from_pretrained(self.bank / name, device=device) for name in self.known}
 
-    def control_of(self, request: Mapping[str, object] | None, bank: Mapping[str, ValueFunction] | None = None) -> Controller | None:
-        """The control of a request; None where it is not to be steered.
-
-        Args:
-            request: its `extra_args`.
-            bank: what the control's value function is taken from; by default the one without weights.
-
-        Raises:
-            ValueError: the control cannot be meant.
-        """
+    def control_of(self, request: Mapping[str, object] | None, bank: Mapping[str, ValueFunction] | None = None) -> Control | None:
+        """The control of a request with these `extra_args`, its value function from a bank (by default without weights); None: no control."""
         bank = self.known if bank is None else bank
         if request is None or KEY not in request:
             return None if self.default is None else parse_control(self.default, bank)

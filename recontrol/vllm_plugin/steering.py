@@ -10,40 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.decoding.controller import Controller
+from recontrol.decoding.control import Control
+from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.fingerprint import CONFIG_FIELDS
+from recontrol.decoding.hooks import EditSite
 from recontrol.value import ValueFunction
-from recontrol.vllm_plugin.edits import BatchEdit
 from recontrol.vllm_plugin.rows import RequestControls
 from recontrol.vllm_plugin.self_test import prove
 from recontrol.vllm_plugin.settings import BANK, KEY, Settings
+from recontrol.vllm_plugin.wrapping import wrap
 
 # Below vLLM's own logger, which shows what is said here.
 logger = logging.getLogger("vllm.recontrol")
 
 
 def install(settings: Settings) -> None:
-    """Make every worker that is set up in this process from now on steer.
-
-    Raises:
-        ImportError: this release of vLLM lacks what is wrapped.
-    """
+    """Make every worker that is set up in this process from now on steer."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    method = getattr(WorkerWrapperBase, "init_device", None)
-    if method is None:
-        raise ImportError("this release of vLLM has no WorkerWrapperBase.init_device, which the plugin recontrol needs")
-    if getattr(method, "recontrol", False):
-        return
-
-    @functools.wraps(method)
-    def init_device(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(wrapper, *args, **kwargs)
-        Steering(wrapper.worker, settings)
-        return result
-
-    init_device.recontrol = True  # type: ignore[attr-defined]
-    WorkerWrapperBase.init_device = init_device
+    wrap(WorkerWrapperBase, "init_device", after=lambda wrapper, *args, **kwargs: Steering(wrapper.worker, settings))
 
 
 class Steering:
@@ -52,13 +37,7 @@ class Steering:
     The states are edited by a hook on the model's logits processor, and only while the model runner computes the logits that it
     samples from. Prompt log-probabilities, profiling runs and draft models use the same module at other times and are not edited.
 
-    Args:
-        worker: a worker whose model runner is made and whose model is not loaded yet.
-        settings: the bank and the default.
-
-    Raises:
-        ValueError: a value function of the bank is for another model.
-        RuntimeError: the model runner is of a kind that is not known, or not one that generates.
+    The worker's model runner is made and its model is not loaded yet.
     """
 
     def __init__(self, worker: Any, settings: Settings):
@@ -70,16 +49,15 @@ class Steering:
         self._hooks: list[Any] = []
         self._edit: Callable[[Tensor], Tensor] | None = None
         self._proven = False
-        # What the rows of the last batch needed; most batches hold the requests of the one before.
-        self._last: tuple[list[Controller | None], BatchEdit] | None = None
+        self._batch = ControlBatch()
         if getattr(self.runner, "is_pooling_model", False):
             raise RuntimeError(f"a pooling model samples no tokens and cannot be steered; unset {BANK}")
         # Before a model is loaded.
         for name, value in settings.known.items():
             self._check_fit(name, value)
         self._wrap_runner()
-        _after(worker, "load_model", self._attach)
-        _after(worker, "compile_or_warm_up_model", self._prove)
+        wrap(worker, "load_model", after=lambda *args, **kwargs: self._attach())
+        wrap(worker, "compile_or_warm_up_model", after=lambda *args, **kwargs: self._prove())
 
     def _wrap_runner(self) -> None:
         runner, run = self.runner, self.runner.execute_model
@@ -89,7 +67,7 @@ class Steering:
             def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
                 if not self._take_in(scheduler_output):
                     return run(scheduler_output, *args, **kwargs)
-                # The runner puts its batch in order only now, so whose rows they are is asked when they come.
+                # The runner puts its batch in order only now, so the controls of the rows are asked for when the states come.
                 with self._armed(lambda: self.requests.rows_of_first_runner(runner, scheduler_output)):
                     return run(scheduler_output, *args, **kwargs)
 
@@ -118,23 +96,23 @@ class Steering:
 
     def _take_in(self, scheduler_output: Any) -> bool:
         """Take in a step of the scheduler; whether rows of it are to be edited here."""
+        if scheduler_output.finished_req_ids:
+            self._batch.warn()
         if self._proven:
-            # Whoever does not compute the logits has nothing to edit.
+            # A rank that does not compute the logits has nothing to edit.
             return self.requests.step(scheduler_output) and bool(self._hooks)
-        # What runs before is made up by the runner itself, to warm up.
+        # Before that the runner makes up requests itself, to warm up.
         if any(KEY in (getattr(new.sampling_params, "extra_args", None) or {}) for new in scheduler_output.scheduled_new_reqs):
             raise RuntimeError("a request that carries a control came before it was proven that edits reach the logits")
         return False
 
     @contextlib.contextmanager
-    def _armed(self, rows: Callable[[], list[Controller | None]]) -> Iterator[None]:
-        """Edit the next states that enter the logits; that there are some inside the block is made sure."""
+    def _armed(self, rows: Callable[[], list[Control | None]]) -> Iterator[None]:
+        """Edit the next states that enter the logits; an error if none does inside the block."""
 
         def edit(hidden: Tensor) -> Tensor:
-            controls = rows()
-            if self._last is None or self._last[0] != controls:
-                self._last = controls, BatchEdit(controls, hidden.device)
-            return self._last[1](hidden)
+            self._batch.assign(rows())
+            return self._batch.edit(hidden)
 
         with self._editing(edit):
             yield
@@ -149,14 +127,12 @@ class Steering:
         finally:
             self._edit = None
 
-    def _before_logits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _before_logits(self, site: EditSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if self._edit is None:
             return None
         # Once: a layer that wraps this one may have been called before it.
         edit, self._edit = self._edit, None
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
-        return (args[0], edit(args[1]), *args[2:]), kwargs
+        return site.replaced(args, kwargs, edit(site.states(args, kwargs)))
 
     def _attach(self) -> None:
         """Load the bank and put the hooks in place; on the ranks that compute logits."""
@@ -179,7 +155,9 @@ class Steering:
         if hasattr(self.runner, "model_memory_usage"):
             # So that the key/value cache leaves room for them.
             self.runner.model_memory_usage += sum(_bytes(value) for value in self.bank.values())
-        self._hooks = [module.register_forward_pre_hook(self._before_logits, with_kwargs=True) for module in processors]
+        # A logits processor is called with the output embedding and the states.
+        sites = [EditSite(module, position=1) for module in processors]
+        self._hooks = [site.module.register_forward_pre_hook(functools.partial(self._before_logits, site), with_kwargs=True) for site in sites]
 
     def _check_fit(self, name: str, value: ValueFunction) -> None:
         """Refuse a value function that cannot be climbed from this model's states, or was trained for another model."""
@@ -198,19 +176,6 @@ class Steering:
             prove(self.runner, self.bank, self._editing)
             logger.info("edits reach the logits; value functions: %s", ", ".join(self.bank))
         self._proven = True
-
-
-def _after(owner: Any, name: str, action: Callable[[], None]) -> None:
-    """Make a method of one object do something at its end."""
-    method = getattr(owner, name)
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        action()
-        return result
-
-    setattr(owner, name, wrapped)
 
 
 def _wrapped_by(module: nn.Module) -> Any:

@@ -150,16 +150,18 @@ def malformed_controls(bank):
         ("head_weights", [1e39]),
     ]
     found = [
-        ({"value": name}, f"value must name a value function of this server, one of 'both', 'deep', 'other', 'up'; found {_shown(name)}") for name in names
+        ({"value": name}, f"value must name a value function of this server, one of 'both', 'deep', 'other', 'up'; found {_shown(name)}")
+        for name in names
+        if name is not None
     ]
-    found += [({}, "it is missing"), ({"steps": 3}, "it is missing")]
-    found += [({"value": "up", name: content}, f"a control has no field {_shown(name)}") for name, content in fields]
+    found += [(each, "it is missing") for each in ({}, {"steps": 3}, {"value": None})]
+    found += [({"value": "up", name: content}, f"control: found ({re.escape(name)}|.*<path>.*), wanted some of value, step_size, ") for name, content in fields]
     found += [({"value": "up", name: content}, f"{name} must be .*found ") for name, content in numbers]
     found += [({"value": "both"}, "the value function has 2 heads: give head_weights, 2 numbers")]
     found += [({"value": "both", "head_weights": weights}, f"must be 2 numbers, one a head, found {len(weights)}") for weights in ([1], [], [1, 2, 3])]
     found += [(text, "a control must be JSON such as .*found ") for text in ("", "{", "up", "{'value': 'up'}", '{"value": "up"} {}', "[" * 100_000)]
-    found += [(text, f"a control must be a mapping with value, .*found {_shown(json.loads(text))}") for text in ("3", '"up"', "[]", "true")]
-    found += [(Raw({"recontrol": each}), f"a control must be a mapping with value, .*found {_shown(each)}") for each in (3.5, ["up"])]
+    found += [(text, f"control must be a mapping of names to settings, found {type(json.loads(text)).__name__}$") for text in ("3", '"up"', "[]", "true")]
+    found += [(Raw({"recontrol": each}), f"control must be a mapping of names to settings, found {type(each).__name__}$") for each in (3.5, ["up"])]
     found += [(Raw(each), "vllm_xargs") for each in ("up", [1], {"recontrol": {"value": "up"}}, {"recontrol": None})]
     return found
 

@@ -90,7 +90,7 @@ def test_several_samples_of_one_request_share_its_control(engine, alone):
     [
         ({"value": "../bank/up"}, r"one of 'both', 'deep', 'other', 'up'; found '\.\./bank/up'"),
         ({"value": "up", "steps": 10**9}, "steps must be 1000 or less"),
-        ({"value": "up", "alpha": 1}, "no field 'alpha'"),
+        ({"value": "up", "alpha": 1}, "control: found alpha, wanted some of value"),
         ("{", "must be JSON"),
     ],
 )

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.data.rewards.templates import text_writer
+from recontrol.data.prompts import render_response
+from recontrol.data.rewards.checks import check_fields
+from recontrol.decoding.model_config import context_length, padding_token, set_padding_token, vocabulary_size
+
+# UltraRM (Cui et al. 2023, UltraFeedback): r(text) = w . o_T, with o_T the last hidden state (after the final norm) of the last token. Such a
+# checkpoint is a sequence classifier of Llama's architecture whose head has this name; its training data were written like this.
+HEAD, TEMPLATE = "regression_head", "Human: {prompt}\nAssistant: {response}"
 
 
 class RewardModel:
     """Scores prompt and response, read together as one text, with a sequence classifier. One label is one reward.
 
-    Texts are padded on the right. A text longer than `max_length` loses its beginning, the oldest part of the prompt. The tokenizer is copied, so
-    that its settings stay as they are.
+    Texts are padded on the right. A text longer than `max_length` loses its beginning, the oldest part of the prompt. The tokenizer is copied.
 
     Args:
         model: a model with a sequence-classification head, which returns `logits` of (batch, labels).
@@ -32,24 +37,26 @@ class RewardModel:
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 16, max_length: int | None = None, template: str | None = None):
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise ValueError(f"batch_size and max_length must be at least 1, found {batch_size} and {max_length}")
-        self.model = model
-        self.batch_size = batch_size
-        self.template = template
+        if template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"the reward model's tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template")
+        if template not in (None, "chat"):
+            check_fields("template of the reward model", template, {"prompt", "response"})
+        self.model, self.batch_size, self.template = model, batch_size, template
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.padding_side = "right"
         self.tokenizer.truncation_side = "left"
         config: Any = model.config
-        if getattr(config, "pad_token_id", None) is not None:
+        padding = padding_token(config)
+        if padding is not None:
             # The classifier finds the end of a text by its own padding token.
-            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(padding)
         elif self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        config.pad_token_id = self.tokenizer.pad_token_id
-        limits = [getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length, max_length]
+        set_padding_token(config, self.tokenizer.pad_token_id)
+        limits = [context_length(config), self.tokenizer.model_max_length, max_length]
         limit = min(limit for limit in limits if limit is not None)
         # A tokenizer that knows no limit says 1e30.
         self.max_length = limit if limit < 1e9 else None
-        self._write = text_writer(template, self.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -63,33 +70,26 @@ class RewardModel:
         dtype: str | torch.dtype = "auto",
         **kwargs: Any,
     ) -> "RewardModel":
-        r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer.
+        r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer, from a folder or the hub.
 
-        Args:
-            name_or_path: a local folder, or `owner/name` on the hub.
-            batch_size: texts in one forward call.
-            max_length: tokens of a text at most.
-            template: as for the class; for UltraRM's architecture None is "Human: {prompt}\nAssistant: {response}".
-            device: where to put the model; the CPU by default.
-            dtype: of the weights; by default the one they were saved in.
-            kwargs: passed on to the model's `from_pretrained`, for example `device_map`.
+        `device` is where to put the model (by default the CPU), `dtype` that of the weights (by default as saved), `kwargs` go to the model's
+        `from_pretrained`; for UltraRM's architecture the template None is "Human: {prompt}\nAssistant: {response}". Otherwise as for the class.
 
         Raises:
-            OSError: there is no such model.
-            ValueError: the checkpoint has no head that scores a text, or as for the class.
+            OSError, ValueError: there is no such model, its checkpoint has no head that scores a text, or as for the class.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from recontrol.data.rewards.regression import HEAD, TEMPLATE, LlamaRegressionModel
-
-        model, report = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
-        missing = set(report["missing_keys"])
-        if missing and HEAD in report["unexpected_keys"] and model.config.model_type == "llama":
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        model, report = load(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
+        if report["missing_keys"] and f"{HEAD}.weight" in report["unexpected_keys"] and model.config.model_type == "llama":
             # Two of them may not fit into memory.
             del model
-            load: Any = LlamaRegressionModel.from_pretrained
-            model, report = load(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
-            missing, template = set(report["missing_keys"]), TEMPLATE if template is None else template
+            # Its checkpoints do not say how many labels they have, and two is what a config says by default.
+            names = {rf"^{HEAD}\.": "score."}
+            model, report = load(name_or_path, dtype=dtype, output_loading_info=True, num_labels=1, key_mapping=names, **kwargs)
+            template = TEMPLATE if template is None else template
+        missing = set(report["missing_keys"])
         # Where an adapter brings the head, it is loaded after this report was made.
         if missing and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -99,40 +99,36 @@ class RewardModel:
         return cls(model if device is None else model.to(device), AutoTokenizer.from_pretrained(name_or_path), batch_size, max_length, template)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float] | list[list[float]]:
-        """Score each response together with its prompt.
-
-        Args:
-            prompts: one a response.
-            responses: the texts that follow the prompts.
-
-        Returns:
-            One float a response; with several labels one list of floats a response.
-
-        Raises:
-            ValueError: the tokenizer makes tokens that the model does not have.
-        """
+        """Score each response together with its prompt: one float a response, or with several labels one list of floats."""
         texts = [self._write(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         device = next(self.model.parameters()).device
+        # On a GPU the embedding would not say what is wrong, and would leave the device unusable.
+        known = vocabulary_size(self.model.config)
         training = self.model.training
         self.model.eval()
         scores: list[Tensor] = []
         try:
-            with torch.no_grad():
-                for start in range(0, len(texts), self.batch_size):
-                    batch = texts[start : start + self.batch_size]
-                    inputs = self.tokenizer(batch, padding=True, truncation=self.max_length is not None, max_length=self.max_length, return_tensors="pt")
-                    self._check_tokens(inputs.input_ids)
+            for start in range(0, len(texts), self.batch_size):
+                batch = texts[start : start + self.batch_size]
+                inputs = self.tokenizer(batch, padding=True, truncation=self.max_length is not None, max_length=self.max_length, return_tensors="pt")
+                if isinstance(known, int) and (largest := int(inputs.input_ids.max())) >= known:
+                    raise ValueError(f"the tokenizer of the reward model {self.name} makes token {largest}, the model has {known}: it is another model's")
+                with torch.no_grad():
                     scores.append(self.model(**inputs.to(device)).logits.float().cpu())
         finally:
             self.model.train(training)
         table = torch.cat(scores) if scores else torch.empty(0, len(self.head_names))
         return table[:, 0].tolist() if table.shape[1] == 1 else table.tolist()
 
-    def _check_tokens(self, ids: Tensor) -> None:
-        # On a GPU the embedding would not say what is wrong, and would leave the device unusable.
-        known = getattr(self.model.config, "vocab_size", None)
-        if isinstance(known, int) and ids.numel() and int(ids.max()) >= known:
-            raise ValueError(f"the tokenizer of the reward model {self.name} makes token {int(ids.max())}, the model has {known}: it is another model's")
+    def _write(self, prompt: str, response: str) -> str:
+        """Prompt and response as the one text that the model reads."""
+        if self.template == "chat":
+            return render_response(self.tokenizer, prompt, response)
+        mark = (self.template or "").split("{prompt}")[0].strip()
+        # The prompts of dialogue data sets carry the marks of the turns already.
+        if self.template is None or (mark and prompt.lstrip().startswith(mark)):
+            return prompt + response
+        return self.template.format(prompt=prompt, response=response.lstrip())
 
     @property
     def name(self) -> str:

@@ -19,16 +19,17 @@ class Objective:
     Attributes:
         name: in settings; a subclass with a name is an objective that can be asked for.
         loss_name: of its loss in the history.
+        description: one line for the provenance, in which {0.td_lambda:g} is a setting.
         takes: the settings of its own, which are fields of `TrainConfig`; its instances have them as attributes.
         online: whether it can learn from one batch of responses after the other, without seeing them all first.
         predicts_reward: whether V predicts the reward; else only its differences mean anything.
-        data: what it is bound to.
-        standardisation: the unit in which it counts rewards.
+        data, standardisation: what it is bound to, and the unit in which it counts rewards.
         labels: what of the data, beside lengths, rewards and prompts, decides the result.
     """
 
     name: ClassVar[str] = ""
     loss_name: ClassVar[str] = "train_loss"
+    description: ClassVar[str] = ""
     takes: ClassVar[tuple[str, ...]] = ()
     online: ClassVar[bool] = True
 
@@ -50,15 +51,15 @@ class Objective:
 
     def describe(self) -> str:
         """One line for the provenance."""
-        raise NotImplementedError
+        return self.description.format(self)
 
     def bind(self, data: TrainingData) -> None:
         """Find in the data what it learns from."""
-        raise NotImplementedError
+        self.data, self.standardisation = data, Standardisation.of(data.rewards)
 
     def units(self, epoch: int) -> Tensor:
         """What an epoch takes in some order and mini-batches are made of: responses, prompts or batches, as many in each epoch."""
-        raise NotImplementedError
+        return self.data.units(epoch)
 
     def backward(self, values_of: Values, batch: Tensor) -> tuple[float, int]:
         """Add the gradient of the mean loss of a mini-batch to the parameters; this process does its share.
@@ -72,30 +73,14 @@ class Objective:
         raise NotImplementedError
 
     def score(self, entry: Mapping[str, Any]) -> float | None:
-        """What the best epoch has most of, from its entry in the history; None without validation."""
-        raise NotImplementedError
+        """What the best epoch has most of: minus the Monte Carlo error, each head's in units of its flat error where defined; None without validation."""
+        error, explained = entry.get("validation_mc_error"), entry.get("validation_explained_variance")
+        return explained if error is None or explained is not None else -error
 
     def doubts(self, entry: Mapping[str, Any]) -> list[str]:
         """Warnings about the best epoch."""
-        return []
-
-
-def objective_of(name: str | None, settings: Mapping[str, Any]) -> Objective:
-    """The objective of that name; None is "td", or "td-lambda" where td_lambda is above 0.
-
-    Raises:
-        ValueError: there is none, or it has no use for a setting that is not 0.
-    """
-    name = name or ("td-lambda" if settings["td_lambda"] else "td")
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(map(repr, OBJECTIVES))}")
-    kind = OBJECTIVES[name]
-    for other, setting in settings.items():
-        if setting and other not in kind.takes:
-            raise ValueError(f"the objective {name!r} has no {other}, found {setting!r}")
-    return kind(**{own: settings[own] for own in kind.takes})
-
-
-def settings_of_objectives() -> list[str]:
-    """The settings that only some objectives take."""
-    return sorted({name for kind in OBJECTIVES.values() for name in kind.takes})
+        explained = entry.get("validation_explained_variance")
+        if explained is None or explained > 0:
+            return []
+        found = f"on prompts held out the value function predicts rewards no better than their mean (explained variance {explained:.3g})"
+        return [f"{found}: it needs more rollouts, or a reward that depends on the response"]

@@ -1,5 +1,7 @@
 """The objective on pairs of responses: a margin between their last tokens, and on request a regulariser and a regression."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,54 +9,84 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from recontrol.data.rollouts import Rollouts
 from recontrol.training.data import Standardisation, TrainingData, parts, read
 from recontrol.training.objectives.base import Objective, Values
-from recontrol.training.objectives.tokens import doubts_about_prediction, held_out_error, td_loss
-from recontrol.training.pairs import Pairs, preference_pairs
-
-# In validation, to bound memory.
-PROMPTS_AT_ONCE = 256
+from recontrol.training.objectives.tokens import held_out_error, td_loss
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Mean over pairs of -log sigmoid(V(chosen) - V(rejected)), the negative log-likelihood of Bradley and Terry's model.
-
-    Args:
-        chosen: (pairs,), V at the last token of the response that was preferred.
-        rejected: (pairs,), V at the last token of the other one.
-
-    Returns:
-        The loss, a scalar; log 2 where V is the same for both.
-
-    Source: Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543), margin loss.
-    """
+    """Mean over (pairs,) of -log sigmoid(V(chosen) - V(rejected)), the negative log-likelihood of Bradley and Terry's model."""
     return -logsigmoid(chosen - rejected).mean()
 
 
-def preference_regulariser(generated: Tensor, chosen: Tensor) -> Tensor:
-    """Mean over pairs of (V(generated) - V(chosen))^2, which keeps the margin from growing without end.
+def order_scores(chosen: Tensor, rejected: Tensor) -> dict[str, float | None]:
+    """The `preference_loss`, in nats, and the share of pairs that V has right; one with equal values counts half."""
+    chosen, rejected = chosen.double(), rejected.double()
+    loss, right = preference_loss(chosen, rejected), ((chosen - rejected).sign() + 1).mean() / 2
+    return {"validation_preference_loss": float(loss), "validation_preference_accuracy": float(right)}
 
-    Args:
-        generated: (pairs,), V at the last token of a response of the model itself.
-        chosen: (pairs,), V at the last token of the response that was preferred for the same prompt.
 
-    Returns:
-        The regulariser, a scalar.
+def preference_pairs(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the pairs in rollouts, whose prompts are in rising order.
 
-    Source: Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543), regulariser loss.
+    Where lines of a prompt say `"preference": "chosen"` or `"rejected"`, as those of `collect_pairs` do, the two with the same number `pair`
+    are a pair, for every head; the prompt's other responses are the model's own. Where none says so, all are the model's own, and any two
+    with different rewards are a pair, for each head by its own reward; the one with the lower reward is the generated one in the anchor.
+
+    Returns the margin, (pairs, 3), int64: indices of the chosen and the rejected response, and the head of V that orders them; the anchor,
+    (pairs, 3): a response that the model itself generated, a chosen one, and the head; and (responses,), bool: whether the model generated it.
     """
-    return (generated - chosen).square().mean()
+    labelled, rewards, heads = _labelled_pairs(rollouts), rollouts.rewards.tolist(), range(rollouts.num_heads)
+    generated = torch.ones(len(rollouts), dtype=torch.bool)
+    generated[[index for pairs in labelled.values() for pair in pairs for index in pair]] = False
+    margin: list[tuple[int, int, int]] = []
+    anchor: list[tuple[int, int, int]] = []
+    order = torch.argsort(rollouts.groups, stable=True)
+    prompts, counts = rollouts.groups[order].unique_consecutive(return_counts=True)
+    for prompt, members in zip(prompts.tolist(), order.split(counts.tolist()), strict=True):
+        if prompt in labelled:
+            margin += [(*pair, head) for pair in labelled[prompt] for head in heads]
+            own = members[generated[members]].tolist()
+            anchor += [(index, chosen, head) for index in own for chosen, _ in labelled[prompt] for head in heads]
+            continue
+        for pair, head in itertools.product(itertools.combinations(members.tolist(), 2), heads):
+            rejected, chosen = sorted(pair, key=lambda index: rewards[index][head])
+            if rewards[rejected][head] < rewards[chosen][head]:
+                margin.append((chosen, rejected, head))
+                anchor.append((rejected, chosen, head))
+    if not margin:
+        raise ValueError(
+            f"{rollouts.path} has no pair to learn a preference from: no responses are labelled chosen and rejected, and no two responses to one prompt "
+            "have different rewards; collect several responses a prompt (num_samples), or from texts with preferences"
+        )
+    return torch.tensor(margin), torch.tensor(anchor, dtype=torch.int64).reshape(-1, 3), generated
 
 
-def order_scores(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """How many pairs, the sum of their `preference_loss`, and how many V has right; one with equal values counts half."""
-    loss = preference_loss(chosen.double(), rejected.double()) * len(chosen) if len(chosen) else torch.zeros((), dtype=torch.float64)
-    right = (chosen > rejected).sum() + (chosen == rejected).sum() / 2
-    return torch.stack([torch.tensor(float(len(chosen)), dtype=torch.float64), loss.cpu(), right.double().cpu()])
+def _labelled_pairs(rollouts: Rollouts) -> dict[int, list[tuple[int, int]]]:
+    """The pairs of chosen and rejected responses that the lines tell, by prompt."""
+    found: dict[tuple[int, Any], list[tuple[str, int, str]]] = defaultdict(list)
+    for index, record in enumerate(rollouts.records()):
+        if (label := record.get("preference")) is not None:
+            found[int(rollouts.groups[index]), record.get("pair")].append((str(label), index, record.get("response", "")))
+    pairs: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for (prompt, number), responses in found.items():
+        labels = [label for label, *_ in responses]
+        if sorted(labels) != ["chosen", "rejected"]:
+            raise ValueError(f"pair {number!r} of prompt {prompt} has responses labelled {labels}, wanted one 'chosen' and one 'rejected'")
+        (_, chosen, text), (_, rejected, other) = sorted(responses)
+        if text and text == other:
+            raise ValueError(f"responses {chosen}, chosen, and {rejected}, rejected, to prompt {prompt} are the same text: there is nothing to prefer")
+        pairs[prompt].append((chosen, rejected))
+    return pairs
 
 
 class Preference(Objective):
-    """Only last tokens matter to margin and regulariser; the regression is on all tokens of the model's own responses."""
+    """The terms of Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543).
+
+    Only last tokens matter to the margin, `preference_loss`, and to the regulariser, the mean of (V(generated) - V(chosen))^2, which keeps the
+    margin from growing without end. The regression is on all tokens of the model's own responses.
+    """
 
     name, loss_name, online = "preference", "train_preference_loss", False
     takes = ("td_lambda", "preference_regression", "preference_regulariser")
@@ -80,64 +112,67 @@ class Preference(Objective):
     def bind(self, data: TrainingData) -> None:
         """As `Objective.bind`: find the pairs on both sides of the split, and the responses to regress on."""
         rollouts, self.data = data.rollouts, data
-        pairs = preference_pairs(rollouts)
-        if self.preference_regulariser and not len(pairs.anchor):
+        self.margin, self.anchor, generated = preference_pairs(rollouts)
+        if self.preference_regulariser and not len(self.anchor):
             raise ValueError(
                 f"preference_regulariser draws the model's own responses to the chosen ones, and {rollouts.path} has no responses to prompts with pairs "
                 "beside those labelled chosen and rejected"
             )
-        self.pairs, self.held_out = pairs.of(rollouts.groups[data.held_in]), pairs.of(rollouts.groups[data.held_out])
-        self.labels = (self.pairs.margin, self.held_out.margin)
-        for which, found, wanted in (("trained on", self.pairs, True), ("held out", self.held_out, len(data.held_out) > 0)):
-            if wanted and not len(found.margin):
-                raise ValueError(f"the prompts {which} have no pair; use another seed or validation_fraction, or more rollouts")
-        self.regressed = torch.zeros(len(rollouts), dtype=torch.bool)
-        self.standardisation = Standardisation.none(rollouts.num_heads, data.rewards.dtype)
-        if self.preference_regression:
-            self.regressed = pairs.generated if pairs.generated.any() else ~pairs.generated
-            own = self.regressed[data.held_in]
-            if not own.any():
-                raise ValueError("the prompts trained on have no response for preference_regression; use another seed or validation_fraction, or more rollouts")
-            self.standardisation = Standardisation.of(data.rewards[own])
+        self.labels = tuple(self._of(self.margin, rollouts.groups[side]) for side in (data.held_in, data.held_out))
+        self.trained_on, self.held_out = (rollouts.groups[margin[:, 0]].unique() for margin in self.labels)
+        self.regressed = generated if generated.any() else ~generated
+        own = self.regressed[data.held_in]
+        for fits, missing in (
+            (len(self.trained_on), "trained on have no pair"),
+            (len(self.held_out) or not len(data.held_out), "held out have no pair"),
+            (own.any() or not self.preference_regression, "trained on have no response for preference_regression"),
+        ):
+            if not fits:
+                raise ValueError(f"the prompts {missing}; use another seed or validation_fraction, or more rollouts")
         # What V is multiplied by in all three terms.
-        self.unit = torch.ones_like(self.standardisation.scale) if data.normalise_rewards else self.standardisation.scale
+        self.unit = torch.ones(rollouts.num_heads, dtype=data.rewards.dtype)
+        self.standardisation = Standardisation(torch.zeros_like(self.unit), self.unit)
+        if self.preference_regression:
+            self.standardisation = Standardisation.of(data.rewards[own])
+            self.unit = self.unit if data.normalise_rewards else self.standardisation.scale
 
     def units(self, epoch: int) -> Tensor:
         """As `Objective.units`: prompts."""
-        return self.pairs.margin_prompts.unique()
+        return self.trained_on
 
     def backward(self, values_of: Values, batch: Tensor) -> tuple[float, int]:
         """As `Objective.backward`: the mean of the margin loss is over pairs."""
         share = self.data.processes.share(batch)
-        pairs, own = self.pairs.of(batch), self.pairs.of(share)
         if self.preference_regression:
-            self._regress(values_of, batch, share)
-        if not len(own.margin):
-            return 0.0, len(pairs.margin)
-        last = self._last_values(values_of, own)
-        margin = preference_loss(*_both(last, own.margin))
-        loss = margin * (len(own.margin) / len(pairs.margin))
-        if self.preference_regulariser and len(own.anchor):
-            gap = preference_regulariser(*_both(last, own.anchor))
-            loss = loss + self.preference_regulariser * gap * (len(own.anchor) / len(pairs.anchor))
+            tokens = int(self.data.rollouts.lengths[self._responses_of(batch)].sum())
+            for states, rewards, lengths in read(self.data.rollouts, self._responses_of(share), self.standardisation):
+                values = values_of(states)
+                unit = self.unit.to(values)
+                part = td_loss(values * unit, rewards.to(values.device) * unit, lengths.to(values.device), self.td_lambda)
+                (self.preference_regression * part * (len(values) / tokens)).backward()
+        count, margin = len(self._of(self.margin, batch)), self._of(self.margin, share)
+        anchor = self._of(self.anchor, share) if self.preference_regulariser else self.anchor[:0]
+        if not len(margin):
+            return 0.0, count
+        ordered, (generated, chosen) = self._last_values(values_of, margin, anchor)
+        own = preference_loss(*ordered)
+        loss = own * (len(margin) / count)
+        if len(anchor):
+            gap = (generated - chosen).square().mean() * (len(anchor) / len(self._of(self.anchor, batch)))
+            loss = loss + self.preference_regulariser * gap
         loss.backward()
-        return float(margin.detach()) * len(own.margin), len(pairs.margin)
+        return float(own.detach()) * len(margin), count
 
     @torch.no_grad()
     def validate(self, values_of: Values) -> dict[str, float | None]:
-        """As `Objective.validate`: means of `order_scores`, in nats and as a share, and with regression the scores of `HeldOutError`."""
-        prompts = self.held_out.margin_prompts.unique()
-        if not len(prompts):
+        """As `Objective.validate`: `order_scores`, and with regression `held_out_scores`."""
+        if not len(self.held_out):
             return {}
-        found = torch.zeros(3, dtype=torch.float64)
-        for own in self.data.processes.share(prompts).split(PROMPTS_AT_ONCE):
-            pairs = self.held_out.of(own)
-            if len(pairs.margin):
-                found += order_scores(*_both(self._last_values(values_of, pairs), pairs.margin))
-        count, loss, right = map(self.data.processes.add_up, found.tolist())
-        entry: dict[str, float | None] = {"validation_preference_loss": loss / count, "validation_preference_accuracy": right / count}
-        if self.preference_regression and len(responses := self._responses_of(prompts)):
-            entry |= held_out_error(values_of, self.data, responses, self.standardisation, self.td_lambda)
+        own = self._of(self.margin, self.data.processes.share(self.held_out))
+        found = self._last_values(values_of, own)[0].cpu() if len(own) else torch.empty(2, 0)
+        entry = order_scores(*torch.cat(self.data.processes.gathered(found), dim=1))
+        if self.preference_regression:
+            entry |= held_out_error(values_of, self.data, self._responses_of(self.held_out), self.standardisation, self.td_lambda)
         return entry
 
     def score(self, entry: Mapping[str, Any]) -> float | None:
@@ -146,38 +181,24 @@ class Preference(Objective):
 
     def doubts(self, entry: Mapping[str, Any]) -> list[str]:
         """As `Objective.doubts`."""
-        found, accuracy = doubts_about_prediction(entry), entry.get("validation_preference_accuracy")
+        found, accuracy = super().doubts(entry), entry.get("validation_preference_accuracy")
         if accuracy is not None and accuracy <= 0.5:
             found.append(f"on prompts held out the value function orders pairs no better than a coin (accuracy {accuracy:.3g}): it needs more pairs")
         return found
-
-    def _regress(self, values_of: Values, batch: Tensor, share: Tensor) -> None:
-        tokens = int(self.data.rollouts.lengths[self._responses_of(batch)].sum())
-        for states, rewards, lengths in read(self.data.rollouts, self._responses_of(share), self.standardisation):
-            values = values_of(states)
-            unit = self.unit.to(values)
-            loss = td_loss(values * unit, rewards.to(values.device) * unit, lengths.to(values.device), self.td_lambda)
-            (self.preference_regression * loss * (len(values) / tokens)).backward()
 
     def _responses_of(self, prompts: Tensor) -> Tensor:
         """The responses to some prompts that the regression is on."""
         return (torch.isin(self.data.rollouts.groups, prompts) & self.regressed).nonzero()[:, 0]
 
-    def _last_values(self, values_of: Values, pairs: Pairs) -> Tensor:
-        """V at the last tokens of the responses in pairs, in the unit of the margin; (responses, num_heads), 0 for all other responses."""
+    def _of(self, table: Tensor, prompts: Tensor) -> Tensor:
+        """The pairs of some prompts, which are given in any order."""
+        return table[torch.isin(self.data.rollouts.groups[table[:, 0]], prompts)]
+
+    def _last_values(self, values_of: Values, *tables: Tensor) -> list[Tensor]:
+        """V at the last tokens of both responses of each pair of some tables, (2, pairs) each, in the unit of the margin."""
         rollouts = self.data.rollouts
-        tables = [pairs.margin, pairs.anchor] if self.preference_regulariser else [pairs.margin]
         responses = torch.cat([table[:, :2].flatten() for table in tables]).unique()
-        rows = []
-        for part in parts(responses, rollouts.lengths):
-            states, lengths, _ = rollouts.batch(part)
-            rows.append(states[lengths.cumsum(0) - 1].clone())
-        values = values_of(torch.cat(rows))
-        values = values * self.unit.to(values)
-        return values.new_zeros(len(rollouts), rollouts.num_heads).index_copy(0, responses.to(values.device), values)
-
-
-def _both(last: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """V of the first and of the second response of each row of a table of `Pairs`."""
-    first, second, heads = table.to(last.device).T
-    return last[first, heads], last[second, heads]
+        read_in_parts = map(rollouts.batch, parts(responses, rollouts.lengths))
+        values = torch.cat([values_of(states[lengths.cumsum(0) - 1]) for states, lengths, _ in read_in_parts])
+        last = values.new_zeros(len(rollouts), rollouts.num_heads).index_copy(0, responses.to(values.device), values * self.unit.to(values))
+        return [last[table[:, :2].T, table[:, 2]] for table in (each.to(values.device) for each in tables)]
