@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length", "max_target_positions")
 # Neither a table nor a rotation for positions, or a recurrence: the length in the config, if there is one, is that of the training data.
@@ -102,6 +101,9 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 def _layers(text: Any) -> Iterator[tuple[str, Any]]:
     """For each layer the kind of its cache, as transformers names it, and its config."""
+    # Not at the top: whoever reads only --help would wait for it.
+    from transformers import DynamicCache
+
     # Decoders of models that have an encoder too call the layers of the encoder `num_hidden_layers`.
     count = next((found for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers") if (found := getattr(text, name, None))), None)
     if not count:
