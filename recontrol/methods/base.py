@@ -58,11 +58,13 @@ class Method:
     """
 
     kind: ClassVar[str]
+    # The fields among the settings, with their names in tables.
+    shown: ClassVar[Mapping[str, str]] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
         """What distinguishes this method from others of its kind, by name, ready for JSON."""
-        return {}
+        return {name: given for field, name in self.shown.items() if (given := getattr(self, field)) is not None}
 
     @property
     def identity(self) -> Any:

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +30,14 @@ from recontrol.value import ValueFunction
 logger = logging.getLogger("recontrol")
 
 
-class TopK(LogitsProcessor):
+def rerank(k: int, bonus: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, scores: Tensor) -> Tensor:
     """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others; before temperature, top-k and top-p.
 
     `bonus` maps (rows, tokens) ids so far and (rows, k) candidates, the likeliest first, to (rows, k).
     """
-
-    def __init__(self, k: int, bonus: Callable[[Tensor, Tensor], Tensor]):
-        self.k, self.bonus = k, bonus
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, tokens) ids so far, (rows, vocabulary) logits -> (rows, vocabulary) scores."""
-        logits, candidates = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
-        bonus = self.bonus(input_ids, candidates).to(device=scores.device, dtype=scores.dtype)
-        return torch.full_like(scores, -torch.inf).scatter(-1, candidates, logits + bonus)
+    logits, candidates = scores.topk(min(k, scores.shape[-1]), dim=-1)
+    added = bonus(input_ids, candidates).to(device=scores.device, dtype=scores.dtype)
+    return torch.full_like(scores, -torch.inf).scatter(-1, candidates, logits + added)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +59,7 @@ class ARGS(Method):
     """
 
     kind = "ARGS"
+    shown: ClassVar = {"w": "w", "k": "k", "weights": "weights"}
     reward: Any
     w: float = 1.0
     k: int = 10
@@ -75,11 +71,6 @@ class ARGS(Method):
             object.__setattr__(self, name, checked)
         # Raises, where the reward says how many scores it returns.
         one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Weight of the reward, candidates, and the weights of several scores."""
-        return {"w": self.w, "k": self.k, **({} if self.weights is None else {"weights": self.weights})}
 
     @property
     def identity(self) -> Any:
@@ -112,7 +103,7 @@ class ARGS(Method):
                 added[rows, columns] = self.w * rewards.float()[texts]
             return added
 
-        yield [TopK(self.k, bonus)]
+        yield [functools.partial(rerank, self.k, bonus)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +128,7 @@ class PrefixScorer(Method):
     """
 
     kind = "prefix scorer"
+    shown: ClassVar = {"strength": "strength", "k": "k", "head_weights": "weights"}
     value: ValueFunction
     strength: float = 1.0
     k: int = 10
@@ -148,11 +140,6 @@ class PrefixScorer(Method):
         head_weights = Control(self.value, head_weights=self.head_weights).head_weights
         for name, checked in {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}.items():
             object.__setattr__(self, name, checked)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Strength, candidates, and the weights of several heads."""
-        return {"strength": self.strength, "k": self.k, **({} if self.head_weights is None else {"weights": self.head_weights})}
 
     @property
     def identity(self) -> str:
@@ -180,7 +167,7 @@ class PrefixScorer(Method):
 
         with CandidateStates(model) as states:
             check_fit(states, self.value, self.allow_other_model)
-            yield [TopK(self.k, bonus)]
+            yield [functools.partial(rerank, self.k, bonus)]
 
 
 def _checked_k(k: int) -> int:
