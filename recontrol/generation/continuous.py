@@ -71,6 +71,7 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
         if editing is not None and editing.steers:
             editing.source = functools.partial(_rows, manager)
         manager.start()
+        # What is under way when the caller stops early.
         stack.callback(lambda: [manager.cancel_request(str(index)) for index in counts])
         eos = sorted(decoding.eos_ids) or -1
         for index, ids in enumerate(prompts):

@@ -22,7 +22,6 @@ FORMAT = "recontrol.fine_tuning"
 # Beside the adapter: its settings and its cost.
 RECORD_NAME = "fine_tuning.json"
 CONFIG_NAME = "adapter_config.json"
-NAMES = {"dpo": "LoRA DPO", "rloo": "LoRA RLOO", "grpo": "LoRA GRPO"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class FineTuned(Method):
     @property
     def kind(self) -> str:  # type: ignore[override]
         """The algorithm of the fine-tuning."""
-        return NAMES[self.run.settings["algorithm"]]
+        return f"LoRA {self.run.settings['algorithm'].upper()}"
 
     @property
     def settings(self) -> dict[str, Any]:
