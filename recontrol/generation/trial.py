@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from recontrol.generation.requests import BatchDecoding
 
 # Two prompts of different lengths, so that rows must be kept apart, and enough new tokens for steps that read the cache.
 PROMPT_LENGTHS, NEW_TOKENS = (5, 3), 3
-# Continuous batching has a logger of its own.
-LOGGERS = ("transformers", "ContinuousBatchingLogger")
 LONGEST_REASON = 200
 _tried: dict[Any, str | None] = {}
 
@@ -39,7 +36,10 @@ def _try(model: Any, owner: Any) -> str | None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0))
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_silent())
+        # The caller says what the trial found. Continuous batching has a logger of its own.
+        for logger in map(logging.getLogger, ("transformers", "ContinuousBatchingLogger")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
         for other in attachments(embedding):
             stack.enter_context(other.pause())
         seen: list[Tensor] = []
@@ -78,13 +78,3 @@ def _states(model: Any, seen: list[Tensor], prompt: list[int], new: list[int]) -
     with torch.no_grad():
         model(input_ids=torch.tensor([prompt + new[:-1]], device=model.device), use_cache=False)
     return seen.pop()[-len(new) :]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No messages of transformers inside: the caller says what the trial found."""
-    with contextlib.ExitStack() as stack:
-        for logger in map(logging.getLogger, LOGGERS):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL + 1)
-        yield

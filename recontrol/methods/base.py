@@ -103,10 +103,15 @@ class Method:
         """(rows, hidden_size) -> the edited states; None for a method that edits no states. At most one part can be attached."""
         return next((edited for part in self.parts if (edited := part.edit(states)) is not None), None)
 
+    def attach(self, model: Any) -> contextlib.AbstractContextManager:
+        """Change the model until the end of a `with` block, whatever it responds to."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Change the model inside the block, and yield the method's logits processors; `prompts` are those before `write`, `options` of `model.generate`."""
+        """`attach` inside the block, and yield the method's logits processors; `prompts` are those before `write`, `options` of `model.generate`."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.attach(model))
             yield [processor for part in self.parts for processor in stack.enter_context(part.applied(model, tokenizer, prompts, options))]
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:

@@ -42,8 +42,8 @@ class BestOfN(Method):
 
     def __post_init__(self) -> None:
         for name, given in (("n", self.n), ("rows_at_once", self.rows_at_once)):
-            if given is not None and integer(name, given) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, found {given!r}")
+            if given is not None:
+                integer(name, given, 1)
         if not isinstance(self.inner, Method):
             raise TypeError(f"inner must be a method, found {type(self.inner).__name__}")
         if type(self.inner).respond is not Method.respond:

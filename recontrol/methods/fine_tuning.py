@@ -46,7 +46,7 @@ SETTINGS_NAME = "settings.json"
 # The last file that the trainer writes into a checkpoint.
 STATE_NAME = "trainer_state.json"
 # What the history has of the trainer's log.
-KEPT = ("step", "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+KEPT: tuple[str, ...] = ("step", "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 KEPT += ("reward", "reward_std", "kl", "entropy", "completions/mean_length")
 ONLINE = ("rloo", "grpo")
 
@@ -96,19 +96,11 @@ class FineTuning:
     def arguments(self, model: Any, **others: Any) -> dict[str, Any]:
         """The fields of a trainer's config that the result depends on; `others` are those of one algorithm and of the caller."""
         at_once = self.micro_batch_size or self.batch_size
-        return dict(
-            learning_rate=self.learning_rate,
-            per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=self.batch_size // at_once,
-            gradient_checkpointing=self.gradient_checkpointing,
-            # The dtype of the model's own weights; those of the adapter are float32.
-            bf16=model.dtype == torch.bfloat16,
-            fp16=model.dtype == torch.float16,
-            disable_dropout=True,
-            seed=self.seed,
-            beta=self.beta,
-            **others,
-        )
+        same = {name: getattr(self, name) for name in ("learning_rate", "gradient_checkpointing", "seed", "beta")}
+        batches = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": self.batch_size // at_once}
+        # The dtype of the model's own weights; those of the adapter are float32.
+        dtypes = {"bf16": model.dtype == torch.bfloat16, "fp16": model.dtype == torch.float16}
+        return dict(**same, **batches, **dtypes, disable_dropout=True, **others)
 
 
 @dataclass(frozen=True)
@@ -162,8 +154,8 @@ def make_preference_pairs(
     check_uncontrolled(model)
     check_lengths(model, tokenizer, prompts, decoding.max_new_tokens)
     score = as_reward(reward)
-    found = PreferencePairs([], [], {"equal": 0, "empty": 0})
-    left_out = found.left_out
+    left_out = {"equal": 0, "empty": 0}
+    found = PreferencePairs([], [], left_out)
     for number, first in enumerate(tqdm(range(0, len(prompts), batch_size), "sampling pairs", disable=not progress)):
         repeated = [prompt for prompt in prompts[first : first + batch_size] for _ in range(samples)]
         responses = generate_batch(model, tokenizer, repeated, dataclasses.replace(decoding, seed=decoding.seed + number)).responses

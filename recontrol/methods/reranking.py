@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from recontrol.checks import integer, number, several
@@ -67,7 +66,7 @@ class ARGS(Method):
 
     def __post_init__(self) -> None:
         weights = None if self.weights is None else tuple(number("weights", weight) for weight in several("weights", self.weights))
-        for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}.items():
+        for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": integer("k", self.k, 1), "weights": weights}.items():
             object.__setattr__(self, name, checked)
         # Raises, where the reward says how many scores it returns.
         one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
@@ -78,7 +77,7 @@ class ARGS(Method):
         return reward_name(self.reward)
 
     @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
+    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[Any]]:
         """Yield the processor of one batch."""
         finishing = finishing_tokens(model, tokenizer, dict(options))
         # Positions taken by the prompt, padding included: known at the first call.
@@ -89,19 +88,16 @@ class ARGS(Method):
             width = input_ids.shape[1] if width is None else width
             # Several rows may respond to one prompt.
             samples = len(input_ids) // len(prompts)
-            found: dict[tuple[str, str], int] = {}
-            places = []
+            keys = []
             for row, (ids, tokens) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
                 written, response = ids[:width], ids[width:]
-                for column, token in enumerate([] if response and response[-1] in finishing else tokens):
-                    text = decode_after(tokenizer, written, [*response, token], skip_special_tokens=True)
-                    places.append((row, column, found.setdefault((prompts[row // samples], text), len(found))))
-            added = torch.zeros(candidates.shape)
-            if places:
-                rows, columns, texts = torch.tensor(places).unbind(-1)
-                rewards = one_score(checked_rewards(self.reward, *zip(*found, strict=True)), self.weights, "weights")
-                added[rows, columns] = self.w * rewards.float()[texts]
-            return added
+                going = [] if response and response[-1] in finishing else tokens
+                texts = [decode_after(tokenizer, written, [*response, token], skip_special_tokens=True) for token in going]
+                keys.append([(prompts[row // samples], text) for text in texts])
+            distinct = list(dict.fromkeys(key for row in keys for key in row))
+            rewards = one_score(checked_rewards(self.reward, *zip(*distinct, strict=True)), self.weights, "weights").tolist() if distinct else []
+            score = dict(zip(distinct, rewards, strict=True))
+            return self.w * torch.tensor([[score[key] for key in row] or [0.0] * candidates.shape[1] for row in keys])
 
         yield [functools.partial(rerank, self.k, bonus)]
 
@@ -138,7 +134,7 @@ class PrefixScorer(Method):
 
     def __post_init__(self) -> None:
         head_weights = Control(self.value, head_weights=self.head_weights).head_weights
-        for name, checked in {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}.items():
+        for name, checked in {"strength": number("strength", self.strength), "k": integer("k", self.k, 1), "head_weights": head_weights}.items():
             object.__setattr__(self, name, checked)
 
     @property
@@ -152,13 +148,13 @@ class PrefixScorer(Method):
         return self.trained or training_of(self.value)
 
     @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
+    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[Any]]:
         """Observe the forward calls inside the block and yield the processor of one batch."""
         ending = torch.tensor(sorted(eos_tokens(model, dict(options))), dtype=torch.int64)
 
         def values(states: Any) -> Tensor:
             heads = self.value(states)
-            return heads[..., 0] if self.head_weights is None else heads @ heads.new_tensor(self.head_weights)
+            return heads @ heads.new_tensor(self.head_weights or [1.0])
 
         @torch.no_grad()
         def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
@@ -168,12 +164,6 @@ class PrefixScorer(Method):
         with CandidateStates(model) as states:
             check_fit(states, self.value, self.allow_other_model)
             yield [functools.partial(rerank, self.k, bonus)]
-
-
-def _checked_k(k: int) -> int:
-    if integer("k", k) < 1:
-        raise ValueError(f"k must be 1 or more, found {k!r}")
-    return int(k)
 
 
 class CandidateStates(Attachment):

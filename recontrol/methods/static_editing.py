@@ -1,10 +1,9 @@
 """Static representation editing: one vector is added to every state that is read to sample a token, and how to find such a vector."""
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from recontrol.checks import number
 from recontrol.data.rollouts import Rollouts
@@ -231,12 +229,6 @@ class StaticEditing(Method):
     def attach(self, model: Any) -> "StaticHandle":
         """Edit what `model` reads until the end of a `with` block; the direction must fit the model, and nothing else that edits may be attached."""
         return StaticHandle(self, model)
-
-    @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Attach the hook inside the block."""
-        with self.attach(model):
-            yield []
 
 
 class StaticHandle(Editing):
