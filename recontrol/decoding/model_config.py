@@ -71,9 +71,15 @@ def context_length(config: Any) -> int | None:
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes that keys and values of this dtype take for one token of one row, over all layers; ValueError where the config does not tell the sizes.
+    """Bytes that the key/value cache takes for one token of one row: the sum of `(keys + values) * bytes of a number` over its layers.
 
     Sliding windows are counted as if they had no end. Recurrent layers, and layers that read the cache of others, take nothing.
+
+    Args:
+        config: of the language model.
+        dtype: of the keys and values, the model's own.
+
+    Raises ValueError: the config does not tell the sizes; they are named.
     """
     numbers = sum(_numbers_per_token(kind, layer) for kind, layer in _layers(text_config(config)))
     if not numbers:

@@ -82,8 +82,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
 
 def _curve(history: Any, best: Any) -> str:
     """The learning curve as a table; empty without one."""
-    listed = history if isinstance(history, list) else []
-    epochs = [entry for entry in listed if isinstance(entry, Mapping) and entry] or ([best] if isinstance(best, Mapping) and best else [])
+    epochs = [entry for entry in (history if history and isinstance(history, list) else [best]) if isinstance(entry, Mapping) and entry]
     if not epochs:
         return ""
     best_at = epochs.index(best) if best in epochs else -1
