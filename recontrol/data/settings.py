@@ -45,8 +45,7 @@ class Collection:
     storage: Literal["float32", "bfloat16", "float16", "float64", "int8"] | None = None
 
     def __post_init__(self) -> None:
-        if integer("num_samples", self.num_samples) < 1:
-            raise ValueError(f"num_samples must be an integer of at least 1, found {self.num_samples!r}")
+        integer("num_samples", self.num_samples, 1)
         check_storage(self.storage)
 
 
