@@ -17,24 +17,19 @@ CHOICES = {"schedule": ("constant", "cosine"), "kernel": ("auto", *KERNELS)}
 OLD_OBJECTIVES = {"reference": "released"}
 OLD_KEYS = {"passes": "epochs", "train_reference_loss": "train_released_loss"}
 
-Limit = tuple[Callable[[Any], bool], str]
-AT_LEAST_0: Limit = (lambda given: 0 <= given < math.inf, "finite and at least 0")
-ABOVE_0: Limit = (lambda given: 0 < given < math.inf, "finite and above 0")
-COUNT: Limit = (lambda given: type(given) is int and given >= 1, "an integer of at least 1")
-INTEGER: Limit = (lambda given: type(given) is int and given >= 0, "an integer of at least 0")
-# What a setting must be: a test and its words.
-LIMITS: dict[str, Limit] = {
-    "td_lambda": (lambda given: 0 <= given <= 1, "between 0 and 1"),
-    **dict.fromkeys(("preference_regression", "preference_regulariser", "weight_decay"), AT_LEAST_0),
-    "learning_rate": ABOVE_0,
-    **dict.fromkeys(("warmup_steps", "seed"), INTEGER),
-    "max_gradient_norm": (ABOVE_0[0], f"{ABOVE_0[1]}, or None"),
-    "ema_decay": (lambda given: 0 < given < 1, "between 0 and 1, or None"),
-    **dict.fromkeys(("batch_size", "epochs", "patience"), COUNT),
-    "validation_fraction": (lambda given: 0 <= given < 1, "at least 0 and below 1"),
-    "dtype": (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates"),
-    "compute_dtype": (lambda given: given == "bfloat16", "bfloat16, or None for that of the weights"),
-}
+# What settings must be: a test, its words, and the names.
+LIMITS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (lambda given: 0 <= given <= 1, "between 0 and 1", ("td_lambda",)),
+    (lambda given: 0 <= given < math.inf, "finite and at least 0", ("preference_regression", "preference_regulariser", "weight_decay")),
+    (lambda given: 0 < given < math.inf, "finite and above 0", ("learning_rate",)),
+    (lambda given: 0 < given < math.inf, "finite and above 0, or None", ("max_gradient_norm",)),
+    (lambda given: 0 < given < 1, "between 0 and 1, or None", ("ema_decay",)),
+    (lambda given: 0 <= given < 1, "at least 0 and below 1", ("validation_fraction",)),
+    (lambda given: type(given) is int and given >= 0, "an integer of at least 0", ("warmup_steps", "seed")),
+    (lambda given: type(given) is int and given >= 1, "an integer of at least 1", ("batch_size", "epochs", "patience")),
+    (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates", ("dtype",)),
+    (lambda given: given == "bfloat16", "bfloat16, or None for that of the weights", ("compute_dtype",)),
+)
 # Settings that may be None.
 OPTIONAL = ("max_gradient_norm", "ema_decay", "batch_size", "patience", "compute_dtype")
 
@@ -100,16 +95,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.hidden_dims, Sequence) or any(type(width) is not int or width < 1 for width in self.hidden_dims):
             raise ValueError(f"hidden_dims must be a sequence of positive integers such as (4096,), found {self.hidden_dims!r}")
-        self._set("hidden_dims", tuple(self.hidden_dims))
-        for name in ("dtype", "compute_dtype"):
-            if isinstance(given := getattr(self, name), torch.dtype):
-                self._set(name, dtype_name(given))
-        if self.compute_dtype == self.dtype:
-            self._set("compute_dtype", None)
         if self.objective in OLD_OBJECTIVES:
             renamed(f"objective={self.objective!r}", repr(OLD_OBJECTIVES[self.objective]))
-            self._set("objective", OLD_OBJECTIVES[self.objective])
-        for name, (fits, wanted) in LIMITS.items():
+        given = {**vars(self), "hidden_dims": tuple(self.hidden_dims), "objective": OLD_OBJECTIVES.get(str(self.objective), self.objective)}
+        given |= {name: dtype_name(dtype) for name, dtype in given.items() if isinstance(dtype, torch.dtype)}
+        vars(self).update(given, compute_dtype=None if given["compute_dtype"] == given["dtype"] else given["compute_dtype"])
+        for name, fits, wanted in ((name, fits, wanted) for fits, wanted, names in LIMITS for name in names):
             given = getattr(self, name)
             if not (given is None and name in OPTIONAL) and not fits(given):
                 raise ValueError(f"{name} must be {wanted}, found {given!r}")
@@ -138,9 +129,6 @@ class TrainConfig:
         objective = self.new_objective()
         own = {name: getattr(objective, name) for name in objective.takes}
         return {**dataclasses.asdict(self), **own, "objective": objective.name, "hidden_dims": list(self.hidden_dims)}
-
-    def _set(self, name: str, setting: Any) -> None:
-        object.__setattr__(self, name, setting)
 
 
 def config_of(config: Any, seed: int | None, settings: Mapping[str, Any]) -> TrainConfig:

@@ -28,10 +28,9 @@ Make = Callable[[int], ScoredResponses]
 
 @dataclass
 class TrainingData:
-    """What to train on: `stored` rollouts, or those that `make` samples with the settings `online`.
+    """What to train on, `held_in` of `rollouts`, or the batches `held_in` of what `make` samples with the settings `online`; `held_out` of `rollouts` validate.
 
-    `held_in` are the responses (of `online` rollouts the batches) to train on, `held_out` the responses of `rollouts` to validate on. `rewards`,
-    (responses, num_heads), in the dtype of the weights, say in what unit V counts; with `normalise_rewards` it stays in that unit. `no_states`
+    `rewards`, (responses, num_heads), in the dtype of the weights, say in what unit V counts; with `normalise_rewards` it stays in that unit. `no_states`
     are (0, hidden_size), of the dtype of states.
     """
 
@@ -46,17 +45,13 @@ class TrainingData:
     online: dict[str, Any] | None = None
     make: Make | None = None
 
-    def units(self, epoch: int) -> Tensor:
-        """What an epoch takes: responses, or batches by the numbers of this pass over the prompts."""
-        return self.held_in if self.online is None else self.held_in + epoch * len(self.held_in)
+    def in_epoch(self, epoch: int, units: Tensor) -> Tensor:
+        """The numbers of responses, prompts or batches in an epoch, which is a pass over the prompts: each has other batches."""
+        return units if self.online is None else units + epoch * len(units)
 
-    def batch_size(self, asked: int | None, units: int) -> int:
-        """Units in a mini-batch."""
-        if self.online is None:
-            return asked or max(1, min(LARGEST_BATCH, units // MINIBATCHES))
-        if asked is not None:
-            raise ValueError(f"a mini-batch is a batch of OnlineRollouts, whose batch_size says how many prompts it has; found batch_size={asked!r} here too")
-        return 1
+    def batch_size(self, units: int) -> int:
+        """Units in a mini-batch, where nothing else is said."""
+        return max(1, min(LARGEST_BATCH, units // MINIBATCHES)) if self.online is None else 1
 
     def fetch(self, batch: Tensor) -> tuple[Rollouts, Tensor]:
         """Where the responses of a mini-batch are, and their indices there."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,7 @@ class Diagnosis:
         best_third: in each bin, the mean of V(s_t) over the third of the responses with the largest rewards.
         worst_third: the same over the third with the smallest.
         calibration: (mean V, mean reward, tokens) in bins of V with as many tokens each; a calibrated V has the same in both.
-        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward: 0 where V stays what it was after
-            the prompt; None where rewards do not vary.
+        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward; None where rewards do not vary.
     """
 
     responses: int
@@ -66,28 +66,22 @@ def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor |
     if not 0 <= head < value.num_heads:
         raise ValueError(f"head must be one of {value.num_heads}, found head={head!r}")
     read = (rollouts.batch(part).states.to(value.device) for part in parts(responses, rollouts.lengths))
-    predicted = [torch.empty(0), *(value.to_reward(value(states))[:, head].double().cpu() for states in read)]
-    return _compare(torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy(), rollouts.rewards[responses, head].double().numpy(), bins)
+    predicted = torch.cat([torch.empty(0), *(value.to_reward(value(states))[:, head].double().cpu() for states in read)])
+    along = [values.numpy() for values in predicted.split(rollouts.lengths[responses].tolist())]
+    return diagnose_values(along, rollouts.rewards[responses, head].tolist(), bins=bins)
 
 
-def diagnose_values(values: Sequence[Sequence[float]], rewards: Sequence[float], *, bins: int = 10) -> Diagnosis:
-    """The same of V(s_t) for each token of each response, as an evaluation records them, and one reward a response.
-
-    Values are in the unit of the reward; responses without a token are left out. ValueError for fewer than three others.
-    """
+def diagnose_values(values: Sequence[Any], rewards: Sequence[float], *, bins: int = 10) -> Diagnosis:
+    """The same of V(s_t), in the unit of the reward, for each token of each response, as an evaluation records them; responses without a token are left out."""
     if len(values) != len(rewards):
         raise ValueError(f"found {len(rewards)} rewards for the values along {len(values)} responses, wanted one each")
     lengths = np.array([len(along) for along in values], dtype=int)
-    v = np.fromiter((number for along in values for number in along), dtype=float)
-    return _compare(v, lengths[lengths > 0], np.asarray(rewards, dtype=float)[lengths > 0], bins)
-
-
-def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int) -> Diagnosis:
-    """(tokens,) of all responses in turn, (responses,) and (responses,)."""
+    rewards, lengths = np.array(rewards, dtype=float)[lengths > 0], lengths[lengths > 0]
     if len(lengths) < 3:
         raise ValueError(f"found {len(lengths)} responses with tokens to diagnose a value function on, wanted at least 3")
     if type(bins) is not int or bins < 1:
         raise ValueError(f"bins must be an integer of at least 1, found bins={bins!r}")
+    v = np.concatenate([np.asarray(along, dtype=float) for along in values])
     r, starts = np.repeat(rewards, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
     place = np.minimum(((np.arange(len(v)) - starts + 0.5) / np.repeat(lengths, lengths) * bins).astype(int), bins - 1)
     low, high = np.quantile(rewards, [1 / 3, 2 / 3])
@@ -96,7 +90,7 @@ def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int)
     def each(measure: Callable[[np.ndarray, np.ndarray], float | None]) -> list[float | None]:
         return [measure(v[rows], r[rows]) for rows in inside]
 
-    calibration = [(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in np.array_split(np.argsort(v, kind="stable"), bins) if len(rows)]
+    by_value = np.array_split(np.argsort(v, kind="stable"), bins)
     return Diagnosis(
         responses=len(rewards),
         tokens=[int(rows.sum()) for rows in inside],
@@ -104,7 +98,7 @@ def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int)
         explained_variance=each(lambda v, r: float(1 - np.square(v - r).mean() / r.var()) if _varies(r) else None),
         best_third=each(lambda v, r: float(v[r >= high].mean()) if (r >= high).any() else None),
         worst_third=each(lambda v, r: float(v[r <= low].mean()) if (r <= low).any() else None),
-        calibration=calibration,
+        calibration=[(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in by_value if len(rows)],
         movement=float(np.sqrt(np.square(v - v[starts]).mean()) / rewards.std()) if _varies(rewards) else None,
     )
 

@@ -76,9 +76,8 @@ def run(
         # Of several processes, the one that writes holds the lock for all.
         with writing_lock(folder.path) if folder.path is not None and folder.write else contextlib.nullcontext(), bar:
             while state.epoch < config.epochs and (state.best_epoch < 0 or state.epoch - 1 - state.best_epoch < (config.patience or math.inf)):
-                units = objective.units(state.epoch)
-                order = torch.from_numpy(np.random.default_rng([config.seed, state.epoch]).permutation(len(units)))
-                for batch in units[order].tensor_split(batches)[state.position :]:
+                order = torch.from_numpy(np.random.default_rng([config.seed, state.epoch]).permutation(len(objective.units)))
+                for batch in objective.data.in_epoch(state.epoch, objective.units[order]).tensor_split(batches)[state.position :]:
                     loss, count = learner.update(objective, batch, rate(config, state.epoch * batches + state.position, steps))
                     state.loss, state.count = state.loss + loss, state.count + count
                     if not math.isfinite(state.loss):

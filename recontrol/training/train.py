@@ -45,16 +45,13 @@ def train(
 
         loss = mean over tokens of (V(s_t) - target_t)^2,    target_t = V(s_{t+1}) without gradient,    target_T = r
 
-    That is the paper's objective, "td"; `TrainConfig` says which others there are. Adam, on mini-batches of whole responses read from disk
-    as they are needed; a few thousand states at a time are in memory. Early stopping and the choice of the best epoch go by the Monte Carlo
-    error on prompts held out, not by the TD error, which is nearly as small for a V that has learned nothing.
-
-    V starts as the mean reward of the training data for every state. Inside, rewards are counted in standard deviations from that mean, for
-    each head; at the end V is in the unit of the reward. The objective has no discount, so this changes no solution, only what Adam's learning
-    rate is relative to.
+    That is the paper's objective, "td", without discount; `TrainConfig` says which others there are. Adam, on mini-batches of whole responses read
+    from disk as they are needed. The best epoch is that of the least Monte Carlo error on prompts held out, not of the least TD error, which is
+    nearly as small for a V that has learned nothing. V starts as the mean reward of the training data, from which rewards are counted in standard
+    deviations for each head; that changes no solution, only what the learning rate is relative to. At the end V is in the unit of the reward.
 
     Started by `accelerate launch`, several processes share each mini-batch and add up their gradients: the same result within rounding.
-    The first of them writes. On `OnlineRollouts` each samples the whole batch, which saves no time.
+    On `OnlineRollouts` each samples the whole batch, which saves no time.
 
     Args:
         rollouts: what `collect` made, or its folder; or `OnlineRollouts`, which sample other responses in every epoch and write nothing.
@@ -71,10 +68,10 @@ def train(
         **settings: fields of `TrainConfig` that replace those of `config`, for example `td_lambda=0.95`.
 
     Returns:
-        The value function of the best epoch, on `device`, and the history: one dict an epoch with epoch (from 0), train_td_loss (of "released"
-        train_released_loss) and, with validation, validation_td_loss, validation_mc_error, validation_explained_variance and
-        validation_correlation, losses in squared units of the reward. "preference" has train_preference_loss and validation_preference_loss, in
-        nats, by which the best epoch is chosen, and validation_preference_accuracy; the above, and a V that means a reward, only with regression.
+        The value function of the best epoch, on `device`, and the history, one dict an epoch: epoch (from 0), train_td_loss (or train_released_loss)
+        and, with validation, validation_td_loss, validation_mc_error, validation_explained_variance and validation_correlation, losses in squared
+        units of the reward. "preference" has train_preference_loss, validation_preference_loss (nats; the best epoch has the least) and
+        validation_preference_accuracy; the above, and a V that means a reward, only with regression.
 
     Raises:
         TypeError, ValueError: settings that cannot be, rollouts that cannot be trained on (the responses are named), or an `out` of another run.
@@ -91,8 +88,8 @@ def train(
     processes, objective = Processes(log_with, out), config.new_objective()
     with _opened(rollouts, validation, config, processes) as data:
         objective.bind(data)
-        units = len(objective.units(0))
-        batch_size = data.batch_size(config.batch_size, units)
+        units = len(objective.units)
+        batch_size = config.batch_size or data.batch_size(units)
         value = initial_value(data, config).to(device=processes.device(device), dtype=getattr(torch, config.dtype))
         # A low precision has only one kernel.
         kernel: Any = "torch" if config.compute_dtype else chosen_kernel(config.kernel, value, data.no_states.to(value.device))
@@ -113,7 +110,7 @@ def train(
         value.reward_mean, value.reward_std = tuple(objective.standardisation.mean.tolist()), tuple(objective.standardisation.scale.tolist())
     else:
         scale_back(value, objective.standardisation)
-    value.provenance = {**data.provenance, "objective": objective.describe(), "training": decisive}
+    value.provenance = {**data.provenance, "objective": objective.description.format(objective), "training": decisive}
     value.provenance |= {"best_epoch": state.history[state.best_epoch], "history": list(state.history)}
     value.provenance["made_with"] = {"recontrol": __version__, "torch": torch.__version__}
     if processes.is_main:
@@ -144,25 +141,26 @@ def train_online(online: OnlineRollouts, hidden_dims: Sequence[int] = (4096,), s
 @contextlib.contextmanager
 def _opened(rollouts: Stored | OnlineRollouts, validation: Stored | None, config: TrainConfig, processes: Processes) -> Iterator[TrainingData]:
     """What to train on; inside the block, the model of `OnlineRollouts` is ready."""
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "normalise_rewards": config.normalise_rewards}
     if isinstance(rollouts, OnlineRollouts):
-        if not config.new_objective().online:
-            raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
         with rollouts.opened() as make:
-            judged = validation if validation is None or isinstance(validation, Rollouts) else Rollouts(validation)
-            yield _sampled(rollouts, make, judged, processes, **options)
-    elif validation is not None:
+            yield _sampled(rollouts, make, None if validation is None else _read(validation), config, processes)
+        return
+    if validation is not None:
         raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
-    else:
-        found = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
-        yield stored(found, processes, config.validation_fraction, config.seed, **options)
+    dtype = getattr(torch, config.dtype)
+    yield stored(_read(rollouts), processes, config.validation_fraction, config.seed, dtype, config.normalise_rewards)
 
 
-def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, processes: Processes, dtype: torch.dtype, normalise_rewards: bool) -> TrainingData:
-    """`OnlineRollouts`, whose batches are the mini-batches and `make` samples them; `judged` rollouts, if any, are held out.
+def _read(source: Stored) -> Rollouts:
+    return source if isinstance(source, Rollouts) else Rollouts(source)
 
-    Rewards are standardised by those of `judged`, or without it by those of the first batch, which is sampled once more for that.
-    """
+
+def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, config: TrainConfig, processes: Processes) -> TrainingData:
+    """Batches of `OnlineRollouts` are the mini-batches. Rewards are standardised by those of `judged`, or of the first batch, sampled once more for that."""
+    if not config.new_objective().online:
+        raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
+    if config.batch_size is not None:
+        raise ValueError(f"a mini-batch is a batch of OnlineRollouts, whose batch_size says how many prompts it has; found {config.batch_size!r} here too")
     if judged is not None:
         check_rewards(judged)
         recorded = judged.manifest.get("base_model")
@@ -172,12 +170,13 @@ def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, proces
             if (found := judged.manifest.get(name)) not in (None, wanted):
                 raise ValueError(f"{judged.path} has another {name} than what is trained on: found {found!r}, wanted {wanted!r}")
     # How many heads there are shows in the rewards only.
-    rewards = (make(0).batch() if judged is None else judged).rewards.to(dtype)
+    rewards = (make(0).batch() if judged is None else judged).rewards.to(getattr(torch, config.dtype))
     if not len(rewards):
         raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
     held_in, held_out = torch.arange(len(online)), torch.arange(0 if judged is None else len(judged))
     provenance, no_states = origin(online.settings), torch.empty(0, online.hidden_size, dtype=online.dtype)
-    return TrainingData(processes, cast(Rollouts, judged), held_in, held_out, rewards, normalise_rewards, no_states, provenance, online.settings, make)
+    where = processes, cast(Rollouts, judged), held_in, held_out, rewards
+    return TrainingData(*where, config.normalise_rewards, no_states, provenance, online.settings, make)
 
 
 def initial_value(data: TrainingData, config: TrainConfig) -> ValueFunction:

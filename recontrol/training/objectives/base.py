@@ -14,29 +14,25 @@ OBJECTIVES: dict[str, type["Objective"]] = {}
 
 
 class Objective:
-    """A loss, a score on what is held out, and the settings that they take; first checked, then bound to data.
-
-    Attributes:
-        name: in settings; a subclass with a name is an objective that can be asked for.
-        loss_name: of its loss in the history.
-        description: one line for the provenance, in which {0.td_lambda:g} is a setting.
-        takes: the settings of its own, which are fields of `TrainConfig`; its instances have them as attributes.
-        online: whether it can learn from one batch of responses after the other, without seeing them all first.
-        predicts_reward: whether V predicts the reward; else only its differences mean anything.
-        data, standardisation: what it is bound to, and the unit in which it counts rewards.
-        labels: what of the data, beside lengths, rewards and prompts, decides the result.
-    """
+    """A loss, a score on what is held out, and the settings that they take; first checked, then bound to data. One with a name can be asked for."""
 
     name: ClassVar[str] = ""
+    # Of its loss in the history.
     loss_name: ClassVar[str] = "train_loss"
-    description: ClassVar[str] = ""
+    # The fields of `TrainConfig` that are its own; its instances have them as attributes.
     takes: ClassVar[tuple[str, ...]] = ()
+    # Whether it can learn from one batch of responses after the other, without seeing them all first.
     online: ClassVar[bool] = True
-
+    # Whether V predicts the reward; else only its differences mean anything.
     predicts_reward: bool = True
+    # One line for the provenance, in which {0.td_lambda:g} is a setting.
+    description: str = ""
+    # What it is bound to, the unit in which it counts rewards, and what of the data, beside lengths, rewards and prompts, decides the result.
     data: TrainingData
     standardisation: Standardisation
     labels: tuple[Tensor, ...] = ()
+    # What mini-batches are made of: responses, prompts, or batches.
+    units: Tensor
 
     def __init_subclass__(cls) -> None:
         if cls.name:
@@ -49,23 +45,12 @@ class Objective:
     def check(self) -> None:
         """Raise ValueError for settings that do not go together."""
 
-    def describe(self) -> str:
-        """One line for the provenance."""
-        return self.description.format(self)
-
     def bind(self, data: TrainingData) -> None:
         """Find in the data what it learns from."""
-        self.data, self.standardisation = data, Standardisation.of(data.rewards)
-
-    def units(self, epoch: int) -> Tensor:
-        """What an epoch takes in some order and mini-batches are made of: responses, prompts or batches, as many in each epoch."""
-        return self.data.units(epoch)
+        self.data, self.standardisation, self.units = data, Standardisation.of(data.rewards), data.held_in
 
     def backward(self, values_of: Values, batch: Tensor) -> tuple[float, int]:
-        """Add the gradient of the mean loss of a mini-batch to the parameters; this process does its share.
-
-        Returns this process's sum of the loss in the unit of the reward, and what the sum of all processes is to be divided by.
-        """
+        """Add this process's share of the gradient of a mini-batch: its sum of the loss in the unit of the reward, and the count of all processes."""
         raise NotImplementedError
 
     def validate(self, values_of: Values) -> dict[str, float | None]:

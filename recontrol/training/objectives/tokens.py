@@ -10,13 +10,10 @@ from recontrol.training.objectives.base import Objective, Values
 
 
 def bellman_targets(values: Tensor, rewards: Tensor, lengths: Tensor, td_lambda: float = 0.0) -> Tensor:
-    """Where the value of each state should move, with the stop-gradient: (tokens, num_heads), dtype of `values`.
+    """target_T = r,  target_t = (1 - lambda) V(s_{t+1}) + lambda target_{t+1} for t < T, with the stop-gradient: (tokens, num_heads); arguments of `td_loss`.
 
-        target_T = r,    target_t = (1 - lambda) V(s_{t+1}) + lambda target_{t+1}    for t < T
-
-    Time index: state t was read to sample token t, and T is the last token of the response, the end-of-sequence token where there
-    is one. With lambda = 0, the paper's objective, target_t = V(s_{t+1}); with lambda = 1 every target is r. The arguments are those
-    of `td_loss`. Source: Kong et al. 2024, section 4.2 (lambda = 0); Sutton 1988 (TD(lambda)).
+    State t was read to sample token t, and T is the last token of the response, the end-of-sequence token where there is one. Lambda 0 is the paper's
+    objective; with lambda 1 every target is r. Source: Kong et al. 2024, section 4.2; Sutton 1988 (TD(lambda)).
     """
     check_shapes(values, rewards, lengths)
     if td_lambda == 1:
@@ -35,22 +32,18 @@ def bellman_targets(values: Tensor, rewards: Tensor, lengths: Tensor, td_lambda:
 
 
 def td_loss(values: Tensor, rewards: Tensor, lengths: Tensor, td_lambda: float = 0.0) -> Tensor:
-    """Mean over tokens and heads of (V(s_t) - target_t)^2; its gradient is the semi-gradient, since targets are constants.
+    """Mean over tokens and heads of (V(s_t) - target_t)^2; its gradient is the semi-gradient, since targets are constants (Kong et al. 2024, section 4.2).
 
-    values: (tokens, num_heads), V(s_t), packed one response after the other; rewards: (responses, num_heads); lengths: (responses,), int64, tokens
-    of each response; td_lambda: lambda of `bellman_targets`. ValueError where they do not go together. Source: Kong et al. 2024, section 4.2.
+    values: (tokens, num_heads), V(s_t), packed one response after the other; rewards: (responses, num_heads); lengths: (responses,), int64.
     """
     return (values - bellman_targets(values, rewards, lengths, td_lambda)).square().mean()
 
 
 def released_loss(values: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    """The released code's loss, mistakes and all; shapes are those of `td_loss`. Source: the paper's released training script; not the paper.
+    """The paper's released script: mean over responses and heads of (V(s_0) - r)^2 + sum over t < T of (V(s_t) - V(s_{t+1}))^2; arguments of `td_loss`.
 
-        mean over responses and heads of (V(s_0) - r)^2 + sum over t < T of (V(s_t) - V(s_{t+1}))^2
-
-    Two mistakes. The reward is attached to the first token instead of the last. The target V(s_{t+1}) is not held constant, so that
-    its gradient pulls neighbours together. Only the first state sees the reward, and the smallest loss of all has a V that is flat
-    along each response, whatever is written.
+    Two mistakes: the reward is attached to the first token instead of the last, and the target V(s_{t+1}) is not held constant, so that its gradient
+    pulls neighbours together. The smallest loss of all has a V that is flat along each response, whatever is written.
     """
     check_shapes(values, rewards, lengths)
     ends = lengths.cumsum(0)
@@ -63,21 +56,17 @@ def released_loss(values: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
 
 def check_shapes(values: Tensor, rewards: Tensor, lengths: Tensor) -> None:
     """Refuse lengths or rewards that do not go with packed values."""
-    if values.dim() != 2 or rewards.shape != (len(lengths), values.shape[-1]) or int(lengths.sum()) != len(values) or (lengths < 1).any():
-        raise ValueError(
-            f"found values {tuple(values.shape)}, rewards {tuple(rewards.shape)} and lengths from {min(lengths.tolist(), default=0)} adding up to "
-            f"{int(lengths.sum())}; wanted (tokens, heads), (responses, heads) and one length of at least 1 a response, adding up to tokens"
-        )
+    total, shortest = int(lengths.sum()), min(lengths.tolist(), default=0)
+    if values.dim() != 2 or rewards.shape != (len(lengths), values.shape[-1]) or total != len(values) or (len(lengths) and shortest < 1):
+        found = f"values {tuple(values.shape)}, rewards {tuple(rewards.shape)} and lengths from {shortest} adding up to {total}"
+        raise ValueError(f"found {found}; wanted (tokens, heads), (responses, heads) and one length of at least 1 a response, adding up to tokens")
 
 
 def held_out_scores(values: Tensor, rewards: Tensor, lengths: Tensor, flat: Tensor, td_lambda: float = 0.0) -> dict[str, float | None]:
-    """Two errors in squared reward, 1 minus the MC error over that of a flat V, and a correlation: means over tokens and heads.
+    """TD and MC error, 1 minus the MC error over that of a V that is `flat`, (num_heads,), and the correlation, None where something does not vary.
 
-    The arguments are those of `td_loss`, and flat, (num_heads,), the mean reward of the training data. The last two scores are None where
-    all rewards, or all values, are the same.
-
-    The Monte Carlo error, the mean of (V(s_t) - r)^2, is a proper score. The TD error is not: along a response the squared increments of the true
-    V add up to Var(r) - Var(V(s_0)) on average, those of a flat V to Var(r), so that it is nearly as small for a V that has learned nothing.
+    The MC error, the mean of (V(s_t) - r)^2, is a proper score. The TD error is not: along a response the squared increments of the true V add up to
+    Var(r) - Var(V(s_0)) on average, those of a flat V to Var(r), so that it is nearly as small for a V that has learned nothing.
     """
     # In the dtype of the values, in which training that diverges shows.
     td = td_loss(values.detach(), rewards, lengths, td_lambda)
@@ -118,16 +107,13 @@ class TokenObjective(Objective):
         """The mean of its terms over some responses; see `td_loss`."""
         return td_loss(values, rewards, lengths, self.td_lambda)
 
-    def terms(self, lengths: Tensor) -> int:
-        """How many terms that mean has."""
-        return len(lengths) if self.over_responses else int(lengths.sum())
-
     def backward(self, values_of: Values, batch: Tensor) -> tuple[float, int]:
         """As `Objective.backward`."""
         rollouts, responses = self.data.fetch(batch)
-        total, sum_of_losses = self.terms(rollouts.lengths[responses]), 0.0
+        total, sum_of_losses = len(responses) if self.over_responses else int(rollouts.lengths[responses].sum()), 0.0
         for states, rewards, lengths in read(rollouts, self.data.processes.share(responses), self.standardisation):
-            values, count = values_of(states), self.terms(lengths)
+            values = values_of(states)
+            count = len(lengths if self.over_responses else values)
             rewards, lengths = rewards.to(values.device), lengths.to(values.device)
             (self.loss(values, rewards, lengths) * (count / total)).backward()
             unit = self.standardisation.scale.to(values)
