@@ -14,6 +14,8 @@ DASH = "\u2013"
 # Digits after the point beyond which a number is nothing.
 SMALLEST = 4
 Interval = tuple[float, float]
+# A number in a table and as it is shown: `number`, `text`, `interval`, `best`.
+Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Column:
 
     def interval(self, row: Row) -> Interval | None:
         """(low, high), 95 %; None without one."""
-        return _get(row, self.interval_path) if self.interval_path else None
+        return _get(row, self.interval_path)
 
     def write(self, number: float | None, digits: int | None = None) -> str:
         """A number with so many digits after the point, or as `form` says; None is a dash."""
@@ -51,33 +53,23 @@ class Column:
             number = round(number, SMALLEST)
         return format(number, self.form if digits is None else f".{digits}f").replace("-", MINUS)
 
-    def cell(self, number: float | None, interval: Interval | None, digits: int | None, best: bool = False) -> "TableCell":
-        """A number as a table shows it."""
+    def cell(self, number: float | None, interval: Interval | None, digits: int | None, best: bool = False) -> Cell:
+        """A number as a table shows it; `best` where the row is better than all others beyond chance."""
         shown = "" if interval is None else f"[{self.write(interval[0], digits)}, {self.write(interval[1], digits)}]"
-        return TableCell(number, self.write(number, digits), shown, best)
+        return {"number": number, "text": self.write(number, digits), "interval": shown, "best": best}
 
-    def cells(self, rows: Sequence[Row]) -> "list[TableCell]":
+    def cells(self, rows: Sequence[Row]) -> list[Cell]:
         """The column in a table, one cell a row."""
         intervals = [self.interval(row) for row in rows]
         digits = interval_digits([interval for interval in intervals if interval]) if self.alike else None
-        compared = not_told_apart([_get(row, self.responses_path) for row in rows], rows[0].result.seeds) if self.responses_path else None
-        best = compared[0] if compared and not compared[1] else None
+        best, others = not_told_apart([_get(row, self.responses_path) for row in rows], rows[0].result.seeds) or (None, [])
+        best = None if others else best
         return [self.cell(self.number(row), interval, digits, place == best) for place, (row, interval) in enumerate(zip(rows, intervals, strict=True))]
 
 
-@dataclass(frozen=True)
-class TableCell:
-    """A number in a table and as it is shown; `best` where the row is better than all others beyond chance."""
-
-    number: float | None
-    text: str
-    interval: str
-    best: bool
-
-
 def _get(row: Row, path: str) -> Any:
-    """What a row has under a path such as "result.training.seconds"; of a list, one number an entry. None where something is None on the way."""
-    found: Any = row
+    """What a row has under a path such as "result.training.seconds"; of a list, one number an entry. None without a path, and where something is None on it."""
+    found: Any = row if path else None
     for name in path.split("."):
         found = [getattr(each, name) for each in found] if isinstance(found, list) else None if found is None else getattr(found, name)
     return None if isinstance(found, list) and None in found else found

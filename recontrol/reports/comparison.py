@@ -123,18 +123,18 @@ def sweep(findings: Findings) -> tuple[Result, dict[str, list[Result]]]:
 def equal_kl(findings: Findings) -> EqualKL | None:
     """The rows at equal divergence; None where no row's was measured."""
     base, groups = sweep(findings)
-    # Estimates of a divergence that is 0 may be below it by rounding or sampling.
-    measured: dict[str, list[Any]] = {
-        name: [replace(point, kl=max(0.0, point.kl)) for point in points if point.kl is not None] for name, points in groups.items()
-    }
-    known = {name: points for name, points in measured.items() if points}
+    known: dict[str, list[Any]] = {}
+    for name, points in groups.items():
+        # Estimates of a divergence that is 0 may be below it by rounding or sampling.
+        if measured := [replace(point, kl=max(0.0, point.kl)) for point in points if point.kl is not None]:
+            known[name] = measured
     levels = kl_levels([max(point.kl for point in points) for points in known.values()])
     if not levels:
         return None
     best = {name: max(points, key=lambda point: point.reward) for name, points in known.items()}
     largest = {name: (point.kl, point.reward) for name, point in best.items()}
-    uncontrolled: Any = replace(base, kl=0.0)
-    return EqualKL(levels, at_equal_kl(known, levels, uncontrolled), largest, [name for name in groups if name not in known], bool(findings.validation))
+    rewards, unknown = at_equal_kl(known, levels, replace(base, kl=0.0)), [name for name in groups if name not in known]
+    return EqualKL(levels, rewards, largest, unknown, bool(findings.validation))
 
 
 def kl_levels(largest: Sequence[float]) -> list[float]:

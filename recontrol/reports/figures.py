@@ -23,7 +23,6 @@ MARKERS = "osD^vP"
 INK = "#123456"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
-    "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
@@ -31,7 +30,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.18,
     "axes.grid": True,
     "lines.markersize": 4.5,
-    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")},
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
     # Names may have a dollar in them.
     "text.parse_math": False,
     # Letters stay text: they can be searched and copied, and need no room.
@@ -47,11 +46,11 @@ LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8.5}
 
 
 @contextlib.contextmanager
-def drawing(width: float, height: float) -> Iterator[Any]:
-    """A figure of this size in inches, in the style of the page; `to_svg` must be called inside as well."""
-    figures = required("matplotlib.figure", "report")
+def drawing(width: float, height: float, **subplots: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure of this size in inches and its axes, in the style of the page; `to_svg` must be called inside as well."""
     with required("matplotlib", "report").rc_context(STYLE):
-        yield figures.Figure(figsize=(width, height), layout="constrained")
+        figure = required("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(**subplots)
 
 
 def to_svg(figure: Any, name: str, description: str) -> str:
@@ -59,9 +58,8 @@ def to_svg(figure: Any, name: str, description: str) -> str:
     written = io.StringIO()
     with required("matplotlib", "report").rc_context({"svg.hashsalt": name}):
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    text = written.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = text.replace(INK, "currentColor").replace("xlink:href=", "href=")
+    _, _, text = written.getvalue().replace(INK, "currentColor").replace("xlink:href=", "href=").partition("<svg")
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     # What is pointed at is named by its content and the salt; other names are those of every figure.
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
@@ -77,8 +75,7 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
     shown = [row for row in rows if row.result.kl is not None and row.gain is not None]
     if not shown:
         return None
-    with drawing(7.2, 5.2) as figure:
-        axis = figure.subplots()
+    with drawing(7.2, 5.2) as (figure, axis):
         largest = 0.0
         for name, points in groups.items():
             known = sorted((point.kl, point.reward) for point in points if point.kl is not None)
@@ -105,8 +102,7 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
 def resources(rows: Sequence[Row]) -> str:
     """Reward against the time that a method adds to each token."""
     styles, times = _styles(rows), [row.result.added_seconds * 1000 for row in rows]
-    with drawing(7.2, 4.6) as figure:
-        axis = figure.subplots()
+    with drawing(7.2, 4.6) as (figure, axis):
         for row, time in zip(rows, times, strict=True):
             _mark(axis, time, row, styles[row.name])
         _root_axis(axis, max(times))
@@ -129,8 +125,8 @@ def _sweep(mark: str, name: str, setting: str, base: Result, points: Sequence[Re
         others = ", ".join(f"{other} {given}" for other, given in point.settings.items() if other != setting)
         lines.setdefault(others, []).append(point)
     sizes = sorted({point.settings[setting] for point in points})
-    with drawing(3.6, 5.2) as figure:
-        axes = dict(zip(("reward", "diversity", "nll"), figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1]), strict=True))
+    with drawing(3.6, 5.2, nrows=3, sharex=True, height_ratios=[2, 1, 1]) as (figure, three):
+        axes = dict(zip(("reward", "diversity", "nll"), three, strict=True))
         for number, (others, line) in enumerate(lines.items()):
             x, several = [point.settings[setting] for point in line], len(lines) > 1
             colour, label = HUES[number % len(HUES)], f" ({others})" if several else ""
@@ -167,44 +163,28 @@ def calibration(found: Diagnosis, rows: Sequence[Row]) -> dict[str, str]:
     """By their titles: mean reward against V, the correlation of both along responses, and V along the responses of RE-Control's rows."""
     bins, styles = len(found.tokens), _styles(rows)
     places = (np.arange(bins) + 0.5) / bins
-    predicted, observed, _ = zip(*found.calibration, strict=True)
-    marked = {"marker": "o", "color": HUES[0]}
-    listed = "; ".join(f"V {v:.3g}: reward {r:.3g}" for v, r, _ in found.calibration)
-    described = f"Mean reward by bins of V, with the line where both are equal. {listed}."
-    reliability = _panel(
-        "reliability", described, [(predicted, observed, marked)], "V, mean of a bin of tokens", "mean reward of their responses", predicted[0]
-    )
-    listed = ", ".join("unknown" if number is None else f"{number:.2f}" for number in found.correlation)
-    described = f"Correlation of V with the final reward along the response: {listed}."
-    known = [(places, np.array(found.correlation, dtype=float), marked)]
-    correlation = _panel("correlation", described, known, "position in the response", "correlation of V and reward")
-    shown = [rows[0], *[row for row in rows[1:] if ReControl.kind in row.result.kind and row.result.values][:DRAWN]]
-    lines = []
-    for row in shown:
-        colour, marker, line = styles[row.name]
-        lines.append((places, _by_position(row.result.values, bins), {"linestyle": line, "marker": marker, "color": colour, "label": row.name}))
-    described = f"Mean of V along responses of {', '.join(row.name for row in shown)}."
-    along = _panel("along", described, lines, "position in the response", "V, mean over responses")
+    with drawing(3.6, 3.2) as (figure, axis):
+        predicted, observed, _ = zip(*found.calibration, strict=True)
+        axis.plot(predicted, observed, "-o", color=HUES[0])
+        axis.axline((predicted[0], predicted[0]), slope=1, color=INK, linewidth=1, linestyle=":")
+        axis.set(xlabel="V, mean of a bin of tokens", ylabel="mean reward of their responses")
+        listed = "; ".join(f"V {v:.3g}: reward {r:.3g}" for v, r, _ in found.calibration)
+        reliability = to_svg(figure, "reliability", f"Mean reward by bins of V, with the line where both are equal. {listed}.")
+    with drawing(3.6, 3.2) as (figure, axis):
+        axis.plot(places, np.array(found.correlation, dtype=float), "-o", color=HUES[0])
+        _dotted(axis, 0)
+        axis.set(xlabel="position in the response", ylabel="correlation of V and reward", xlim=(0, 1), ylim=(min(-0.05, axis.get_ylim()[0]), 1))
+        listed = ", ".join("unknown" if number is None else f"{number:.2f}" for number in found.correlation)
+        correlation = to_svg(figure, "correlation", f"Correlation of V with the final reward along the response: {listed}.")
+    with drawing(3.6, 3.2) as (figure, axis):
+        shown = [rows[0], *[row for row in rows[1:] if ReControl.kind in row.result.kind and row.result.values][:DRAWN]]
+        for row in shown:
+            colour, marker, line = styles[row.name]
+            axis.plot(places, _by_position(row.result.values, bins), line, marker=marker, color=colour, label=row.name)
+        axis.set(xlabel="position in the response", ylabel="V, mean over responses", xlim=(0, 1))
+        figure.legend(**LEGEND)
+        along = to_svg(figure, "along", f"Mean of V along responses of {', '.join(row.name for row in shown)}.")
     return {"Reliability": reliability, "What V knows along the response": correlation, "V along responses, by method": along}
-
-
-def _panel(mark: str, described: str, lines: Sequence[tuple[Any, Any, dict[str, Any]]], x: str, y: str, equal: float | None = None) -> str:
-    """A small figure of lines (x, y, style); with `equal`, a point on it, the line where x and y are the same."""
-    with drawing(3.6, 3.2) as figure:
-        axis = figure.subplots()
-        for places, numbers, style in lines:
-            axis.plot(places, numbers, **style)
-        axis.set(xlabel=x, ylabel=y)
-        if equal is not None:
-            axis.axline((equal, equal), slope=1, color=INK, linewidth=1, linestyle=":")
-        else:
-            axis.set_xlim(0, 1)
-        if mark == "correlation":
-            _dotted(axis, 0)
-            axis.set_ylim(min(-0.05, axis.get_ylim()[0]), 1)
-        if mark == "along":
-            figure.legend(**LEGEND)
-        return to_svg(figure, mark, described)
 
 
 def _by_position(values: Sequence[Sequence[float]], bins: int) -> Any:

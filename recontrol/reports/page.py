@@ -13,7 +13,7 @@ import yaml
 
 from recontrol.checks import required
 from recontrol.methods.control import ReControl
-from recontrol.reports.columns import COST, QUALITY, Column, TableCell, interval_digits, measured
+from recontrol.reports.columns import COST, QUALITY, Cell, Column, interval_digits, measured
 from recontrol.reports.comparison import EqualKL, Findings, Row, sweep
 from recontrol.reports.figures import calibration, frontier, resources, sweeps
 from recontrol.reports.table import rule_in_words
@@ -108,11 +108,11 @@ def _tokens(row: Row, place: int) -> list[tuple[str, float]]:
     return list(zip(pieces, values, strict=True)) if len(pieces) == len(values) else []
 
 
-def _level_cells(equal: EqualKL) -> dict[str, list[TableCell]]:
+def _level_cells(equal: EqualKL) -> dict[str, list[Cell]]:
     """By row, its reward at each level, marked where no other interval reaches into its own and no row has more before, and its largest with its divergence."""
     column = QUALITY[0]
     digits = interval_digits([entry.interval for entries in equal.rewards.values() for entry in entries if entry.interval])
-    made: dict[str, list[TableCell]] = {}
+    made: dict[str, list[Cell]] = {}
     for name, entries in equal.rewards.items():
         made[name] = []
         for place, entry in enumerate(entries):
@@ -121,7 +121,7 @@ def _level_cells(equal: EqualKL) -> dict[str, list[TableCell]]:
             clear = entry.interval is not None and all(other is not None and other[1] < entry.interval[0] for other in others)
             made[name].append(column.cell(entry.reward, entry.interval, digits, clear and bool(others) and not equal.better_before(place)))
         kl, reward = equal.largest[name]
-        made[name].append(TableCell(reward, column.write(reward, digits), f"{kl:.3g} nats", False))
+        made[name].append({**column.cell(reward, None, digits), "interval": f"{kl:.3g} nats"})
     return made
 
 
