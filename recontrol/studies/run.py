@@ -78,8 +78,7 @@ class StudyRun:
     @cached_property
     def _trained(self) -> tuple[ValueFunction, Training]:
         """The collection of the rollouts, which other methods need as well, is not part of what training took."""
-        device, rollouts = self.model.get_output_embeddings().weight.device, self.rollouts
-        folder = self.folder / "value"
+        device, rollouts, folder = self.model.get_output_embeddings().weight.device, self.rollouts, self.folder / "value"
         options = {"seed": self.study.seed, "device": device, "progress": self.progress, **self.study.train}
         with PeakMemory(device) as peak:
             (value, _), seconds = timed(self.folder, "train", lambda: train(rollouts, out=folder, **options))
@@ -145,11 +144,10 @@ class StudyRun:
         if source is None:
             return []
         chosen = self.study.prompts
-        keywords: dict[str, Any] = {"human": chosen.human, "chat_template": chosen.chat_template, "max_prompt_tokens": chosen.max_tokens}
-        if preferred:
-            prompts, wanted = load_prompts_with_preferred(source.source, source.split, tokenizer=self.tokenizer, **keywords)
-        else:
-            wanted = prompts = load_prompts(source.source, source.split, tokenizer=self.tokenizer, **keywords)
+        written: dict[str, Any] = {"human": chosen.human, "chat_template": chosen.chat_template, "max_prompt_tokens": chosen.max_tokens}
+        load = load_prompts_with_preferred if preferred else load_prompts
+        found: Any = load(source.source, source.split, tokenizer=self.tokenizer, **written)
+        prompts, wanted = found if preferred else (found, found)
         first = dict(zip(reversed(prompts), reversed(wanted), strict=True))
         return [first[prompt] for prompt in dict.fromkeys(prompts)][: source.limit]
 
@@ -158,16 +156,16 @@ def timed(folder: Path, name: str, work: Callable[[], Any]) -> tuple[Any, float]
     """(result of a step of a study, seconds that it took when it was done): earlier tries that were stopped count, reading what is finished does not."""
     path = folder / "seconds.json"
     known = read_json(path) if path.exists() else {}
-    done = known.get(name, {"seconds": 0.0, "finished": False})
-    began, finished = time.perf_counter(), False
+    done = known.setdefault(name, {"seconds": 0.0, "finished": False})
+    began, finished = time.perf_counter(), done["finished"]
     try:
         result = work()
         finished = True
     finally:
         if not done["finished"]:
-            known[name] = {"seconds": done["seconds"] + time.perf_counter() - began, "finished": finished}
+            done.update(seconds=done["seconds"] + time.perf_counter() - began, finished=finished)
             write_json(path, known)
-    return result, known[name]["seconds"]
+    return result, done["seconds"]
 
 
 def _best(rule: str | dict[str, float], results: Sequence[Result]) -> Result:
