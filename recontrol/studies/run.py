@@ -33,13 +33,11 @@ from recontrol.value import ValueFunction
 logger = logging.getLogger(__name__)
 
 
-def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True) -> Findings:
-    """Do all that a study says in a folder, and nothing that was done there before; what cannot be is a ValueError or FileNotFoundError before any work."""
-    return StudyRun(study, out, progress=progress).findings()
-
-
 class StudyRun:
-    """The steps of a study: each is done when its result is first asked for, and read where it was done before in the same folder; errors as `run_study`."""
+    """The steps of a study: each is done when its result is first asked for, and read where it was done before in the same folder.
+
+    What cannot be is a ValueError or FileNotFoundError before any work.
+    """
 
     def __init__(self, study: Study, out: str | os.PathLike, *, progress: bool = True):
         self.study, self.folder, self.progress = study, Path(out), progress
@@ -124,20 +122,10 @@ class StudyRun:
 
     def _evaluate(self, name: str, part: int, prompts: list[str], methods: Sequence[Method], seeds: int = 1) -> list[Result]:
         # Whether or not a method has asked for it, a value function that is there is recorded along responses.
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            value=self.value if self.study.value is not None else self.__dict__.get("value"),
-            methods=methods,
-            reward=self.reward,
-            encoder=self.encoder,
-            head_weights=self.study.reward.head_weights,
-            seeds=seeds,
-            out=self.folder / name,
-            progress=self.progress,
-            decoding=self.study.decoding(part),
-        )
+        value = self.value if self.study.value is not None else self.__dict__.get("value")
+        measured: dict[str, Any] = {"reward": self.reward, "encoder": self.encoder, "head_weights": self.study.reward.head_weights, "value": value}
+        options: dict[str, Any] = {"out": self.folder / name, "progress": self.progress, "decoding": self.study.decoding(part), "seeds": seeds}
+        return evaluate(self.model, self.tokenizer, prompts, methods=methods, **measured, **options)
 
     def _read(self, source: SourceSection | None, *, preferred: bool = False) -> list[str]:
         """The prompts of a source, or the preferred responses to them: each distinct prompt once, since data sets of comparisons repeat them."""

@@ -22,26 +22,20 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """V along responses, by relative position: bin i of n holds the tokens t of T with i <= n (t + 1/2) / T < i + 1.
-
-    Args:
-        responses: how many there were.
-        tokens: in each bin.
-        correlation: in each bin, of V(s_t) with the final reward over tokens; None where one of them does not vary.
-        explained_variance: in each bin, 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward; None where rewards do not vary.
-        best_third: in each bin, the mean of V(s_t) over the third of the responses with the largest rewards.
-        worst_third: the same over the third with the smallest.
-        calibration: (mean V, mean reward, tokens) in bins of V with as many tokens each; a calibrated V has the same in both.
-        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward; None where rewards do not vary.
-    """
+    """V along responses; bin i of n, by relative position, holds the tokens t of T with i <= n (t + 1/2) / T < i + 1. None is what cannot be said."""
 
     responses: int
     tokens: list[int]
+    # Of V(s_t) with the final reward over tokens.
     correlation: list[float | None]
+    # 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward.
     explained_variance: list[float | None]
+    # Means of V(s_t) over the third of the responses with the largest rewards, and the smallest.
     best_third: list[float | None]
     worst_third: list[float | None]
+    # (mean V, mean reward, tokens) in bins of V with as many tokens each; a calibrated V has the same in both.
     calibration: list[tuple[float, float, int]]
+    # Root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward.
     movement: float | None
 
 

@@ -11,8 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from recontrol.data.rollouts import Rollouts
 from recontrol.training.data import Standardisation, TrainingData, parts, read
-from recontrol.training.objectives.base import Objective, Values
-from recontrol.training.objectives.tokens import held_out_error, td_loss
+from recontrol.training.objectives.tokens import Objective, Values, held_out_error, td_loss
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -109,6 +108,7 @@ class Preference(Objective):
             missing = f"{rollouts.path} has no responses to prompts with pairs beside those labelled chosen and rejected"
             raise ValueError(f"preference_regulariser draws the model's own responses to the chosen ones, and {missing}")
         self.labels = tuple(self._of(self.margin, rollouts.groups[side]) for side in (data.held_in, data.held_out))
+        # Prompts.
         self.units, self.held_out = (rollouts.groups[margin[:, 0]].unique() for margin in self.labels)
         self.regressed = generated if generated.any() else ~generated
         own = self.regressed[data.held_in]
