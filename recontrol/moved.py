@@ -21,6 +21,7 @@ MOVED = {
     "recontrol.peak_memory": "recontrol.methods.peak_memory",
     "recontrol.prepared": "recontrol.value.prepared",
     "recontrol.reference": "recontrol.ascent.oracle",
+    "recontrol.reports.columns": "recontrol.reports.table",
     "recontrol.reports.findings": "recontrol.reports.comparison",
     "recontrol.reports.page": "recontrol.reports.report_files",
     "recontrol.reports.report": "recontrol.reports.table",

@@ -4,7 +4,7 @@ import contextlib
 import html
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,10 @@ STYLE: dict[Any, Any] = {
     # Letters stay text: they can be searched and copied, and need no room.
     "svg.fonttype": "none",
 }
-# A wider span of settings is drawn on a logarithmic axis.
-LOGARITHMIC = 8
+# A wider span of settings is drawn on a logarithmic axis; the V of so many methods along responses.
+LOGARITHMIC, DRAWN = 8, 4
 # How far below the uncontrolled model a figure goes, in units of how far it goes above.
 DEPTH = 0.5
-# Methods whose V is drawn along responses, beside the uncontrolled model.
-DRAWN = 4
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8.5}
 
 
@@ -76,17 +74,15 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
     if not shown:
         return None
     with drawing(7.2, 5.2) as (figure, axis):
-        largest = 0.0
+        largest = max(0.0, *(row.result.kl or 0.0 for row in shown))
         for name, points in groups.items():
-            known = sorted((point.kl, point.reward) for point in points if point.kl is not None)
+            known = sorted((max(0.0, point.kl), point.reward) for point in points if point.kl is not None)
             if len(known) > 1:
                 colour, marker, line = styles.get(name, (INK, "o", "-"))
-                kls, rewards = zip(*((max(0.0, kl), reward) for kl, reward in [(0.0, base.reward), *known]), strict=True)
-                axis.plot(kls, rewards, line, color=colour, marker=marker, markersize=3, linewidth=1.1, alpha=0.75)
-                largest = max(largest, kls[-1])
+                axis.plot(*zip((0.0, base.reward), *known, strict=True), line, color=colour, marker=marker, markersize=3, linewidth=1.1, alpha=0.75)
+                largest = max(largest, known[-1][0])
         for row in shown:
             kl = max(0.0, row.result.kl or 0.0)
-            largest = max(largest, kl)
             _mark(axis, kl, row, styles[row.name], xerr=row.result.kl_interval and _bars(kl, row.result.kl_interval))
         _dotted(axis, base.reward)
         _root_axis(axis, largest)
@@ -94,7 +90,7 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, base.reward - DEPTH * max(high - base.reward, 0.1 * (high - low))), high)
         axis.set(xlim=(0, largest * 1.1 or 1), xlabel="KL to the uncontrolled model, nats a response (square-root axis)", ylabel="reward")
-        figure.legend(loc="outside lower center", ncols=_legend_columns(shown))
+        _legend(figure, shown)
         listed = "; ".join(f"{row.name}: KL {row.result.kl:.3g}, reward {row.result.reward:.3g}" for row in shown)
         return to_svg(figure, "frontier", f"Reward against divergence. On the test prompts: {listed}. The uncontrolled model: {base.reward:.3g}.")
 
@@ -108,7 +104,7 @@ def resources(rows: Sequence[Row]) -> str:
         _root_axis(axis, max(times))
         limits = min(-max(times) / 400, 1.2 * min(times)), max(times) * 1.1 or 1
         axis.set(xlim=limits, xlabel="time added to each token, ms (square-root axis)", ylabel="reward")
-        figure.legend(loc="outside lower center", ncols=_legend_columns(rows))
+        _legend(figure, rows)
         listed = "; ".join(f"{row.name}: {time:.3g} ms, reward {row.result.reward:.3g}" for row, time in zip(rows, times, strict=True))
         return to_svg(figure, "resources", f"Reward against the time added to each token. {listed}.")
 
@@ -226,6 +222,6 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
     return styles
 
 
-def _legend_columns(rows: Iterable[Row]) -> int:
-    """As many as the width of a large figure has room for."""
-    return max(1, min(3, 72 // (max(len(row.name) for row in rows) + 4)))
+def _legend(figure: Any, rows: Sequence[Row]) -> None:
+    """In as many columns as the width of a large figure has room for."""
+    figure.legend(loc="outside lower center", ncols=max(1, min(3, 72 // (max(len(row.name) for row in rows) + 4))))

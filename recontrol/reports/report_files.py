@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from recontrol.checks import required
+from recontrol.evaluation.measure import Answer
 from recontrol.evaluation.results import UNCONTROLLED, Result
 from recontrol.files import write_aside, write_json
 from recontrol.methods.control import ReControl
-from recontrol.reports.columns import COST, QUALITY, Cell, Column, interval_digits, measured
 from recontrol.reports.comparison import EqualKL, Findings, Row, equal_kl, gain_interval, make_rows, sweep
 from recontrol.reports.figures import calibration, frontier, resources, sweeps
-from recontrol.reports.table import rule_in_words
+from recontrol.reports.table import COST, QUALITY, Cell, Column, interval_digits, measured, rule_in_words
 from recontrol.training.diagnosis import Diagnosis, diagnose_values
 from recontrol.version import __version__
 
@@ -141,29 +141,18 @@ def render(findings: Findings, rows: Sequence[Row], equal: EqualKL | None, diagn
     # Prompts and responses may have any text in them; a name that is not known is an error.
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.PackageLoader("recontrol.reports", "templates"), **options)
+    given = {"study": study, "findings": findings, "rows": rows, "equal": equal, "diagnosis": diagnosis, "command": command, "shades": SHADES}
+    figures = {"frontier": frontier(rows, base, groups), "sweeps": sweeps(base, groups), "resources": resources(rows)}
+    figures["calibration"] = {} if diagnosis is None else calibration(diagnosis, rows)
+    tables = {"quality": make_table(QUALITY, rows), "cost": make_table(COST, rows), "tried": _tried(findings), "level_cells": equal and _level_cells(equal)}
     return environment.get_template("page.html").render(
-        study=study,
         rule=rule_in_words(study["choose"]) if study.get("choose") else "",
         made={"Made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **versions()},
         machine=f"{platform.system()} {platform.machine()}, {hardware}",
-        quality=make_table(QUALITY, rows),
-        cost=make_table(COST, rows),
-        equal=equal,
-        level_cells=equal and _level_cells(equal),
-        frontier=frontier(rows, base, groups),
-        sweeps=sweeps(base, groups),
-        calibration={} if diagnosis is None else calibration(diagnosis, rows),
-        diagnosis=diagnosis,
-        resources=resources(rows),
         coloured=_coloured(rows, findings.prompts),
-        shades=SHADES,
-        tried=_tried(findings),
-        findings=findings,
-        rows=rows,
-        seeds=findings.results[0].seeds,
         glossary=measured((*QUALITY, *COST), rows),
         settings=as_yaml(study),
-        command=command,
+        **{**given, **figures, **tables},
     )
 
 
@@ -177,23 +166,19 @@ def _coloured(rows: Sequence[Row], prompts: Sequence[str]) -> dict[str, Any] | N
     # RE-Control alone, else the first row that it is a part of.
     controlled = sorted((row for row in rows[1:] if ReControl.kind in row.result.kind.split(" + ")), key=lambda row: row.result.kind != ReControl.kind)
     shown = [row for row in (rows[0], *controlled[:1]) if row.result.answers]
-    places = [place for place in range(len(prompts)) if shown and all(_tokens(row, place) for row in shown)][:COLOURED]
+    answers = [[row.result.answers[place] for row in shown] for place in range(len(prompts))]
+    places = [place for place, each in enumerate(answers) if each and all(one.values and len(one.values) == len(one.pieces or []) for one in each)][:COLOURED]
     if not places:
         return None
     middle = rows[0].result.reward
-    span = float(np.quantile([abs(value - middle) for row in shown for place in places for _, value in _tokens(row, place)], INSIDE)) or 1.0
+    span = float(np.quantile([abs(value - middle) for place in places for answer in answers[place] for value in answer.values or []], INSIDE)) or 1.0
 
-    def shaded(row: Row, place: int) -> list[tuple[str, int, float]]:
-        return [(text, round(max(-1.0, min(1.0, (value - middle) / span)) * SHADES), value) for text, value in _tokens(row, place) if text]
+    def shaded(answer: Answer) -> list[tuple[str, int, float]]:
+        tokens = zip(answer.pieces or [], answer.values or [], strict=True)
+        return [(text, round(max(-1.0, min(1.0, (value - middle) / span)) * SHADES), value) for text, value in tokens if text]
 
-    responses = [(prompts[place], [(row.name, row.result.rewards[place], shaded(row, place)) for row in shown]) for place in places]
+    responses = [(prompts[at], [(row.name, row.result.rewards[at], shaded(row.result.answers[at])) for row in shown]) for at in places]
     return {"responses": responses, "middle": middle, "span": span}
-
-
-def _tokens(row: Row, place: int) -> list[tuple[str, float]]:
-    """Text and V of each token of a response; empty where they were not recorded."""
-    pieces, values = row.result.answers[place].pieces or [], row.result.answers[place].values or []
-    return list(zip(pieces, values, strict=True)) if len(pieces) == len(values) else []
 
 
 def _level_cells(equal: EqualKL) -> dict[str, list[Cell]]:
@@ -224,10 +209,6 @@ def _tried(findings: Findings) -> tuple[dict[str, Any], list[bool]] | None:
 
 def as_yaml(study: Mapping[str, Any]) -> str:
     """As a study's file has it, without what is not set."""
-
-    def given(content: Any) -> Any:
-        if isinstance(content, Mapping):
-            return {name: given(entry) for name, entry in content.items() if entry is not None}
-        return [given(entry) for entry in content] if isinstance(content, list | tuple) else content
-
-    return yaml.safe_dump(given(study), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None) if study else ""
+    # Tuples become lists, which YAML has.
+    given = json.loads(json.dumps(study), object_hook=lambda section: {name: entry for name, entry in section.items() if entry is not None})
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None) if study else ""

@@ -63,19 +63,20 @@ class StudyRun:
         what = (self.model, self.tokenizer, self.train_prompts, self.reward, self.folder / "rollouts")
         return timed(self.folder, "collect", lambda: collect(*what, decoding=decoding, collection=collection, progress=self.progress))[0]
 
-    @cached_property
+    @property
     def value(self) -> ValueFunction:
         """The value function that was given, or one trained on the rollouts."""
-        return load_value_function(self.study.value, self.model) if self.study.value is not None else self._trained[0]
+        return self._trained[0]
 
     @property
     def trained(self) -> Training | None:
-        """What the training of the value function took; None for one that was given."""
-        return None if self.study.value is not None else self._trained[1]
+        """What the training of the value function took, without the rollouts, which other methods need as well; None for one that was given."""
+        return self._trained[1]
 
     @cached_property
-    def _trained(self) -> tuple[ValueFunction, Training]:
-        """The collection of the rollouts, which other methods need as well, is not part of what training took."""
+    def _trained(self) -> tuple[ValueFunction, Training | None]:
+        if self.study.value is not None:
+            return load_value_function(self.study.value, self.model), None
         device, rollouts, folder = self.model.get_output_embeddings().weight.device, self.rollouts, self.folder / "value"
         options = {"seed": self.study.seed, "device": device, "progress": self.progress, **self.study.train}
         with PeakMemory(device) as peak:
@@ -122,7 +123,7 @@ class StudyRun:
 
     def _evaluate(self, name: str, part: int, prompts: list[str], methods: Sequence[Method], seeds: int = 1) -> list[Result]:
         # Whether or not a method has asked for it, a value function that is there is recorded along responses.
-        value = self.value if self.study.value is not None else self.__dict__.get("value")
+        value = self.value if self.study.value is not None or "_trained" in vars(self) else None
         measured: dict[str, Any] = {"reward": self.reward, "encoder": self.encoder, "head_weights": self.study.reward.head_weights, "value": value}
         options: dict[str, Any] = {"out": self.folder / name, "progress": self.progress, "decoding": self.study.decoding(part), "seeds": seeds}
         return evaluate(self.model, self.tokenizer, prompts, methods=methods, **measured, **options)

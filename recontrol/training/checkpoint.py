@@ -25,7 +25,6 @@ class Progress:
     """How far a run is: `position` mini-batches of an epoch, and the sum of their loss over `count` tokens, responses or pairs."""
 
     # The order of responses follows from the seed and the epoch, so no generator's state is part of it.
-
     epoch: int = 0
     position: int = 0
     loss: float = 0.0
@@ -35,18 +34,16 @@ class Progress:
 
 
 class RunFolder:
-    """The files of one training run; with no path, none.
+    """The files of one training run: `history.json`, and a checkpoint, or the value function once it is finished; with no path, none.
 
-    A run that is under way has `history.json` and `checkpoint.safetensors`; a finished one has the value function and a `history.json`
-    that says so. `settings` decide the result; a run with others in the same folder is refused. One of several processes writes.
+    `settings` decide the result; a run with others in the same folder is refused. One of several processes writes.
     """
 
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any], *, write: bool = True):
         self.path, self.write = None if path is None else Path(path), write and path is not None
         # As it will read back: tuples become lists.
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.finished = False
-        self.history: list[dict[str, Any]] = []
+        self.finished, self.history = False, list[dict[str, Any]]()
         if self.path is None:
             return
         if self.path.exists() and not self.path.is_dir():
@@ -90,10 +87,9 @@ class RunFolder:
         path = self.path / CHECKPOINT_NAME
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
+                settings, progress = json.loads(file.metadata()["settings"]), Progress(**json.loads(file.metadata()["progress"]))
                 # Each tensor gets memory of its own: those of a file may be unaligned, and are unmapped with it.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            progress, settings = Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
             progress.history = [in_present_names(entry) for entry in progress.history]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole checkpoint ({error}); delete it to train from the beginning") from error

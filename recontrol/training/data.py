@@ -49,10 +49,6 @@ class TrainingData:
         """The numbers of responses, prompts or batches in an epoch, which is a pass over the prompts: each has other batches."""
         return units if self.online is None else units + epoch * len(units)
 
-    def batch_size(self, units: int) -> int:
-        """Units in a mini-batch, where nothing else is said."""
-        return max(1, min(LARGEST_BATCH, units // MINIBATCHES)) if self.online is None else 1
-
     def fetch(self, batch: Tensor) -> tuple[Rollouts, Tensor]:
         """Where the responses of a mini-batch are, and their indices there."""
         if self.make is None:

@@ -105,7 +105,7 @@ def table(diagnoses: Mapping[str, Diagnosis]) -> str:
     """Correlation and explained variance along the response, a line for each value function, as aligned plain text."""
     lines, bins = [], len(next(iter(diagnoses.values())).tokens)
     for title, attribute in (("correlation of V with the final reward", "correlation"), ("explained variance", "explained_variance")):
-        lines.append(f"{title}, by tenth of the response:" if bins == 10 else f"{title}, along the response:")
+        lines.append(f"{title}, {'by tenth of' if bins == 10 else 'along'} the response:")
         for name, found in diagnoses.items():
             cells = ["   -  " if number is None else f"{number:6.2f}" for number in getattr(found, attribute)]
             moves = "-" if found.movement is None else f"{found.movement:.2f}"

@@ -67,8 +67,7 @@ def run(
 ) -> dict[str, Tensor]:
     """Train from where `state` is to the end, and change it in place; from the best state dict so far to that of the whole run.
 
-    An epoch is `batches` mini-batches of equal size, rather than a last one of a few responses whose noise would weigh as much; `show` is for
-    a progress bar. Raises FloatingPointError where training diverges.
+    An epoch is `batches` mini-batches of equal size, rather than a last one of a few responses whose noise would weigh as much.
     """
     config, steps = learner.config, learner.config.epochs * batches
     bar = tqdm(total=steps, initial=state.epoch * batches + state.position, unit="batch", disable=not (show and learner.processes.is_main))

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import difference
 from recontrol.training.checkpoint import Progress, RunFolder
 from recontrol.training.config import TrainConfig, config_of
-from recontrol.training.data import Make, Standardisation, TrainingData, check_rewards, check_states, origin, stored
+from recontrol.training.data import LARGEST_BATCH, MINIBATCHES, Make, Standardisation, TrainingData, check_rewards, check_states, origin, stored
 from recontrol.training.distributed import Processes
 from recontrol.training.fused import chosen_kernel, evaluation
 from recontrol.training.loop import Learner, run
@@ -77,8 +77,7 @@ def train(
         TypeError, ValueError: settings that cannot be, rollouts that cannot be trained on (the responses are named), or an `out` of another run.
         RuntimeError: `kernel` is one that cannot run here, or another run is writing into `out`.
         ImportError: `log_with` names a tracker that is not installed.
-        FloatingPointError: training diverged.
-        OSError: the disk is full; the checkpoint before it stays.
+        FloatingPointError, OSError: training diverged, or the disk is full; the checkpoint before it stays.
 
     Source: Kong et al. 2024, section 4.2 and appendix (training of the value function).
     """
@@ -86,10 +85,11 @@ def train(
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer of at least 1, found {checkpoint_every!r}")
     processes, objective = Processes(log_with, out), config.new_objective()
-    with _opened(rollouts, validation, config, processes) as data:
+    with rollouts.opened() if isinstance(rollouts, OnlineRollouts) else contextlib.nullcontext() as make:
+        data = _training_data(rollouts, make, validation, config, processes)
         objective.bind(data)
         units = len(objective.units)
-        batch_size = config.batch_size or data.batch_size(units)
+        batch_size = config.batch_size or (max(1, min(LARGEST_BATCH, units // MINIBATCHES)) if data.online is None else 1)
         value = initial_value(data, config).to(device=processes.device(device), dtype=getattr(torch, config.dtype))
         # A low precision has only one kernel.
         kernel: Any = "torch" if config.compute_dtype else chosen_kernel(config.kernel, value, data.no_states.to(value.device))
@@ -138,25 +138,15 @@ def train_online(online: OnlineRollouts, hidden_dims: Sequence[int] = (4096,), s
     return train(online, hidden_dims, seed, **{"epochs": passes, "kernel": "torch", **options})
 
 
-@contextlib.contextmanager
-def _opened(rollouts: Stored | OnlineRollouts, validation: Stored | None, config: TrainConfig, processes: Processes) -> Iterator[TrainingData]:
-    """What to train on; inside the block, the model of `OnlineRollouts` is ready."""
-    if isinstance(rollouts, OnlineRollouts):
-        with rollouts.opened() as make:
-            yield _sampled(rollouts, make, None if validation is None else _read(validation), config, processes)
-        return
-    if validation is not None:
-        raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
+def _training_data(rollouts: Stored | OnlineRollouts, make: Make | None, validation: Stored | None, config: TrainConfig, processes: Processes) -> TrainingData:
+    """What to train on; of `OnlineRollouts` batches are the mini-batches, and rewards are standardised by those of the validation, or of the first batch."""
+    judged, source = (Rollouts(each) if isinstance(each, str | os.PathLike) else each for each in (validation, rollouts))
     dtype = getattr(torch, config.dtype)
-    yield stored(_read(rollouts), processes, config.validation_fraction, config.seed, dtype, config.normalise_rewards)
-
-
-def _read(source: Stored) -> Rollouts:
-    return source if isinstance(source, Rollouts) else Rollouts(source)
-
-
-def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, config: TrainConfig, processes: Processes) -> TrainingData:
-    """Batches of `OnlineRollouts` are the mini-batches. Rewards are standardised by those of `judged`, or of the first batch, sampled once more for that."""
+    if make is None:
+        if judged is not None:
+            raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
+        return stored(source, processes, config.validation_fraction, config.seed, dtype, config.normalise_rewards)
+    online: OnlineRollouts = source
     if not config.new_objective().online:
         raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
     if config.batch_size is not None:
@@ -166,11 +156,12 @@ def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, config
         recorded = judged.manifest.get("base_model")
         if recorded and (other := difference(recorded, online.model)):
             raise ValueError(f"{judged.path} holds rollouts of another model: {other}")
-        for name, wanted in {"hidden_size": online.hidden_size, **{name: online.settings[name] for name in ("reward", "tokenizer_sha256")}}.items():
+        for name in ("hidden_size", "reward", "tokenizer_sha256"):
+            wanted = {"hidden_size": online.hidden_size, **online.settings}[name]
             if (found := judged.manifest.get(name)) not in (None, wanted):
                 raise ValueError(f"{judged.path} has another {name} than what is trained on: found {found!r}, wanted {wanted!r}")
     # How many heads there are shows in the rewards only.
-    rewards = (make(0).batch() if judged is None else judged).rewards.to(getattr(torch, config.dtype))
+    rewards = (make(0).batch() if judged is None else judged).rewards.to(dtype)
     if not len(rewards):
         raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
     held_in, held_out = torch.arange(len(online)), torch.arange(0 if judged is None else len(judged))
