@@ -85,12 +85,11 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
             kl = max(0.0, row.result.kl or 0.0)
             _mark(axis, kl, row, styles[row.name], xerr=row.result.kl_interval and _bars(kl, row.result.kl_interval))
         _dotted(axis, base.reward)
-        _root_axis(axis, largest)
+        _root_axis(figure, axis, shown, largest, "KL to the uncontrolled model, nats a response")
         # A setting that ruins the model must not press all others together.
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, base.reward - DEPTH * max(high - base.reward, 0.1 * (high - low))), high)
-        axis.set(xlim=(0, largest * 1.1 or 1), xlabel="KL to the uncontrolled model, nats a response (square-root axis)", ylabel="reward")
-        _legend(figure, shown)
+        axis.set_xlim(0, largest * 1.1 or 1)
         listed = "; ".join(f"{row.name}: KL {row.result.kl:.3g}, reward {row.result.reward:.3g}" for row in shown)
         return to_svg(figure, "frontier", f"Reward against divergence. On the test prompts: {listed}. The uncontrolled model: {base.reward:.3g}.")
 
@@ -101,10 +100,8 @@ def resources(rows: Sequence[Row]) -> str:
     with drawing(7.2, 4.6) as (figure, axis):
         for row, time in zip(rows, times, strict=True):
             _mark(axis, time, row, styles[row.name])
-        _root_axis(axis, max(times))
-        limits = min(-max(times) / 400, 1.2 * min(times)), max(times) * 1.1 or 1
-        axis.set(xlim=limits, xlabel="time added to each token, ms (square-root axis)", ylabel="reward")
-        _legend(figure, rows)
+        _root_axis(figure, axis, rows, max(times), "time added to each token, ms")
+        axis.set_xlim(min(-max(times) / 400, 1.2 * min(times)), max(times) * 1.1 or 1)
         listed = "; ".join(f"{row.name}: {time:.3g} ms, reward {row.result.reward:.3g}" for row, time in zip(rows, times, strict=True))
         return to_svg(figure, "resources", f"Reward against the time added to each token. {listed}.")
 
@@ -205,12 +202,15 @@ def _dotted(axis: Any, level: float, **options: Any) -> None:
     axis.axhline(level, color=INK, linestyle=":", linewidth=1, **options)
 
 
-def _root_axis(axis: Any, largest: float) -> None:
-    """X grows with the square root, and below 0 likewise: noise may make a method that adds nothing look faster than the model."""
+def _root_axis(figure: Any, axis: Any, rows: Sequence[Row], largest: float, label: str) -> None:
+    """X grows with the square root, and below 0 likewise: noise may make a method that adds nothing look faster than the model. Rows are in the legend."""
     axis.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda root: np.sign(root) * np.square(root)))
     step = 10 ** np.floor(np.log10(largest)) if largest > 0 else 1.0
     places = [step * part for part in (0, 0.1, 0.5, 1, 2, 3.5, 5, 7.5) if step * part <= max(0.0, largest) * 1.05]
     axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.set(xlabel=f"{label} (square-root axis)", ylabel="reward")
+    # As many columns as there is room for.
+    figure.legend(loc="outside lower center", ncols=max(1, min(3, 72 // (max(len(row.name) for row in rows) + 4))))
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
@@ -220,8 +220,3 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
         turn = number // len(HUES)
         styles[row.name] = (HUES[number % len(HUES)], MARKERS[(number + turn) % len(MARKERS)], ("-", "--", ":")[turn % 3])
     return styles
-
-
-def _legend(figure: Any, rows: Sequence[Row]) -> None:
-    """In as many columns as the width of a large figure has room for."""
-    figure.legend(loc="outside lower center", ncols=max(1, min(3, 72 // (max(len(row.name) for row in rows) + 4))))

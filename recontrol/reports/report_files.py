@@ -27,14 +27,9 @@ from recontrol.reports.table import COST, QUALITY, Cell, Column, interval_digits
 from recontrol.training.diagnosis import Diagnosis, diagnose_values
 from recontrol.version import __version__
 
-FORMAT = "recontrol.report"
-FORMAT_VERSION = 2
-# Responses whose V is written; a reader can draw no more.
-TRACES = 3
-# Fewer say nothing about a value function.
-FEWEST = 3
-# Prompts, the first ones, whose tokens have the colour of V.
-COLOURED = 3
+FORMAT, FORMAT_VERSION = "recontrol.report", 2
+# Responses whose V is written, prompts whose tokens have the colour of V, and how many responses say something about a value function.
+TRACES, COLOURED, FEWEST = 3, 3, 3
 # Shades of colour on each side of the middle, and the share of the tokens whose V is inside the scale.
 SHADES, INSIDE = 8, 0.98
 # What settings are chosen by, the paper's sum at the end; the best of many tries is not marked, since it may be the luckiest.
@@ -51,9 +46,10 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
     """
     rows = make_rows(findings)
     sections: dict[str, Any] = dataclasses.asdict(study) if dataclasses.is_dataclass(study) and not isinstance(study, type) else dict(study or {})
-    equal, diagnosis = equal_kl(findings), _diagnosis(findings.results[0])
-    if command is None:
-        command = "recontrol evaluate --config study.yaml --out FOLDER" if sections else ""
+    values, rewards = [answer.values or [] for answer in rows[0].result.answers], rows[0].result.rewards
+    diagnosis = diagnose_values(values, rewards[: len(values)]) if sum(map(bool, values)) >= FEWEST else None
+    equal = equal_kl(findings)
+    command = "recontrol evaluate --config study.yaml --out FOLDER" if command is None and sections else command or ""
     page = render(findings, rows, equal, diagnosis, sections, command)
     content = {
         "format": FORMAT,
@@ -116,11 +112,6 @@ def _csv(rows: Sequence[Row], prompts: int) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return written.getvalue()
-
-
-def _diagnosis(base: Result) -> Diagnosis | None:
-    values = [answer.values or [] for answer in base.answers]
-    return diagnose_values(values, base.rewards[: len(values)]) if sum(map(bool, values)) >= FEWEST else None
 
 
 def make_table(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def _save_model(name: str, tokenizer: Any, path: Path) -> str:
         config: Any = AutoConfig.for_model("falcon", **sizes, **TOKENS, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
     else:
         config = LlamaConfig(**sizes, **TOKENS, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
-    return _saved(AutoModelForCausalLM.from_config(config), tokenizer, path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
@@ -94,10 +96,6 @@ def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
     layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
     model = LlamaForSequenceClassification(LlamaConfig(**layers, **TOKENS, num_labels=1, max_position_embeddings=1024))
     weights = {weight.replace("score", HEAD) if "ultrarm" in name.lower() else weight: tensor for weight, tensor in model.state_dict().items()}
-    return _saved(model, tokenizer, path, state_dict=weights)
-
-
-def _saved(model: Any, tokenizer: Any, path: Path, **options: Any) -> str:
-    model.save_pretrained(path, **options)
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     return str(path)
