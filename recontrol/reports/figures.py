@@ -25,7 +25,6 @@ STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.linewidth": 0.7,
     "legend.frameon": False,
     "grid.alpha": 0.18,
     "axes.grid": True,
@@ -63,7 +62,7 @@ def to_svg(figure: Any, name: str, description: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r"\s*\n\s*", "\n", text)
     # Only the shape is kept of the size, so that the page says how large it is.
-    box = text.split('viewBox="')[1].split('"')[0]
+    box = re.findall('viewBox="([^"]+)', text)[0]
     return f'<svg viewBox="{box}" role="img" aria-label="{html.escape(description)}">{text[text.index(">") + 1 :].strip()}'
 
 
@@ -140,9 +139,9 @@ def _sweep(mark: str, name: str, setting: str, base: Result, points: Sequence[Re
         axis.set_xlabel(setting)
         figure.align_ylabels()
         figure.legend(**LEGEND, ncols=1 if len(lines) > 1 else 3, handlelength=1.6, columnspacing=1)
-        values = ["V unknown" if point.value_end is None else f"V {point.value_end:.3g}" for point in points]
-        listed = "; ".join(f"{setting} {point.settings[setting]:g}: reward {point.reward:.3g}, {v}" for point, v in zip(points, values, strict=True))
-        return to_svg(figure, mark, f"{name} along {setting}. {listed}.")
+        values = ["unknown" if point.value_end is None else f"{point.value_end:.3g}" for point in points]
+        listed = [f"{setting} {point.settings[setting]:g}: reward {point.reward:.3g}, V {v}" for point, v in zip(points, values, strict=True)]
+        return to_svg(figure, mark, f"{name} along {setting}. {'; '.join(listed)}.")
 
 
 def _main_setting(points: Sequence[Result]) -> str | None:

@@ -79,9 +79,9 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
 def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Each response with its method, seed (0 for the first) and prompt."""
     for row in rows:
-        asked = ((seed, index, prompt) for seed in range(row.result.seeds) for index, prompt in enumerate(prompts))
-        for (seed, index, prompt), response, reward in zip(asked, row.result.responses, row.result.rewards, strict=True):
-            yield {"method": row.name, "seed": seed, "index": index, "prompt": prompt, "response": response, "reward": reward}
+        for number, (response, reward) in enumerate(zip(row.result.responses, row.result.rewards, strict=True)):
+            seed, index = divmod(number, len(prompts))
+            yield {"method": row.name, "seed": seed, "index": index, "prompt": prompts[index], "response": response, "reward": reward}
 
 
 def _summary(result: Result, base: Result) -> dict[str, Any]:

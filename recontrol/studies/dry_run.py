@@ -20,7 +20,7 @@ WORDS = TEXT.split()
 # Prompts of each part, tokens of a response, and units of a hidden layer.
 COUNTS, NEW_TOKENS, WIDTH = {"train": 24, "validation": 6, "test": 8}, 8, 32
 # Of the tokenizer.
-TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 # What fine-tuning is cut down to.
 FINE_TUNING = {"batch_size": 4, "epochs": 1, "rank": 2, "micro_batch_size": None}
 
@@ -93,8 +93,9 @@ def _save_model(name: str, tokenizer: Any, path: Path) -> str:
 
 def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
     """UltraRM's architecture, else a sequence classifier."""
-    layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
-    model = LlamaForSequenceClassification(LlamaConfig(**layers, **TOKENS, num_labels=1, max_position_embeddings=1024))
+    layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    config = LlamaConfig(**layers, **TOKENS, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model = LlamaForSequenceClassification(config)
     weights = {weight.replace("score", HEAD) if "ultrarm" in name.lower() else weight: tensor for weight, tensor in model.state_dict().items()}
     model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)

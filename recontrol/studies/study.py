@@ -101,8 +101,8 @@ class RewardSection:
 
     def load(self, names: list[str] | None = None) -> Reward:
         """The reward, or that of other names used in the same way."""
-        device, judge = device_of(self.device), {"judge_range": self.judge.range, "judge": self.judge.server}
-        return load_reward(names or self.names, batch_size=self.batch_size, template=self.template, device=device, dtype=self.dtype, **judge)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("batch_size", "template", "dtype")}
+        return load_reward(names or self.names, **options, device=device_of(self.device), judge_range=self.judge.range, judge=self.judge.server)
 
 
 @dataclass(frozen=True)

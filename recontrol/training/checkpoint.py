@@ -15,9 +15,9 @@ from recontrol.files import check_same_settings, read_json, remove_leftovers, wr
 from recontrol.training.config import TrainConfig, in_present_names
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME
 
-FORMAT = "recontrol.training"
-HISTORY_NAME = "history.json"
-CHECKPOINT_NAME = "checkpoint.safetensors"
+FORMAT, HISTORY_NAME, CHECKPOINT_NAME = "recontrol.training", "history.json", "checkpoint.safetensors"
+# A state dict.
+State = dict[str, Tensor]
 
 
 @dataclass
@@ -65,9 +65,7 @@ class RunFolder:
             if self.finished:
                 (self.path / CHECKPOINT_NAME).unlink(missing_ok=True)
 
-    def save(
-        self, progress: Progress, best: dict[str, Tensor], weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
-    ) -> None:
+    def save(self, progress: Progress, best: State, weights: State, optimizer: torch.optim.Optimizer, average: State) -> None:
         """Write the checkpoint, whole or not at all; of the optimiser its moments, not its settings."""
         if self.path is None or not self.write:
             return
@@ -80,7 +78,7 @@ class RunFolder:
         if progress.position == 0:
             self._write_history(progress)
 
-    def load(self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> tuple[Progress, dict[str, Tensor]]:
+    def load(self, weights: State, optimizer: torch.optim.Optimizer, average: State) -> tuple[Progress, State]:
         """Fill in state dicts and moments from the checkpoint, if there is one: how far the run was, and the weights of its best epoch."""
         if self.path is None or not (self.path / CHECKPOINT_NAME).exists():
             return Progress(), {}
@@ -101,7 +99,7 @@ class RunFolder:
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(tensors[name])
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, State] = {}
         for group, index, kind in (name.split(".", 2) for name in tensors if name.startswith("optimizer.")):
             moments.setdefault(int(index), {})[kind] = tensors[f"{group}.{index}.{kind}"]
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -120,5 +118,5 @@ class RunFolder:
 
     def _write_history(self, progress: Progress, *, finished: bool = False) -> None:
         assert self.path is not None
-        content = {"settings": self.settings, "finished": finished, "best_epoch": progress.best_epoch, "epochs": progress.history}
-        write_json(self.path / HISTORY_NAME, {"format": FORMAT, **content})
+        state = {"finished": finished, "best_epoch": progress.best_epoch, "epochs": progress.history}
+        write_json(self.path / HISTORY_NAME, {"format": FORMAT, "settings": self.settings, **state})

@@ -42,14 +42,10 @@ class TrainConfig:
         objective: "td", the paper's; "td-lambda", with some of the final reward in the targets; "mc", regression of the final reward at
             every token; "preference", which orders pairs of responses to a prompt; or "released", the released code's loss with its
             mistakes, for comparison only. By default "td", or "td-lambda" where td_lambda is above 0.
-        td_lambda: for "td-lambda": mixes the final reward into the targets, from 0, the value of the next state only, as in the paper, to 1,
-            the final reward only, which is "mc". Values such as 0.95 need far fewer epochs on small data.
-        preference_regression: for "preference": weight of the TD(lambda) loss, in the unit of the reward, over all tokens of the responses that
-            the model itself generated, or of all responses where there are none.
-        preference_regulariser: for "preference": weight of the mean of (V(generated) - V(chosen))^2 on last tokens. With both weights 1 the
-            three terms are those of Pref-CTRL (Ashrafi et al. 2026).
-        normalise_rewards: leave V in standard deviations from the mean reward of the training data and store both in it
-            (`ValueFunction.to_reward`), instead of scaling V back to the unit of the reward.
+        td_lambda: share of the final reward in the targets, from 0, the paper's next value only, to 1, "mc". 0.95 needs far fewer epochs on small data.
+        preference_regression: for "preference": weight of the TD(lambda) loss, in the unit of the reward, on the model's own responses, else on all.
+        preference_regulariser: for "preference": weight of the mean of (V(generated) - V(chosen))^2 on last tokens. Both weights are 1 in Pref-CTRL.
+        normalise_rewards: leave V in standard deviations from the mean reward of the training data, both stored in it (`ValueFunction.to_reward`).
         hidden_dims: widths of the hidden layers; 4096 is the paper's "two linear layers".
         learning_rate: of Adam, the largest of the schedule.
         weight_decay: of AdamW; 0 is Adam.
@@ -61,8 +57,7 @@ class TrainConfig:
             the paper's 512. Several processes share it. A mini-batch of `OnlineRollouts` is one of its batches.
         epochs: passes over the training data at most; each pass over `OnlineRollouts` samples new responses.
         patience: stop after so many epochs without a better one; without it training never stops early.
-        validation_fraction: share of the prompts held out, below 1, at least one prompt; 0 trains on all, without early stopping, and keeps
-            the last weights. `OnlineRollouts` hold out none.
+        validation_fraction: share of the prompts held out, at least one prompt; 0 trains on all and keeps the last weights. `OnlineRollouts` hold out none.
         seed: of the first weights, the split and the order of responses.
         dtype: of the weights: "float32" or "float64", or that of torch.
         compute_dtype: "bfloat16" for the products of the hidden layers in training; weights, the optimiser and validation keep their dtype.

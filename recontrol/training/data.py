@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 # Tokens in one forward call. It bounds memory, and splits a mini-batch between responses without changing its gradient.
 TOKENS_AT_ONCE = 8192
 # The paper's batch; small data get smaller ones, or one pass over them would be a handful of updates.
-LARGEST_BATCH = 512
-MINIBATCHES = 20
+LARGEST_BATCH, MINIBATCHES = 512, 20
 # From the number of a batch to its responses.
 Make = Callable[[int], ScoredResponses]
 
@@ -150,13 +149,12 @@ def check_rewards(rollouts: Rollouts) -> None:
 
 def check_states(rollouts: Rollouts) -> None:
     """Read everything once before training, and name responses whose states are not finite: a NaN found in epoch 50 would be found too late."""
-    bad = []
+    bad: list[int] = []
     for part in parts(torch.arange(len(rollouts)), rollouts.lengths):
         states, lengths, _ = rollouts.batch(part)
-        if not (finite := states.isfinite().all(1)).all():
-            bad.append(part.repeat_interleave(lengths)[~finite].unique())
+        bad += part.repeat_interleave(lengths)[~states.isfinite().all(1)].unique().tolist()
     if bad:
-        raise ValueError(f"hidden states must be finite, found NaN or infinite ones in responses {first_few(torch.cat(bad).tolist())} of {rollouts.path}")
+        raise ValueError(f"hidden states must be finite, found NaN or infinite ones in responses {first_few(bad)} of {rollouts.path}")
 
 
 def digest(rollouts: Rollouts, *tables: Tensor) -> str:

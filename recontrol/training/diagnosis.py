@@ -70,15 +70,15 @@ def diagnose_values(values: Sequence[Any], rewards: Sequence[float], *, bins: in
     if len(values) != len(rewards):
         raise ValueError(f"found {len(rewards)} rewards for the values along {len(values)} responses, wanted one each")
     lengths = np.array([len(along) for along in values], dtype=int)
-    rewards, lengths = np.array(rewards, dtype=float)[lengths > 0], lengths[lengths > 0]
+    final, lengths = np.array(rewards, dtype=float)[lengths > 0], lengths[lengths > 0]
     if len(lengths) < 3:
         raise ValueError(f"found {len(lengths)} responses with tokens to diagnose a value function on, wanted at least 3")
     if type(bins) is not int or bins < 1:
         raise ValueError(f"bins must be an integer of at least 1, found bins={bins!r}")
     v = np.concatenate([np.asarray(along, dtype=float) for along in values])
-    r, starts = np.repeat(rewards, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
+    r, starts = np.repeat(final, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
     place = np.minimum(((np.arange(len(v)) - starts + 0.5) / np.repeat(lengths, lengths) * bins).astype(int), bins - 1)
-    low, high = np.quantile(rewards, [1 / 3, 2 / 3])
+    low, high = np.quantile(final, [1 / 3, 2 / 3])
     inside = [place == number for number in range(bins)]
 
     def each(measure: Callable[[np.ndarray, np.ndarray], float | None]) -> list[float | None]:
@@ -86,14 +86,14 @@ def diagnose_values(values: Sequence[Any], rewards: Sequence[float], *, bins: in
 
     by_value = np.array_split(np.argsort(v, kind="stable"), bins)
     return Diagnosis(
-        responses=len(rewards),
+        responses=len(final),
         tokens=[int(rows.sum()) for rows in inside],
         correlation=each(lambda v, r: float(np.corrcoef(v, r)[0, 1]) if _varies(v) and _varies(r) else None),
         explained_variance=each(lambda v, r: float(1 - np.square(v - r).mean() / r.var()) if _varies(r) else None),
         best_third=each(lambda v, r: float(v[r >= high].mean()) if (r >= high).any() else None),
         worst_third=each(lambda v, r: float(v[r <= low].mean()) if (r <= low).any() else None),
         calibration=[(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in by_value if len(rows)],
-        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / rewards.std()) if _varies(rewards) else None,
+        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / final.std()) if _varies(final) else None,
     )
 
 

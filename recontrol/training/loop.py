@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from recontrol.files import writing_lock
-from recontrol.training.checkpoint import Progress, RunFolder
+from recontrol.training.checkpoint import Progress, RunFolder, State
 from recontrol.training.config import TrainConfig
 from recontrol.training.distributed import Processes
 from recontrol.training.objectives import Objective
@@ -43,7 +43,7 @@ class Learner:
         # What is validated and kept.
         self.judged = value if self.average is None else cast(ValueFunction, self.average.module)
 
-    def state(self) -> tuple[dict[str, Tensor], torch.optim.Optimizer, dict[str, Tensor]]:
+    def state(self) -> tuple[State, torch.optim.Optimizer, State]:
         """What a checkpoint holds of it: the weights, the optimiser, and the average with how many steps are in it."""
         return self.value.state_dict(), self.optimizer, {} if self.average is None else self.average.state_dict()
 
@@ -62,9 +62,7 @@ class Learner:
         return loss, count
 
 
-def run(
-    learner: Learner, objective: Objective, folder: RunFolder, state: Progress, best: dict[str, Tensor], batches: int, checkpoint_every: int, show: bool
-) -> dict[str, Tensor]:
+def run(learner: Learner, objective: Objective, folder: RunFolder, state: Progress, best: State, batches: int, checkpoint_every: int, show: bool) -> State:
     """Train from where `state` is to the end, and change it in place; from the best state dict so far to that of the whole run.
 
     An epoch is `batches` mini-batches of equal size, rather than a last one of a few responses whose noise would weigh as much.

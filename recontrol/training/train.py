@@ -57,10 +57,9 @@ def train(
         rollouts: what `collect` made, or its folder; or `OnlineRollouts`, which sample other responses in every epoch and write nothing.
         config: all settings that decide the result; or the widths of the hidden layers, `hidden_dims`, alone.
         seed: replaces that of the config.
-        validation: for `OnlineRollouts`: rollouts of other prompts, by which the best epoch is chosen and rewards are standardised. None keeps
-            the last weights, and standardises by the rewards of the first batch.
-        out: folder for the value function, `history.json` and, until the run is finished, a checkpoint, from which the same call goes on, with the
-            same result, bit for bit on the CPU with as many threads; it returns the result of a finished run. None writes nothing.
+        validation: for `OnlineRollouts`: rollouts of other prompts, for the choice of the epoch and the unit of V; else the last one and the first batch.
+        out: folder for the value function, `history.json` and, until the end, a checkpoint, from which the same call goes on, with the same result,
+            bit for bit on the CPU with as many threads; it returns the result of a finished run. None writes nothing.
         device: where to train; None is a GPU if there is one, and with several processes the one that each was given.
         log_with: trackers of accelerate that get the history, such as "tensorboard", which writes into `out`.
         progress: show a progress bar.
@@ -140,7 +139,8 @@ def train_online(online: OnlineRollouts, hidden_dims: Sequence[int] = (4096,), s
 
 def _training_data(rollouts: Stored | OnlineRollouts, make: Make | None, validation: Stored | None, config: TrainConfig, processes: Processes) -> TrainingData:
     """What to train on; of `OnlineRollouts` batches are the mini-batches, and rewards are standardised by those of the validation, or of the first batch."""
-    judged, source = (Rollouts(each) if isinstance(each, str | os.PathLike) else each for each in (validation, rollouts))
+    source: Any = Rollouts(rollouts) if isinstance(rollouts, str | os.PathLike) else rollouts
+    judged = Rollouts(validation) if isinstance(validation, str | os.PathLike) else validation
     dtype = getattr(torch, config.dtype)
     if make is None:
         if judged is not None:

@@ -52,9 +52,7 @@ def preference_pairs(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
                 anchor.append((rejected, chosen, head))
     if not margin:
         missing = "no responses are labelled chosen and rejected, and no two responses to one prompt have different rewards"
-        raise ValueError(
-            f"{rollouts.path} has no pair to learn a preference from: {missing}; collect several a prompt (num_samples), or texts with preferences"
-        )
+        raise ValueError(f"{rollouts.path} has no pair to learn a preference from: {missing}; collect several a prompt, or texts with preferences")
     return torch.tensor(margin), torch.tensor(anchor, dtype=torch.int64).reshape(-1, 3), generated
 
 
@@ -77,15 +75,10 @@ def _labelled_pairs(rollouts: Rollouts) -> dict[int, list[tuple[int, int]]]:
 
 
 class Preference(Objective):
-    """The terms of Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543), over prompts.
-
-    On last tokens the margin, `preference_loss`, and a regulariser that keeps it from growing without end, mean (V(generated) - V(chosen))^2; on all
-    tokens of the model's own responses a regression.
-    """
+    """The terms of Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543): margin and regulariser on last tokens, regression on the model's own responses."""
 
     name, loss_name, online = "preference", "train_preference_loss", False
     takes = ("td_lambda", "preference_regression", "preference_regulariser")
-    td_lambda: float
     preference_regression: float
     preference_regulariser: float
 

@@ -23,6 +23,7 @@ class Objective:
     loss_name: ClassVar[str] = "train_loss"
     # The fields of `TrainConfig` that are its own; its instances have them as attributes.
     takes: ClassVar[tuple[str, ...]] = ()
+    td_lambda: float = 0.0
     # Whether it can learn from one batch of responses after the other, without seeing them all first.
     online: ClassVar[bool] = True
     # Whether V predicts the reward; else only its differences mean anything.
@@ -165,7 +166,6 @@ class TokenObjective(Objective):
     loss_name = "train_td_loss"
     description = "semi-gradient TD({0.td_lambda:g}), reward at the last token, no discount"
     over_responses = False
-    td_lambda: float = 0.0
 
     def loss(self, values: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
         """The mean of its terms over some responses; see `td_loss`."""
