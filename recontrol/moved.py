@@ -25,6 +25,7 @@ MOVED = {
     "recontrol.reports.findings": "recontrol.reports.comparison",
     "recontrol.reports.page": "recontrol.reports.report_files",
     "recontrol.reports.report": "recontrol.reports.table",
+    "recontrol.training.checkpoint": "recontrol.training.loop",
     "recontrol.training.initial": "recontrol.training.train",
     "recontrol.training.mixed_precision": "recontrol.training.fused",
     "recontrol.training.objectives.base": "recontrol.training.objectives.tokens",

@@ -12,8 +12,6 @@ from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.results import Result, by_prompt
 from recontrol.evaluation.win_rate import WinRate
 
-# Of the intervals that say which row is the best.
-CHANCE = 0.05
 # Divergences at which rows are compared, and how far below the largest the smallest may be.
 MOST_LEVELS, RANGE = 6, 1000
 
@@ -100,7 +98,7 @@ def not_told_apart(numbers: Sequence[Sequence[float] | None], seeds: int) -> tup
     if len(means) < 2:
         return None
     best = max(means, key=lambda place: float(means[place].mean()))
-    level = 1 - CHANCE / (len(means) - 1)
+    level = 1 - 0.05 / (len(means) - 1)
     return best, [place for place, mean in means.items() if place != best and bootstrap_difference(means[best], mean, level)[0] <= 0]
 
 

@@ -39,6 +39,7 @@ STYLE: dict[Any, Any] = {
 LOGARITHMIC, DRAWN = 8, 4
 # How far below the uncontrolled model a figure goes, in units of how far it goes above.
 DEPTH = 0.5
+DOTTED: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1}
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8.5}
 
 
@@ -83,7 +84,7 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
         for row in shown:
             kl = max(0.0, row.result.kl or 0.0)
             _mark(axis, kl, row, styles[row.name], xerr=row.result.kl_interval and _bars(kl, row.result.kl_interval))
-        _dotted(axis, base.reward)
+        axis.axhline(base.reward, **DOTTED)
         _root_axis(figure, axis, shown, largest, "KL to the uncontrolled model, nats a response")
         # A setting that ruins the model must not press all others together.
         low, high = axis.get_ylim()
@@ -131,7 +132,7 @@ def _sweep(mark: str, name: str, setting: str, base: Result, points: Sequence[Re
         for measure, axis in axes.items():
             axis.set_ylabel("NLL" if measure == "nll" else measure)
             if getattr(base, measure) is not None:
-                _dotted(axis, getattr(base, measure), label="uncontrolled" if measure == "reward" else None)
+                axis.axhline(getattr(base, measure), **DOTTED, label="uncontrolled" if measure == "reward" else None)
         if sizes[0] > 0 and sizes[-1] / sizes[0] >= LOGARITHMIC:
             axis.set_xscale("log")
         axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
@@ -158,13 +159,13 @@ def calibration(found: Diagnosis, rows: Sequence[Row]) -> dict[str, str]:
     with drawing(3.6, 3.2) as (figure, axis):
         predicted, observed, _ = zip(*found.calibration, strict=True)
         axis.plot(predicted, observed, "-o", color=HUES[0])
-        axis.axline((predicted[0], predicted[0]), slope=1, color=INK, linewidth=1, linestyle=":")
+        axis.axline((predicted[0], predicted[0]), slope=1, **DOTTED)
         axis.set(xlabel="V, mean of a bin of tokens", ylabel="mean reward of their responses")
         listed = "; ".join(f"V {v:.3g}: reward {r:.3g}" for v, r, _ in found.calibration)
         reliability = to_svg(figure, "reliability", f"Mean reward by bins of V, with the line where both are equal. {listed}.")
     with drawing(3.6, 3.2) as (figure, axis):
         axis.plot(places, np.array(found.correlation, dtype=float), "-o", color=HUES[0])
-        _dotted(axis, 0)
+        axis.axhline(0, **DOTTED)
         axis.set(xlabel="position in the response", ylabel="correlation of V and reward", xlim=(0, 1), ylim=(min(-0.05, axis.get_ylim()[0]), 1))
         listed = ", ".join("unknown" if number is None else f"{number:.2f}" for number in found.correlation)
         correlation = to_svg(figure, "correlation", f"Correlation of V with the final reward along the response: {listed}.")
@@ -195,10 +196,6 @@ def _mark(axis: Any, x: float, row: Row, style: tuple[str, str, str], **bars: An
 
 def _bars(middle: float, interval: tuple[float, float]) -> list[list[float]]:
     return [[max(0.0, middle - interval[0])], [max(0.0, interval[1] - middle)]]
-
-
-def _dotted(axis: Any, level: float, **options: Any) -> None:
-    axis.axhline(level, color=INK, linestyle=":", linewidth=1, **options)
 
 
 def _root_axis(figure: Any, axis: Any, rows: Sequence[Row], largest: float, label: str) -> None:

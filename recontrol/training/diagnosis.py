@@ -15,7 +15,6 @@ from recontrol.files import write_aside, write_json
 from recontrol.training.data import parts
 from recontrol.value import ValueFunction
 
-FORMAT = "recontrol.diagnosis"
 # Okabe and Ito's palette, which readers who cannot see red and green can distinguish.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 
@@ -140,4 +139,4 @@ def save_diagnosis(out: str | os.PathLike, diagnoses: Mapping[str, Diagnosis]) -
     folder.mkdir(parents=True, exist_ok=True)
     with write_aside(folder / "diagnosis.png") as aside:
         figure.savefig(aside, format="png", dpi=130)
-    write_json(folder / "diagnosis.json", {"format": FORMAT, "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})
+    write_json(folder / "diagnosis.json", {"format": "recontrol.diagnosis", "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})

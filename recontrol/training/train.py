@@ -13,12 +13,11 @@ from recontrol.checks import renamed
 from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import difference
-from recontrol.training.checkpoint import Progress, RunFolder
 from recontrol.training.config import TrainConfig, config_of
 from recontrol.training.data import LARGEST_BATCH, MINIBATCHES, Make, Standardisation, TrainingData, check_rewards, check_states, origin, stored
 from recontrol.training.distributed import Processes
 from recontrol.training.fused import chosen_kernel, evaluation
-from recontrol.training.loop import Learner, run
+from recontrol.training.loop import Learner, Progress, RunFolder, run
 from recontrol.value import ValueFunction
 from recontrol.version import __version__
 
