@@ -12,6 +12,7 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils
 
+from recontrol.ambient import carried
 from recontrol.decoding.hooks import embedding_owner, output_embedding
 from recontrol.generation.plan import Plan
 from recontrol.generation.request_editing import RequestEditing, Rows
@@ -67,6 +68,7 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
     counts = dict.fromkeys(range(len(prompts)), 0)
     if editing.steers:
         editing.source = functools.partial(_rows, manager)
+    manager._run_generation_loop = carried(manager._run_generation_loop)
     manager.start()
     try:
         eos = sorted(decoding.eos_ids) or -1

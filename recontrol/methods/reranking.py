@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from recontrol.ambient import product_dtype
 from recontrol.checks import integer, number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.decoding.batches import eos_tokens, finishing_tokens
@@ -74,7 +75,7 @@ class ARGS(Method):
         for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}.items():
             object.__setattr__(self, name, checked)
         # Raises, where the reward says how many scores it returns.
-        one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
+        one_score(torch.empty(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,9 +106,9 @@ class ARGS(Method):
                 for column, token in enumerate([] if response and response[-1] in finishing else tokens):
                     text = decode_after(tokenizer, written, [*response, token], skip_special_tokens=True)
                     places.append((row, column, found.setdefault((prompts[row // samples], text), len(found))))
-            added = torch.zeros(candidates.shape)
+            added = torch.zeros(candidates.shape, dtype=torch.float32, device="cpu")
             if places:
-                rows, columns, texts = torch.tensor(places).unbind(-1)
+                rows, columns, texts = torch.tensor(places, device="cpu").unbind(-1)
                 rewards = one_score(checked_rewards(self.reward, *zip(*found, strict=True)), self.weights, "weights")
                 added[rows, columns] = self.w * rewards.float()[texts]
             return added
@@ -171,7 +172,7 @@ class PrefixScorer(Method):
 
         def values(states: Any) -> Tensor:
             heads = self.value(states)
-            return heads[..., 0] if self.head_weights is None else heads @ heads.new_tensor(self.head_weights)
+            return heads[..., 0] if self.head_weights is None else (heads * heads.new_tensor(self.head_weights)).sum(-1)
 
         @torch.no_grad()
         def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ class CandidateStates(Attachment):
         wanted = self._whole(input_ids[one], real[one], candidates[one])[0].double()
         error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
         # Kernels differ with the shape of what goes in, by some of the last digits in each layer.
-        if error <= torch.finfo(self.dtype()).eps ** 0.5:
+        if error <= torch.finfo(product_dtype(self.dtype(), found.device)).eps ** 0.5:
             return None
         return f"{type(self.decoder).__name__} gives other states beside each other than one by one (relative error {error:.1e})"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recontrol.ambient import shielded
 from recontrol.checks import required
 from recontrol.data.rollouts import Rollouts
 from recontrol.files import write_aside, write_json
@@ -45,7 +46,7 @@ class Diagnosis:
     movement: float | None
 
 
-@torch.no_grad()
+@shielded()
 def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor | None = None, *, bins: int = 10, head: int = 0) -> Diagnosis:
     """Compare V(s_t) with the final reward along responses, which should be of prompts that V was not trained on.
 

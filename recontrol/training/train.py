@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from recontrol.ambient import carried, shielded
 from recontrol.checks import renamed
 from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
@@ -89,7 +90,8 @@ def train(
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer of at least 1, found {checkpoint_every!r}")
     processes, objective = Processes(log_with, out), config.new_objective()
-    with _opened(rollouts, validation, config, processes) as data:
+    # A model that is sampled from runs as the caller has set torch, all else as if nothing were set.
+    with _opened(rollouts, validation, config, processes) as data, shielded(gradients=True):
         objective.bind(data)
         units = len(objective.units(0))
         batch_size = data.batch_size(config.batch_size, units)
@@ -150,7 +152,7 @@ def _opened(rollouts: Stored | OnlineRollouts, validation: Stored | None, config
             raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
         with rollouts.opened() as make:
             judged = validation if validation is None or isinstance(validation, Rollouts) else Rollouts(validation)
-            yield _sampled(rollouts, make, judged, processes, **options)
+            yield _sampled(rollouts, carried(make), judged, processes, **options)
     elif validation is not None:
         raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
     else:
@@ -158,6 +160,7 @@ def _opened(rollouts: Stored | OnlineRollouts, validation: Stored | None, config
         yield stored(found, processes, config.validation_fraction, config.seed, **options)
 
 
+@shielded()
 def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, processes: Processes, dtype: torch.dtype, normalise_rewards: bool) -> TrainingData:
     """`OnlineRollouts`, whose batches are the mini-batches and `make` samples them; `judged` rollouts, if any, are held out.
 
