@@ -11,9 +11,8 @@ import torch
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind))
 _backends: Any = torch.backends
 # Where it is set how exact products of float32 are, and what is exact; before torch 2.9 there is one such place, for GPUs.
-_EXACT: list[tuple[Any, str, Any]] = [(_backends.cuda.matmul, "allow_tf32", False)]
-if hasattr(torch.backends, "fp32_precision"):
-    _EXACT = [(_backends.cuda.matmul, "fp32_precision", "ieee"), (_backends.mkldnn.matmul, "fp32_precision", "ieee")]
+_MODERN = [(_backends.cuda.matmul, "fp32_precision", "ieee"), (_backends.mkldnn.matmul, "fp32_precision", "ieee")]
+_EXACT: list[tuple[Any, str, Any]] = _MODERN if hasattr(_backends, "fp32_precision") else [(_backends.cuda.matmul, "allow_tf32", False)]
 # The caller's settings, once for each thread that is inside `_exact`; they belong to all threads.
 _before: list[list[Any]] = []
 _lock = threading.Lock()

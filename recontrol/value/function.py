@@ -257,6 +257,14 @@ class ValueFunction(nn.Module):
         value.to(next(iter(dtypes))).to_empty(device="cpu").load_state_dict(tensors)
         return value
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # As in the constructor: a copy that was made or unpickled under inference_mode.
+        with torch.inference_mode(False):
+            for layer in self.layers:
+                for name, given in [each for each in layer.named_parameters() if each[1].is_inference()]:
+                    setattr(layer, name, nn.Parameter(given.detach().clone(), given.requires_grad))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueFunction":
         # As in the constructor: `to` and its like must not make weights without a version counter.
         with torch.inference_mode(False):
