@@ -319,9 +319,9 @@ def ascend(
     """
     (rows, width), units = hidden.shape, first.shape[0]
     edited = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    z, velocity, total, change = (torch.empty(rows, units, device=hidden.device) for _ in range(4))
+    z, velocity, total, change = (torch.empty(rows, units, dtype=torch.float32, device=hidden.device) for _ in range(4))
     listed = torch.empty(rows, units, dtype=torch.int32, device=hidden.device)
-    trace = torch.empty(rows, trace_columns, device=hidden.device)
+    trace = torch.empty(rows, trace_columns, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return edited, trace
     row_tiles = triton.cdiv(rows, _ROWS)

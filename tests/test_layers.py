@@ -16,7 +16,7 @@ THIS = Path(__file__).resolve()
 # The rooms from the lowest to the highest: a module imports from its own room and from those before it. Rooms on one line are siblings
 # and do not know each other.
 ROOMS = (
-    ("version", "moved", "checks", "configs", "files"),
+    ("version", "moved", "checks", "configs", "files", "ambient"),
     ("kernels",),
     ("value",),
     ("ascent",),
@@ -31,7 +31,7 @@ ROOMS = (
 )
 FLOOR = {f"recontrol.{room}": floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # What decodes under control; it must not need what the pipelines need.
-CORE = ("checks", "configs", "files", "moved", "version", "value", "ascent", "decoding", "generation", "kernels")
+CORE = ("ambient", "checks", "configs", "files", "moved", "version", "value", "ascent", "decoding", "generation", "kernels")
 LONGEST_FUNCTION, MOST_LINES = 60, 14_000
 
 

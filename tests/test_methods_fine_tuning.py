@@ -156,6 +156,16 @@ def test_a_run_says_what_it_cost(dpo):
     assert dpo.settings["algorithm"] == "dpo" and dpo.settings["num_pairs"] == 8
 
 
+@pytest.mark.parametrize(
+    "state", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "inference_mode", "autocast"]
+)
+def test_training_does_not_depend_on_what_the_caller_has_set(model, dpo, tmp_path, state):
+    with state():
+        again = train_dpo(model, TOKENIZER, PAIRS, tmp_path / "adapter", epochs=3, **DPO)
+    for entry, wanted in zip(again.history, dpo.history, strict=True):
+        assert {name: number for name, number in entry.items() if name != "cost"} == {name: number for name, number in wanted.items() if name != "cost"}
+
+
 def test_training_leaves_the_model_the_tokenizer_and_the_generators(tmp_path, capsys):
     model, tokenizer = tiny().train(), copy.deepcopy(TOKENIZER)
     model.lm_head.weight.requires_grad_(False)

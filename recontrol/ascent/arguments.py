@@ -125,7 +125,10 @@ def _head_weights(given: Any, num_heads: int, device: torch.device, dtype: torch
             raise ValueError(f"the value function has {num_heads} heads: give head_weights, a tensor of {num_heads} weights")
         return torch.ones(1, dtype=dtype, device=device)
     try:
-        weights = torch.as_tensor(given).detach()
+        weights = torch.as_tensor(given, device=None if isinstance(given, Tensor) else device).detach()
+        if not isinstance(given, Tensor) and weights.is_floating_point():
+            # Once more, since the first time they were rounded to the default dtype.
+            weights = torch.as_tensor(given, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"head_weights must be a tensor or a list of {num_heads} numbers, found {given!r}") from None
     if weights.dtype == torch.bool or weights.is_complex():

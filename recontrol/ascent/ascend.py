@@ -1,12 +1,12 @@
 """Gradient ascent on a value function: the one operation that every decode step under control runs."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from recontrol.ambient import shielded
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import AscentArguments, normalise
 from recontrol.value import ValueFunction
@@ -75,16 +75,17 @@ def ascend(
 
 def _run(arguments: AscentArguments, prepared: Prepared, backend: str, trace_columns: int) -> tuple[Tensor, Tensor]:
     """Pick the backend, which checks the values, and run it."""
-    chosen, device = backends.choose(backend, arguments, prepared), arguments.hidden.device.type
     # Kernels take float32 where autocast would make half-precision products.
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        edited, trace = chosen.run(arguments, prepared, trace_columns)
+    with shielded():
+        edited, trace = backends.choose(backend, arguments, prepared).run(arguments, prepared, trace_columns)
     # What the fake below promises, even for states that lie transposed.
     return edited.contiguous(), trace
 
 
 def _ascend(hidden: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     *tensors, cache_key, backend, trace_columns = rest
+    # The kernels want numbers side by side.
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     return _run(AscentArguments(hidden, *tensors), cache_of(cache_key).get(weights, biases), backend, trace_columns)
 
 

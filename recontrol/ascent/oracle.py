@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recontrol.ambient import shielded
 from recontrol.ascent.arguments import AscentArguments, normalise
 from recontrol.checks import wide_dtype
 from recontrol.value import ValueFunction
@@ -45,7 +46,7 @@ def ascend(
     return (edited, trace) if return_trace else edited
 
 
-@torch.inference_mode(False)
+@shielded()
 def ascend_loop(arguments: AscentArguments, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The edited states and the trace of V by autograd in this dtype; on clones, since tensors of inference_mode cannot take part in autograd."""
     weights = [weight.detach().clone().to(dtype) for weight in weights]

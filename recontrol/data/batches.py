@@ -31,7 +31,7 @@ class MemoryRollouts:
 
     def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
         """Some responses, as `Rollouts.batch` returns them."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         return RolloutBatch(torch.cat([self._states[index] for index in indices.tolist()]), self.lengths[indices], self.rewards[indices])
 
 
@@ -50,5 +50,5 @@ class ScoredResponses:
     def batch(self) -> RolloutBatch:
         """What training reads of them."""
         heads = len(self.records[0]["reward"]) if self.records else 1
-        rewards = torch.tensor([record["reward"] for record in self.records], dtype=torch.float32).reshape(-1, heads)
-        return RolloutBatch(self.states, torch.tensor(self.lengths, dtype=torch.int64), rewards)
+        rewards = torch.tensor([record["reward"] for record in self.records], dtype=torch.float32, device="cpu").reshape(-1, heads)
+        return RolloutBatch(self.states, torch.tensor(self.lengths, dtype=torch.int64, device="cpu"), rewards)

@@ -106,7 +106,7 @@ class GivenResponses:
             }
             for row, prompt, text, reward, new in zip(rows, prompts, texts, rewards.tolist(), new_ids, strict=True)
         ]
-        token_ids = torch.tensor([token for new in new_ids for token in new], dtype=torch.int64)
+        token_ids = torch.tensor([token for new in new_ids for token in new], dtype=torch.int64, device="cpu")
         return ScoredResponses(states_of(self.model, prompt_ids, new_ids), token_ids, list(map(len, new_ids)), records, {})
 
     def _tokens(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]], list[str]]:
@@ -176,7 +176,7 @@ def states_of(model: Any, prompts: Sequence[list[int]], responses: Sequence[list
 def _end_of_sequence(model: Any, tokenizer: Any) -> int:
     """The token that ends a response: the tokenizer's own where the model stops at it, else the first that the model stops at."""
     stops = effective(model, {}, "eos_token_id")
-    stops = [] if stops is None else torch.as_tensor(stops).reshape(-1).tolist()
+    stops = [] if stops is None else torch.as_tensor(stops, device="cpu").reshape(-1).tolist()
     eos = tokenizer.eos_token_id if not stops or tokenizer.eos_token_id in stops else stops[0]
     if eos is None:
         raise ValueError("neither the model nor its tokenizer has an end-of-sequence token to put behind the responses; use append_eos=False")

@@ -104,7 +104,7 @@ def _finish(old: Rollouts, target: Path, files: list[Path], manifest: dict[str, 
     """Put the scores of all shards into one file, and into the copy the files of the shards, by hard links if possible; the manifest comes last."""
     remove_leftovers(target)
     rows = [row for file in files for row in read_json(file)]
-    new = torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(rows[0]) if rows else old.num_heads)
+    new = torch.tensor(rows, dtype=torch.float32, device="cpu").reshape(len(rows), len(rows[0]) if rows else old.num_heads)
     if target != old.path:
         for name in [*with_lines(old.shards), *([CHECKSUMS_NAME] if old.manifest.get("checksums_sha256") else [])]:
             with write_aside(target / name) as aside:

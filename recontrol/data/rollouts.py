@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from recontrol.ambient import shielded
 from recontrol.checks import first_few
 from recontrol.data import shards
 from recontrol.data.batches import RolloutBatch
@@ -54,12 +55,12 @@ class Rollouts:
         self._replaced = shards.read_rewards(self.path, self.manifest)
         heads = self.num_heads if self._replaced is None else None
         offsets = [shards.read_offsets(shard, self.manifest) for shard in self.shards]
-        counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets])
+        counts = torch.tensor([len(of_shard) - 1 for of_shard in offsets], device="cpu")
         checksums = [self.checksums.get(shard.with_suffix(".jsonl").name) for shard in self.shards]
         scores = [shards.read_scores(shard, count, heads, wanted) for shard, count, wanted in zip(self.shards, counts.tolist(), checksums, strict=True)]
         self.lengths = torch.cat([of_shard.diff() for of_shard in offsets])
         self._starts = torch.cat([of_shard[:-1] for of_shard in offsets])
-        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self._shard_of = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
         self.groups = torch.cat([groups for groups, _ in scores])
         self.rewards = torch.cat([rewards for _, rewards in scores]) if self._replaced is None else self._replaced
         self.num_tokens = int(self.lengths.sum())
@@ -76,13 +77,13 @@ class Rollouts:
 
     def batch(self, indices: Sequence[int] | Tensor) -> RolloutBatch:
         """Read some responses, in the order of `indices`, and nothing else, from disk; states in the dtype of the storage, those of 8 bits as float32."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         scales = self._rows(indices, "scales") if self.storage == "int8" else None
         return RolloutBatch(shards.decode(self._rows(indices, "states"), scales), self.lengths[indices], self.rewards[indices])
 
     def token_ids(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The tokens of some responses, packed: (tokens,), int64. Entry t was sampled from row t of `batch(indices)`."""
-        return self._rows(torch.as_tensor(indices, dtype=torch.int64), "token_ids")
+        return self._rows(torch.as_tensor(indices, dtype=torch.int64, device="cpu"), "token_ids")
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The lines beside the states, in order: index (of the prompt), prompt, response, reward, finish; `sample` too, or `pair` and `preference`."""
@@ -121,8 +122,9 @@ class Rollouts:
             f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
         )
 
+    @shielded()
     def _rows(self, indices: Tensor, name: str) -> Tensor:
-        parts: list[Tensor] = [torch.empty(0)] * len(indices)
+        parts: list[Tensor] = [torch.empty(0, device="cpu")] * len(indices)
         numbers = self._shard_of[indices]
         for number in numbers.unique().tolist() or [0]:
             # Opened and closed here: a handle costs a tenth of a millisecond, and thousands of open ones would not do.
@@ -165,7 +167,7 @@ class Rollouts:
         count = len(states)
         if not count:
             raise ValueError("there are no responses to write")
-        table = torch.as_tensor(rewards, dtype=torch.float32)
+        table = torch.as_tensor(rewards, dtype=torch.float32, device="cpu")
         table = table[:, None] if table.ndim == 1 else table
         if not table.isfinite().all():
             raise ValueError(f"the rewards of responses {(~table.isfinite().all(1)).nonzero()[:, 0].tolist()} are not finite")
@@ -176,7 +178,7 @@ class Rollouts:
             "reward": table.tolist(),
             "finish": list(finish or ["eos"] * count),
         }
-        ids = [torch.full((len(rows),), -1) for rows in states] if token_ids is None else list(token_ids)
+        ids = [torch.full((len(rows),), -1, device="cpu") for rows in states] if token_ids is None else list(token_ids)
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:
                 raise ValueError(f"found {len(column)} entries of {name}, wanted {count}, one a response")

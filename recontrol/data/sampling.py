@@ -126,7 +126,7 @@ class SampledResponses:
                 record |= {"reward": reward, "finish": responses[row].finish}
         lengths = [len(responses[row].token_ids) for row in rows]
         packed = torch.cat([states[:0, 0], *(states[:length, row] for row, length in zip(rows, lengths, strict=True))])
-        token_ids = torch.tensor([token for row in rows for token in responses[row].token_ids], dtype=torch.int64)
+        token_ids = torch.tensor([token for row in rows for token in responses[row].token_ids], dtype=torch.int64, device="cpu")
         return ScoredResponses(packed, token_ids, lengths, records, left_out)
 
 

@@ -153,7 +153,7 @@ class RolloutWriter:
 
     def write(self, number: int, states: Tensor, token_ids: Tensor, lengths: Sequence[int], records: Sequence[dict[str, Any]]) -> None:
         """Write one shard, whole or not at all; the arguments are as in `ScoredResponses`."""
-        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        offsets = torch.tensor([0, *lengths], device="cpu").cumsum(0)
         if len(lengths) != len(records) or min(lengths, default=1) < 1 or not len(states) == len(token_ids) == offsets[-1]:
             raise ValueError(f"{len(records)} records, {len(states)} states and {len(token_ids)} token ids do not go with the lengths {lengths}")
         encoded = encode(states.detach().cpu(), self.manifest.get("storage") or dtype_name(states.dtype))
@@ -234,7 +234,7 @@ def read_offsets(shard: Path, manifest: dict[str, Any]) -> Tensor:
         with interrupts_wait(), safe_open(shard, "pt") as file:
             layout = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             # Cloned, or the whole file would stay mapped.
-            offsets = file.get_tensor("offsets").clone() if "offsets" in layout else torch.zeros(1)
+            offsets = file.get_tensor("offsets").clone() if "offsets" in layout else torch.zeros(1, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{shard} is damaged or not a shard of rollouts ({error}); delete it and collect again to replace it") from error
     tokens = layout["states"][1][0] if layout.get("states", ("", []))[1] else None
@@ -271,9 +271,9 @@ def read_scores(shard: Path, responses: int, num_heads: int | None, wanted: str 
             raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards and the index of the prompt, found {rewards} and {record.get('index')}")
     # Last, since the errors above say more.
     check_unchanged(f"{path} has changed since it was written", checksum(path), wanted)
-    indices = torch.tensor([record["index"] for record in records], dtype=torch.int64)
+    indices = torch.tensor([record["index"] for record in records], dtype=torch.int64, device="cpu")
     heads = num_heads or 0
-    return indices, torch.tensor([record["reward"][:heads] for record in records], dtype=torch.float32).reshape(len(records), heads)
+    return indices, torch.tensor([record["reward"][:heads] for record in records], dtype=torch.float32, device="cpu").reshape(len(records), heads)
 
 
 def write_rewards(folder: Path, manifest: dict[str, Any], rewards: Tensor) -> None:

@@ -157,4 +157,4 @@ def padding_token(tokenizer: Any, options: Mapping[str, Any]) -> int:
 def eos_tokens(model: Any, options: dict[str, Any]) -> set[int]:
     """The end-of-sequence tokens that `generate` stops at, with these options."""
     eos = effective(model, options, "eos_token_id")
-    return set(torch.as_tensor([] if eos is None else eos).reshape(-1).tolist())
+    return set(torch.as_tensor([] if eos is None else eos, device="cpu").reshape(-1).tolist())

@@ -82,7 +82,7 @@ class Handle(Editing):
         # By default the end-of-sequence tokens of the generation config and the padding token.
         config = getattr(self.owner, "generation_config", None) or self.owner.config.get_text_config()
         known = [getattr(config, name, None) for name in ("eos_token_id", "pad_token_id")]
-        tokens = dict.fromkeys(int(token) for given in known if given is not None for token in torch.as_tensor(given).flatten())
+        tokens = dict.fromkeys(int(token) for given in known if given is not None for token in torch.as_tensor(given, device="cpu").flatten())
         self.stop_token_ids = tuple(tokens if controller.stop_token_ids is None else controller.stop_token_ids)
         check_fit(self, controller.value, controller.allow_other_model)
         controller.check_range(wide_dtype(self.dtype()))

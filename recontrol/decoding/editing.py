@@ -107,7 +107,7 @@ class Editing(Attachment):
                 stack.enter_context(each.pause())
             stack.callback(setattr, self, "_sign", None)
             for sign in (1.0, 1.0, -1.0):
-                self._sign = torch.tensor(sign)
+                self._sign = torch.tensor(sign, dtype=torch.float32, device="cpu")
                 # Each run starts from the same state of the generators, so dropout falls on the same units.
                 with seeded(None):
                     output = self.model(input_ids=ids, use_cache=False)

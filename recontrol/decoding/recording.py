@@ -26,7 +26,7 @@ class HiddenStateRecorder(Attachment):
         self._key = next(_next_key)
         # Compiled code may drop an operation that changes nothing, so recording changes this count.
         with torch.inference_mode(False):
-            self._calls = torch.zeros((), dtype=torch.int64)
+            self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
         _recorders[self._key] = self
         # Before all other hooks of the output embedding.
         self._hooks.append(self.site.module.register_forward_pre_hook(self._before_site, prepend=True, with_kwargs=True))
@@ -44,7 +44,9 @@ class HiddenStateRecorder(Attachment):
         if torch.compiler.is_compiling():
             torch.ops.recontrol.record(last, self._calls, self._key)
         else:
-            self.steps.append(last.detach().clone())
+            # A copy that one can train on, also where the model runs under inference_mode.
+            with torch.inference_mode(False):
+                self.steps.append(last.detach().clone())
 
 
 record_hidden_states = HiddenStateRecorder
@@ -55,7 +57,8 @@ record_hidden_states = HiddenStateRecorder
 def _record(hidden: Tensor, calls: Tensor, key: int) -> None:
     calls.add_(1)
     if (recorder := _recorders.get(key)) is not None:
-        recorder.steps.append(hidden.detach().clone())
+        with torch.inference_mode(False):
+            recorder.steps.append(hidden.detach().clone())
 
 
 @_record.register_fake

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
+from recontrol.ambient import product_dtype
 from recontrol.ascent.backends import capturable
 from recontrol.decoding.batches import check_options, effective
 from recontrol.decoding.controller import Handle
@@ -57,7 +58,8 @@ class StaticDecoder:
         if context is not None and max_tokens > context:
             raise ValueError(f"max_tokens is {max_tokens}, the context of this model {context}")
         self.model, self.batch_size, self.max_tokens = model, batch_size, max_tokens
-        self.cache = StaticCache(config=text_config(owner.config), max_cache_len=max_tokens)
+        self._config = text_config(owner.config)
+        self._make_cache()
         chosen: Any = copy.copy(compile_config)
         if model.device.type != "cpu":
             chosen = chosen or CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
@@ -99,8 +101,16 @@ class StaticDecoder:
             options["compile_config"] = self.compile_config
         # The cache is allocated by the first call and written by all others, whatever mode they are in.
         with torch.inference_mode(False):
+            if self._cached_dtype != product_dtype(self.model.dtype, self.model.device):
+                self._make_cache()
             self.cache.reset()
             return self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
+
+    @torch.inference_mode(False)
+    def _make_cache(self) -> None:
+        # Under autocast keys and values are of another dtype, and the step is compiled again anyway.
+        self._cached_dtype = product_dtype(self.model.dtype, self.model.device)
+        self.cache = StaticCache(config=self._config, max_cache_len=self.max_tokens)
 
 
 def cache_name(model: Any) -> str:

@@ -131,9 +131,9 @@ class Measure:
     def _values(self, states: Tensor) -> list[float]:
         assert self.value is not None
         values = self.value.to_reward(self.value(states.to(self.value.device))).float()
-        weights = torch.ones(values.shape[-1]) if self.head_weights is None else torch.tensor(self.head_weights)
+        weights = values.new_tensor([1.0] * values.shape[-1] if self.head_weights is None else list(self.head_weights))
         # Five digits are more than a plot shows.
-        return [float(f"{value:.5g}") for value in (values @ weights.to(values)).tolist()]
+        return [float(f"{value:.5g}") for value in (values * weights).sum(-1).tolist()]
 
 
 def _pieces(tokenizer: Any, prompt: str, response: Response) -> list[str]:

@@ -69,8 +69,8 @@ def path_of_steps(
     if not isinstance(states, Tensor) or states.dim() != 2 or not states.shape[0] or states.shape[1] != value.hidden_size:
         found = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
         raise ValueError(f"states must be a tensor of shape (states, {value.hidden_size}) with at least one of them, found {found}")
-    weights = torch.tensor(controls[0].head_weights or [1.0], dtype=torch.float64)
-    sums = torch.zeros(len(controls), 4, dtype=torch.float64)
+    weights = torch.tensor(controls[0].head_weights or [1.0], dtype=torch.float64, device="cpu")
+    sums = torch.zeros(len(controls), 4, dtype=torch.float64, device="cpu")
     reading = _Reading(model)
     check_fit(reading, value, allow_other_model)
     reading.attach()

@@ -91,7 +91,7 @@ def summarise(method: Method, cells: Sequence[Cell], base: Sequence[Cell], head_
     """The result of one method from all of its cells, seed after seed, the same batches for each, and the same cells of the uncontrolled model."""
     answers = [answer for cell in cells for answer in cell.answers]
     seeds = len({cell.seed for cell in cells})
-    table = torch.tensor([answer.scores for answer in answers], dtype=torch.float64)
+    table = torch.tensor([answer.scores for answer in answers], dtype=torch.float64, device="cpu")
     rewards = one_score(table, head_weights).numpy()
     tokens = sum(answer.tokens for answer in answers)
     nll = sum(answer.nll for answer in answers) / tokens if tokens else None

@@ -13,6 +13,7 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils
 
+from recontrol.ambient import carried
 from recontrol.decoding.hooks import embedding_owner, output_embedding
 from recontrol.generation.plan import Plan
 from recontrol.generation.request_editing import RequestEditing, Rows
@@ -70,6 +71,7 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
         stack.callback(manager.stop, block=True)
         if editing is not None and editing.steers:
             editing.source = functools.partial(_rows, manager)
+        manager._run_generation_loop = carried(manager._run_generation_loop)
         manager.start()
         # What is under way when the caller stops early.
         stack.callback(lambda: [manager.cancel_request(str(index)) for index in counts])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from recontrol.ambient import carried
 from recontrol.decoding.batches import left_padded
 from recontrol.generation.request_editing import RequestEditing, Rows
 from recontrol.generation.requests import BatchDecoding, Tokens
@@ -20,7 +21,7 @@ def tokens(model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[
     for batch in batches:
         watcher = _Watcher(batch, decoding)
         # `generate` returns when all is done, so it runs in a thread of its own, and hands over each token when there is one; None comes last.
-        thread = threading.Thread(target=_run, args=(model, [prompts[index] for index in batch], watcher, decoding), daemon=True)
+        thread = threading.Thread(target=carried(_run), args=(model, [prompts[index] for index in batch], watcher, decoding), daemon=True)
         editing.source = functools.partial(_rows, watcher, thread)
         thread.start()
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from recontrol.ambient import product_dtype
 from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.hooks import attachments, embedding_owner, output_embedding
 from recontrol.decoding.model_config import vocabulary_size
@@ -24,7 +25,8 @@ _tried: dict[Any, str | None] = {}
 def why_not(model: Any) -> str | None:
     """Why transformers' continuous batching cannot run this model; None where it reads the states that a plain call reads."""
     owner = embedding_owner(model, output_embedding(model))
-    key = (type(owner), repr(model.config), getattr(model.config, "_attn_implementation", None), model.dtype, model.device)
+    attention, autocast = getattr(model.config, "_attn_implementation", None), product_dtype(model.dtype, model.device)
+    key = (type(owner), repr(model.config), attention, model.dtype, model.device, autocast)
     if key not in _tried:
         _tried[key] = _try(model, owner)
     return _tried[key]
@@ -57,7 +59,7 @@ def _try(model: Any, owner: Any) -> str | None:
     # How far each state that the model should have read is from the nearest that it has read.
     distance = (torch.cdist(wanted.double(), read.double()).amin(1) / wanted.double().norm(dim=1)).max().item()
     # Half of the digits: rounding takes fewer, and a wrong position or mask takes more.
-    if not distance <= torch.finfo(wanted.dtype).eps ** 0.5:
+    if not distance <= torch.finfo(product_dtype(wanted.dtype, wanted.device)).eps ** 0.5:
         return f"in transformers' continuous batches {kind} has other states than alone, by {distance:.1e} of their norm"
     return None
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from recontrol.ambient import shielded
 from recontrol.checks import first_few, required
 from recontrol.data.prompts import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
@@ -295,7 +296,7 @@ def train_rl(
     check_lengths(model, tokenizer, prompts, max_new_tokens)
     needed, generator = chosen.batch_size // samples, torch.Generator().manual_seed(chosen.seed)
     # All epochs are one to TRL, whose own order would begin again where a run continues.
-    order = [index for _ in range(math.ceil(chosen.epochs)) for index in torch.randperm(len(prompts), generator=generator).tolist()]
+    order = [index for _ in range(math.ceil(chosen.epochs)) for index in torch.randperm(len(prompts), generator=generator, device="cpu").tolist()]
     order = order[: round(chosen.epochs * len(prompts))]
     if len(order) < needed:
         step = f"a step of {chosen.batch_size} responses, {samples} to each prompt"
@@ -403,6 +404,7 @@ def _undisturbed(model: Any, seed: int, progress: bool) -> Iterator[None]:
     """A seed inside; afterwards flags, generators and settings of libraries as before. No telemetry, and no warnings about the trainer's own calls."""
     datasets, hub = required("datasets", EXTRA), huggingface_hub.constants
     with contextlib.ExitStack() as after, warnings.catch_warnings(action="ignore", category=FutureWarning), seeded(seed), flags_kept(model):
+        after.enter_context(shielded(gradients=True))
         after.callback(random.setstate, random.getstate())
         after.callback(numpy.random.set_state, numpy.random.get_state())
         after.callback(setattr, hub, "HF_HUB_DISABLE_TELEMETRY", hub.HF_HUB_DISABLE_TELEMETRY)

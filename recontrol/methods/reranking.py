@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from recontrol.ambient import product_dtype
 from recontrol.checks import integer, number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.decoding.batches import eos_tokens, finishing_tokens
@@ -69,7 +70,7 @@ class ARGS(Method):
         for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": integer("k", self.k, 1), "weights": weights}.items():
             object.__setattr__(self, name, checked)
         # Raises, where the reward says how many scores it returns.
-        one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
+        one_score(torch.empty(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
 
     @property
     def identity(self) -> Any:
@@ -97,7 +98,8 @@ class ARGS(Method):
             distinct = list(dict.fromkeys(key for row in keys for key in row))
             rewards = one_score(checked_rewards(self.reward, *zip(*distinct, strict=True)), self.weights, "weights").tolist() if distinct else []
             score = dict(zip(distinct, rewards, strict=True))
-            return self.w * torch.tensor([[score[key] for key in row] or [0.0] * candidates.shape[1] for row in keys])
+            added = [[score[key] for key in row] or [0.0] * candidates.shape[1] for row in keys]
+            return self.w * torch.tensor(added, dtype=torch.float32, device="cpu")
 
         yield [functools.partial(rerank, self.k, bonus)]
 
@@ -154,7 +156,7 @@ class PrefixScorer(Method):
 
         def values(states: Any) -> Tensor:
             heads = self.value(states)
-            return heads @ heads.new_tensor(self.head_weights or [1.0])
+            return heads[..., 0] if self.head_weights is None else (heads * heads.new_tensor(self.head_weights)).sum(-1)
 
         @torch.no_grad()
         def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
@@ -257,7 +259,7 @@ class CandidateStates(Attachment):
         wanted = self._whole(input_ids[one], real[one], candidates[one])[0].double()
         error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
         # Kernels differ with the shape of what goes in, by some of the last digits in each layer.
-        if error <= torch.finfo(self.dtype()).eps ** 0.5:
+        if error <= torch.finfo(product_dtype(self.dtype(), found.device)).eps ** 0.5:
             return None
         return f"{type(self.decoder).__name__} gives other states beside each other than one by one (relative error {error:.1e})"
 

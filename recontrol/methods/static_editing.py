@@ -102,8 +102,9 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
     width, count = rollouts.hidden_size, rollouts.num_tokens
     # States and, as the last column, scores; minus the mean of the first part, so that no digits are lost to a large mean.
     shift: Tensor | None = None
-    total, products, norms = torch.zeros(width + 1, dtype=torch.float64), torch.zeros(width + 1, width + 1, dtype=torch.float64), 0.0
-    for states, of_tokens in _parts(rollouts, torch.arange(len(rollouts)), scores):
+    total, norms = torch.zeros(width + 1, dtype=torch.float64, device="cpu"), 0.0
+    products = total.new_zeros(width + 1, width + 1)
+    for states, of_tokens in _parts(rollouts, torch.arange(len(rollouts), device="cpu"), scores):
         rows = torch.cat([states, of_tokens[:, None]], dim=1)
         shift = rows.mean(0) if shift is None else shift
         rows -= shift
@@ -115,7 +116,7 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
     penalty = ridge * of_states.diagonal().mean()
     if not penalty > 0:
         raise ValueError(f"the states of {rollouts.path} are all the same: there is no direction in them")
-    factor = torch.linalg.cholesky(of_states + penalty * torch.eye(width, dtype=torch.float64))
+    factor = torch.linalg.cholesky(of_states + penalty * torch.eye(width, dtype=torch.float64, device="cpu"))
     weight = torch.cholesky_solve(with_score[:, None], factor)[:, 0]
     explained = float((2 * weight @ with_score - weight @ of_states @ weight) / variance)
     return _direction(weight, norms / count, "reward regression", rollouts, began, head_weights, ridge=ridge, explained=explained)
@@ -143,7 +144,7 @@ def mean_difference(rollouts: Rollouts | str | os.PathLike, *, share: float = 0.
         raise ValueError(f"{same}: a smaller share could tell them apart")
     means, norms = [], 0.0
     for indices in (worst, best):
-        total = torch.zeros(rollouts.hidden_size, dtype=torch.float64)
+        total = torch.zeros(rollouts.hidden_size, dtype=torch.float64, device="cpu")
         for states, _ in _parts(rollouts, indices.sort().values, scores):
             total += states.sum(0)
             norms += float(states.norm(dim=1).sum())

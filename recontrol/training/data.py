@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recontrol.ambient import shielded
 from recontrol.checks import first_few
 from recontrol.data.batches import MemoryRollouts, ScoredResponses
 from recontrol.data.rollouts import Rollouts
@@ -65,6 +66,7 @@ class TrainingData:
         return {"online": online, "validation": found, "batch_size": None, "validation_fraction": 0.0}
 
 
+@shielded()
 def stored(
     rollouts: Rollouts, processes: Processes, fraction: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32, normalise_rewards: bool = False
 ) -> TrainingData:

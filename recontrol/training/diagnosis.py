@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recontrol.ambient import shielded
 from recontrol.checks import required
 from recontrol.data.rollouts import Rollouts
 from recontrol.files import write_aside, write_json
@@ -38,7 +39,7 @@ class Diagnosis:
     movement: float | None
 
 
-@torch.no_grad()
+@shielded()
 def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor | None = None, *, bins: int = 10, head: int = 0) -> Diagnosis:
     """Compare V(s_t) with the final reward along responses, which should be of prompts that V was not trained on.
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from recontrol.ambient import carried, shielded
 from recontrol.checks import renamed
 from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
@@ -83,7 +84,9 @@ def train(
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer of at least 1, found {checkpoint_every!r}")
     processes, objective = Processes(log_with, out), config.new_objective()
-    with rollouts.opened() if isinstance(rollouts, OnlineRollouts) else contextlib.nullcontext() as make:
+    opened = rollouts.opened() if isinstance(rollouts, OnlineRollouts) else contextlib.nullcontext()
+    # A model that is sampled from runs as the caller has set torch, all else as if nothing were set.
+    with opened as sampled, contextlib.nullcontext(sampled and carried(sampled)) as make, shielded(gradients=True):
         data = _training_data(rollouts, make, validation, config, processes)
         objective.bind(data)
         units = len(objective.units)

@@ -1,6 +1,8 @@
 """The value function, a ReLU multilayer perceptron on a language model's last hidden state, and weighted sums of value functions."""
 
+import contextlib
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from recontrol.ambient import AUTOCAST
 from recontrol.checks import renamed
 from recontrol.files import write_aside, write_json
 from recontrol.value import files
@@ -25,7 +28,7 @@ class ValueFunction(nn.Module):
     """Predicts the final reward of a response from the hidden state that is read to sample its next token.
 
     V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers: (..., hidden_size), floating point ->
-    (..., num_heads), dtype of the weights.
+    (..., num_heads), dtype of the weights, which is float32 until `to` makes it another.
 
     V, and `target` and `head_weights` of `Controller`, are in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard
     deviations from the mean reward: reward = std * V + mean, head by head (`to_reward`, `from_reward`).
@@ -63,15 +66,17 @@ class ValueFunction(nn.Module):
         self.provenance: dict[str, Any] = dict(provenance or {})
         # Weights made under inference_mode have no version counter, so a change of weights could not be seen.
         with torch.inference_mode(False):
-            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+            self.layers = nn.ModuleList(nn.Linear(a, b, dtype=torch.float32) for a, b in itertools.pairwise(sizes))
         self._cache = PreparedCache()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return V(hidden): (..., hidden_size) -> (..., num_heads)."""
-        activations = hidden.to(self.dtype)
-        for layer in self.layers[:-1]:
-            activations = torch.relu(layer(activations))
-        return self.layers[-1](activations)
+        """Return V(hidden): (..., hidden_size) -> (..., num_heads), in the dtype of the weights under autocast too."""
+        kind = hidden.device.type
+        with torch.autocast(kind, enabled=False) if kind in AUTOCAST else contextlib.nullcontext():
+            activations = hidden.to(self.dtype)
+            for layer in self.layers[:-1]:
+                activations = torch.relu(layer(activations))
+            return self.layers[-1](activations)
 
     def to_reward(self, values: Tensor) -> Tensor:
         """Values in the unit of the reward: (..., num_heads) * std + mean, unchanged where V is not standardised; a ValueError for another shape."""
@@ -252,6 +257,14 @@ class ValueFunction(nn.Module):
         value.to(next(iter(dtypes))).to_empty(device="cpu").load_state_dict(tensors)
         return value
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # As in the constructor: a copy that was made or unpickled under inference_mode.
+        with torch.inference_mode(False):
+            for layer in self.layers:
+                for name, given in [each for each in layer.named_parameters() if each[1].is_inference()]:
+                    setattr(layer, name, nn.Parameter(given.detach().clone(), given.requires_grad))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueFunction":
         # As in the constructor: `to` and its like must not make weights without a version counter.
         with torch.inference_mode(False):
@@ -312,7 +325,7 @@ def _flattened(terms: Sequence[tuple[float, ValueFunction]]) -> tuple[tuple[floa
         flat += [(float(weight) * other, part) for other, part in inner]
     if not flat:
         raise ValueError("a weighted sum needs at least one term")
-    if wrong := [weight for weight, _ in flat if not torch.tensor(weight).isfinite()]:
+    if wrong := [weight for weight, _ in flat if not math.isfinite(weight)]:
         raise ValueError(f"weights must be finite, found {wrong[0]}")
     names = {"number of layers": "layers", "hidden size": "hidden_size", "number of heads": "num_heads", "dtype": "dtype", "device": "device"}
     for name, attribute in names.items():

@@ -26,6 +26,7 @@ class Prepared:
     biases: tuple[Tensor, ...]  # biases[l]: (dims[l + 1],)
 
     @classmethod
+    @torch.inference_mode(False)
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> "Prepared":
         """The one place where the parameters of a value function become what backends read."""
         return cls(tuple(weight.detach().contiguous() for weight in weights), tuple(bias.detach().contiguous() for bias in biases))

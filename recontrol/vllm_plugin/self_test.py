@@ -24,7 +24,7 @@ def prove(runner: Any, bank: Mapping[str, ValueFunction], editing: Edited) -> No
     width = next(iter(bank.values())).hidden_size
     # The same on every rank.
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, width, generator=generator).to(device=runner.device, dtype=runner.model_config.dtype)
+    hidden = torch.randn(ROWS, width, generator=generator, dtype=torch.float32, device="cpu").to(device=runner.device, dtype=runner.model_config.dtype)
     # Layers of adapters (LoRA) look up the adapter of each row, which is that of a request; these rows have none.
     adapters = getattr(runner, "lora_config", None)
     with nullcontext() if adapters is None else runner.maybe_select_dummy_loras(adapters, np.ones(ROWS, dtype=np.int32)):

@@ -27,7 +27,7 @@ def launch(
     second = (weights[1], prepared.second_transposed, biases[1]) if len(weights) == 3 else (None, None, None)
     out, offset = prepared.output(arguments.head_weights)
     edited = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    trace = torch.empty(hidden.shape[0], trace_columns, device=hidden.device)
+    trace = torch.empty(hidden.shape[0], trace_columns, dtype=torch.float32, device=hidden.device)
     operator(hidden, weights[0], biases[0], prepared.gram, *second, out, as_offset(offset), *arguments[1:6], edited, trace)
     return edited, trace
 

@@ -44,7 +44,7 @@ def checked_rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[
     named = getattr(reward, "head_names", None)
     if named and widths and width != len(named):
         raise ValueError(f"the reward names {len(named)} heads ({', '.join(map(str, named))}) and returned {width} scores a response")
-    table = torch.tensor(rows, dtype=torch.float32).reshape(len(rows), width)
+    table = torch.tensor(rows, dtype=torch.float32, device="cpu").reshape(len(rows), width)
     broken = (~table.isfinite().all(1)).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"the reward returned NaN or infinity for responses {broken}: {[rows[index] for index in broken[:4]]}")

@@ -117,7 +117,7 @@ class RewardModel:
                     scores.append(self.model(**inputs.to(device)).logits.float().cpu())
         finally:
             self.model.train(training)
-        table = torch.cat(scores) if scores else torch.empty(0, len(self.head_names))
+        table = torch.cat(scores) if scores else torch.empty(0, len(self.head_names), device="cpu")
         return table[:, 0].tolist() if table.shape[1] == 1 else table.tolist()
 
     def _write(self, prompt: str, response: str) -> str:

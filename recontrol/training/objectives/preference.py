@@ -148,7 +148,7 @@ class Preference(Objective):
         if not len(self.held_out):
             return {}
         own = self._of(self.margin, self.data.processes.share(self.held_out))
-        found = self._last_values(values_of, own)[0].cpu() if len(own) else torch.empty(2, 0)
+        found = self._last_values(values_of, own)[0].cpu() if len(own) else torch.empty(2, 0, dtype=torch.float32)
         entry = order_scores(*torch.cat(self.data.processes.gathered(found), dim=1))
         if self.preference_regression:
             entry |= held_out_error(values_of, self.data, self._responses_of(self.held_out), self.standardisation, self.td_lambda)
