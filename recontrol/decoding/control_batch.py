@@ -53,9 +53,7 @@ class ControlBatch:
         self._controls = controls
         self._groups = _groups([controls] if isinstance(controls, Control) else controls)
         if self._groups and self._counts is None:
-            # No inference tensor, so that rows can be counted in any mode.
-            with torch.inference_mode(False):
-                self._counts = torch.zeros(2, dtype=torch.int64, device=self._groups[0].value.device)
+            self.count_on(self._groups[0].value.device)
 
     def try_out(self, controls: Iterable[Control], dtype: torch.dtype) -> None:
         """Edit one state of each group: a backend that cannot run says so here, and what it precomputes from the weights is ready."""
@@ -72,6 +70,11 @@ class ControlBatch:
         """How many rows were edited so far; reading it waits for the device."""
         self.warn()
         return 0 if self._counts is None else int(self._counts[0])
+
+    @property
+    def rows(self) -> int:
+        """How many rows were to be edited so far; reading it waits for the device."""
+        return 0 if self._counts is None else int(self._counts.sum())
 
     def warn(self) -> None:
         """Log, once, how many rows stayed unedited; waits for the device."""
@@ -94,15 +97,28 @@ class ControlBatch:
             finite = torch.isfinite(hidden).all(dim=1)
             result = ascend(hidden, value, mask=finite if live is None else live & finite, return_trace=traced, backend=self.backend, **settings)
             climbed, path = result if isinstance(result, tuple) else (result, None)
-            finite = torch.isfinite(climbed).all(dim=1)
-            count = (finite if live is None else live & finite).sum()
-            self._counts.add_(torch.stack([count, (hidden.shape[0] if live is None else live.sum()) - count]))
-            edited = _with_rows(edited, rows, torch.where(finite[:, None], climbed, hidden))
+            kept, finite = self.keep(hidden, climbed, live)
+            edited = _with_rows(edited, rows, kept)
             if path is not None:
                 # A row that ends early keeps its last value, one that stays unedited its first.
                 before, after = _with_rows(before, rows, path[:, 0]), _with_rows(after, rows, torch.where(finite, path[:, -1], path[:, 0]))
         norm = (edited.to(after.dtype) - states.to(after.dtype)).norm(dim=-1) if traced else after
         return edited, EditTrace(before, after, norm)
+
+    def keep(self, states: Tensor, edited: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The edited rows, those that are not finite as they were, and which are; both are counted."""
+        finite = torch.isfinite(edited).all(dim=1)
+        count = (finite if mask is None else mask & finite).sum()
+        if self._counts is None:
+            self.count_on(states.device)
+        self._counts.add_(torch.stack([count, (states.shape[0] if mask is None else mask.sum()) - count]))
+        return torch.where(finite[:, None], edited, states), finite
+
+    def count_on(self, device: torch.device) -> None:
+        """Start to count."""
+        # No inference tensor, so that rows can be counted in any mode.
+        with torch.inference_mode(False):
+            self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
 
 def _group_key(control: Control) -> Any:

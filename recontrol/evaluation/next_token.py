@@ -10,6 +10,7 @@ from torch import Tensor
 from recontrol.decoding.control import Control
 from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
+from recontrol.decoding.hooks import input_device
 from recontrol.methods.control import climb
 from recontrol.value import ValueFunction
 
@@ -97,7 +98,7 @@ class _Reading(Editing):
         self._states = states
         try:
             # One token, whose state is replaced.
-            output = self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False)
+            output = self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(self.owner)), use_cache=False)
         finally:
             self._states = None
         return output.logits[:, -1]

@@ -16,11 +16,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from recontrol.checks import integer, number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.decoding.batches import eos_tokens, finishing_tokens
+from recontrol.decoding.batches import eos_tokens
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import CACHE_NAMES
 from recontrol.decoding.editing import check_fit
-from recontrol.decoding.hooks import Attachment, forget_compiled
+from recontrol.decoding.hooks import Attachment, forget_compiled, output_embedding, unfinished_rows
 from recontrol.decoding.responses import decode_after
 from recontrol.methods.base import Method, Training, one_score, tensors_checksum
 from recontrol.methods.control import training_of
@@ -89,7 +89,7 @@ class ARGS(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
         """Yield the processor of one batch."""
-        finishing = finishing_tokens(model, tokenizer, dict(options))
+        embedding = output_embedding(model)
         # Positions taken by the prompt, padding included: known at the first call.
         width: int | None = None
 
@@ -100,9 +100,10 @@ class ARGS(Method):
             samples = len(input_ids) // len(prompts)
             found: dict[tuple[str, str], int] = {}
             places = []
+            live = unfinished_rows(embedding)
             for row, (ids, tokens) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
                 written, response = ids[:width], ids[width:]
-                for column, token in enumerate([] if response and response[-1] in finishing else tokens):
+                for column, token in enumerate(tokens if live is None or live[row] else []):
                     text = decode_after(tokenizer, written, [*response, token], skip_special_tokens=True)
                     places.append((row, column, found.setdefault((prompts[row // samples], text), len(found))))
             added = torch.zeros(candidates.shape)

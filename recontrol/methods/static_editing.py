@@ -17,7 +17,8 @@ from transformers import LogitsProcessor
 
 from recontrol.checks import number
 from recontrol.data.rollouts import Rollouts
-from recontrol.decoding.editing import Editing
+from recontrol.decoding.control_batch import ControlBatch
+from recontrol.decoding.editing import Editing, states_device
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import input_width
 from recontrol.files import interrupts_wait, write_aside
@@ -225,8 +226,8 @@ class StaticEditing(Method):
         return Training(self.direction.hidden_size, self.direction.provenance.get("training_seconds"), None)
 
     def edit(self, states: Tensor) -> Tensor:
-        """(rows, hidden_size) -> o_t + strength * d, in the dtype of the states."""
-        return _moved(states, self._edit_of(states))
+        """(rows, hidden_size) -> o_t + strength * d, in the dtype of the states; a row that would leave its range stays as it is."""
+        return _moved(ControlBatch(), states, self._edit_of(states.device))
 
     def attach(self, model: Any) -> "StaticHandle":
         """Edit what `model` reads until the end of a `with` block; the direction must fit the model, and nothing else that edits may be attached."""
@@ -238,8 +239,8 @@ class StaticEditing(Method):
         with self.attach(model):
             yield []
 
-    def _edit_of(self, states: Tensor) -> Tensor:
-        return (self.strength * self.direction.vector).to(states.device)
+    def _edit_of(self, device: torch.device) -> Tensor:
+        return (self.strength * self.direction.vector).to(device)
 
 
 class StaticHandle(Editing):
@@ -263,16 +264,17 @@ class StaticHandle(Editing):
         other = difference(recorded, self.model) if isinstance(recorded, dict) and not editing.allow_other_model else None
         if other is not None:
             raise ValueError(f"the direction was found in the states of another model: {other}; attach it anyway with allow_other_model=True")
-        weight = getattr(self.embedding, "weight", direction.vector)
+        self.steers = editing.strength != 0
         # Moved once, so that a decode step copies nothing.
-        self._edit = editing._edit_of(direction.vector if weight.is_meta else weight)
+        self._edit = editing._edit_of(states_device(self))
+        self._batch.count_on(self._edit.device)
         self.attach()
 
     def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
         """The states moved by the constant."""
-        return None if self.editing.strength == 0 else _moved(hidden, self._edit)
+        return _moved(self._batch, hidden.reshape(-1, hidden.shape[-1]), self._edit).reshape(hidden.shape) if self.steers else None
 
 
-def _moved(states: Tensor, edit: Tensor) -> Tensor:
-    """The sum, rounded once to the dtype of the states."""
-    return (states + edit).to(states.dtype)
+def _moved(batch: ControlBatch, states: Tensor, edit: Tensor) -> Tensor:
+    """The sum, rounded once to the dtype of the states; rows that are not finite then stay as they were, and are counted."""
+    return batch.keep(states, (states + edit).to(states.dtype))[0]
