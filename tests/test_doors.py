@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from controlled import hooks_on, llama, value_function
-from generating import ENDING, NEW, PROMPTS, TOKENIZER, double_llama, generate, value
+from generating import ENDING, PROMPTS, TOKENIZER, double_llama, generate, value
 from test_controller_models import EOS, PROMPT, Substitution, controller, logits_of
 from torch import nn
 
@@ -261,7 +261,7 @@ def test_responses_that_generate_ends_early_are_there(monkeypatch, caplog, strea
     monkeypatch.setattr(_Watcher, "__call__", ends)
     made = generate(model, batching="static", batch_size=3, stream=stream)
     responses = {token.index: token.response for token in made if token.response is not None} if stream else dict(enumerate(made))
-    assert [responses[index].token_ids for index in range(len(PROMPTS))] == [ids[:4] for ids in whole] and max(map(len, whole)) == NEW
+    assert [responses[index].token_ids for index in range(len(PROMPTS))] == [ids[:4] for ids in whole] and max(map(len, whole)) > 4
     assert any("where model.generate ended early" in record.message for record in caplog.records)
     assert set(ENDING).isdisjoint(responses[index].token_ids[-1] for index in responses if responses[index].finish == "length")
 

@@ -312,7 +312,7 @@ def test_prompts_that_are_too_long_are_named(model, tokenizer):
 
     def plain(texts):
         # Without a beginning-of-sequence token.
-        return SimpleNamespace(input_ids=[list(text) for text in texts])
+        return SimpleNamespace(input_ids=[[5] * len(text) for text in texts])
 
     with pytest.raises(ValueError, match=r"1 prompts have no tokens: 0$"):
         check_lengths(model, plain, ["", "short"], 16)

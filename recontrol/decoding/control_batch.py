@@ -69,16 +69,15 @@ class ControlBatch:
     def edited_rows(self) -> int:
         """How many rows were edited so far; reading it waits for the device."""
         self.warn()
-        return 0 if self._counts is None else int(self._counts[0])
+        return self.counts()[0]
 
-    @property
-    def rows(self) -> int:
-        """How many rows were to be edited so far; reading it waits for the device."""
-        return 0 if self._counts is None else int(self._counts.sum())
+    def counts(self) -> tuple[int, int]:
+        """How many rows were edited so far, and how many stayed unedited."""
+        return (0, 0) if self._counts is None else tuple(self._counts.tolist())
 
     def warn(self) -> None:
         """Log, once, how many rows stayed unedited; waits for the device."""
-        unedited = 0 if self._warned or self._counts is None else int(self._counts[1])
+        unedited = 0 if self._warned else self.counts()[1]
         if unedited:
             self._warned = True
             logger.warning("%d states stay unedited: they, or what the ascent makes of them, are not finite; a smaller step_size may help", unedited)

@@ -91,11 +91,6 @@ class Handle(Editing):
         """How many states were edited so far, finished rows not counted; reading it waits for the device."""
         return self._batch.edited_rows
 
-    @property
-    def states_seen(self) -> int:
-        """How many states came to be edited, those that stayed unedited included, paused ones not; reading it waits for the device."""
-        return self._batch.rows
-
     def backend(self, rows: int) -> str:
         """The name of the backend that climbs from this many states: the controller's, or what "auto" takes for them."""
         value, settings = self.controller.value, {name: getattr(self.controller, name) for name in SETTINGS}

@@ -110,6 +110,10 @@ class Editing(Attachment):
         if not reached and self.expects_edits() and getattr(output, "logits", output) is not None:
             raise RuntimeError(f"this {type(owner).__name__} made logits without its output embedding, and no state was edited")
 
+    def seen(self) -> int:
+        """How many states came to be edited so far, also those that stayed as they were; waits for the device."""
+        return sum(self._batch.counts())
+
     def expects_edits(self) -> bool:
         """Whether a forward call that makes logits must come to the site."""
         return self.steers and not self._paused

@@ -62,13 +62,15 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
     """Generate with transformers' continuous batching; a RuntimeError has its reason. Tokens come at once if `decoding.streaming`, else with the last."""
     config = _batching_config(model, plan, decoding, steered=editing.steers)
     attention = model.config._attn_implementation
-    manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
     watched = decoding.streaming or decoding.ends is not None
-    counts = dict.fromkeys(range(len(prompts)), 0)
-    if editing.steers:
-        editing.source = functools.partial(_rows, manager)
-    manager.start()
+    counts: dict[int, int] = {}
+    manager: Any = None
     try:
+        manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
+        if editing.steers:
+            editing.source = functools.partial(_rows, manager)
+        manager.start()
+        counts = dict.fromkeys(range(len(prompts)), 0)
         eos = sorted(decoding.eos_ids) or -1
         for index, ids in enumerate(prompts):
             manager.add_request(ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
@@ -94,8 +96,9 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
     finally:
         for index in counts:
             manager.cancel_request(str(index))
-        manager.stop(block=True)
-        # Some releases leave it paged, with which a plain call of the model fails.
+        if manager is not None:
+            manager.stop(block=True)
+        # Some releases leave it paged, others when they fail; a plain call of the model fails then.
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
 
