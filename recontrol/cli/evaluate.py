@@ -11,52 +11,11 @@ from recontrol.cli import options as shared
 if TYPE_CHECKING:
     from recontrol.studies.study import Study
 
-HELP = "compare step sizes, numbers of steps and other methods with the uncontrolled model"
-DESCRIPTION = """\
-Decode prompts without control and under each setting, and measure reward, diversity, coherence, likelihood, speed and the
-cost of control. With --validation-prompts or --validation-split, the setting with the largest coherence + diversity +
-average reward there is marked, as in the paper. Prints a table, and writes report.html, report.json, report.csv and
-responses.jsonl. The same command goes on with what was stopped.
-
-With --config, a whole study: rollouts and a value function are made where the file asks for them, and settings are chosen on
-validation prompts for each of its methods (RE-Control, prompting, static editing, ARGS, prefix scorer, best-of-n, LoRA DPO,
-RLOO and GRPO). These are in the package: hh-rlhf-vicuna-7b, hh-rlhf-falcon-7b, shp-vicuna-7b, shp-llama3-8b."""
-EPILOG = """\
-examples:
-  recontrol evaluate --config hh-rlhf-vicuna-7b --dry-run --out out/dry-run
-  recontrol evaluate --config hh-rlhf-vicuna-7b --out out/hh-rlhf-vicuna-7b
-  recontrol evaluate --model lmsys/vicuna-7b-v1.5 --value value/hh --dataset Anthropic/hh-rlhf --split test --limit 300 \\
-      --validation-split "train[-100:]" --step-sizes 0.25,0.5,1 --steps 30,50 --reward-model argsearch/llama-7b-rm-float32 \\
-      --encoder princeton-nlp/sup-simcse-bert-base-uncased --dtype bfloat16 --out report/hh"""
-AFTER_INTERRUPT = "no report was written; repeat the command to go on"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the report is written")
-    parser.add_argument("--config", metavar="FILE", help="a study: a YAML file, or the name of one of the package (default: the options below say what to do)")
-    parser.add_argument("--dry-run", action="store_true", help="with --config: try all of it on small random models and data that are made here, in a minute")
-    parser.add_argument(
-        "--step-sizes", type=shared.listed(shared.positive_float), default=(0.25, 0.5, 1.0), metavar="A,...", help="step sizes (default: 0.25,0.5,1)"
-    )
-    parser.add_argument("--steps", type=shared.listed(shared.positive_int), default=(30,), metavar="N,...", help="gradient steps a token (default: 30)")
-    parser.add_argument(
-        "--seeds", type=shared.positive_int, default=1, metavar="N", help="how many times the prompts are decoded, each with seeds of its own (default: 1)"
-    )
-    parser.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help="sentence encoder for the coherence, loaded by sentence-transformers, of the extra `coherence` (default: none, no coherence)",
-    )
-    shared.add_model_options(parser, default="that of --config")
-    shared.add_control_options(parser, default="that of --config", leave_out=("step_size", "steps"))
-    shared.add_prompt_options(parser, default="that of --config", split="test")
-    group = parser.add_argument_group("choice")
-    group.add_argument("--validation-prompts", metavar="NAME", help="data set to choose the setting on (default: --dataset, if a split is given)")
-    group.add_argument("--validation-split", metavar="SPLIT", help="its split; a file has none (default: validation)")
-    group.add_argument("--validation-limit", type=shared.positive_int, metavar="N", help="use the first N validation prompts (default: all)")
-    shared.add_reward_options(parser, default="that of --config")
-    shared.add_generation_options(parser)
+    shared.add_options(parser, "evaluate", "language model", "control", "prompts", "choice", "reward", "generation", default="that of --config")
+    parser.set_defaults(split="test")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -86,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> "Study":
     """The study of --config, or the one that the other options describe."""
-    from recontrol.studies.study import load_study
+    from recontrol.studies.catalogue import CONTROL
+    from recontrol.studies.study import ModelSection, PromptsSection, SourceSection, Study, load_study
 
     needed = {"--model": options.model, "--value": options.value, "--dataset": options.dataset, "--reward-model": options.reward_model}
     given = [name for name, option in needed.items() if option is not None]
@@ -98,27 +58,18 @@ def _study(options: argparse.Namespace) -> "Study":
         raise ValueError("--dry-run goes with --config")
     if len(given) < len(needed):
         raise ValueError(f"{', '.join(name for name in needed if name not in given)} must be given, or --config")
-    return _described(options)
-
-
-def _described(options: argparse.Namespace) -> "Study":
-    from recontrol.studies.catalogue import CONTROL
-    from recontrol.studies.study import ModelSection, PromptsSection, SourceSection, Study
-
     validation = None
     if options.validation_prompts or options.validation_split:
         source, split = options.validation_prompts or options.dataset, options.validation_split or "validation"
         validation = SourceSection(source, split, options.validation_limit)
     test = SourceSection(options.dataset, options.split, options.limit)
-    weights = None if options.head_weights is None else list(options.head_weights)
     beside = {name: getattr(options, field) for name, field in CONTROL.items() if getattr(options, field, None) is not None}
     control = {**beside, "alpha": list(options.step_sizes), "n": list(options.steps), "backend": options.backend}
-    if options.allow_other_model:
-        control["allow_other_model"] = True
+    control |= {"allow_other_model": True} if options.allow_other_model else {}
     return Study(
         model=ModelSection(options.model, options.dtype, options.device),
         prompts=PromptsSection(None, test, validation, options.human, options.chat_template, options.max_prompt_tokens),
-        reward=shared.reward_section(options, weights),
+        reward=shared.reward_section(options, options.head_weights and list(options.head_weights)),
         methods=[{"method": "re-control", "name": "RE-Control", **control}],
         generation=dataclasses.replace(shared.decoding(options), seed=0),
         value=options.value,

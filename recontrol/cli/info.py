@@ -4,15 +4,12 @@ import argparse
 import json
 from typing import Any
 
-HELP = "say what is built, what is used, and why not the others"
-DESCRIPTION = "Say which backends of the ascent are built, which one is used on this machine, and why not the others."
-EPILOG = "example:\n  recontrol info --json"
-AFTER_INTERRUPT = "nothing was changed"
+from recontrol.cli import options as shared
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    shared.add_options(parser, "info")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,15 +1,18 @@
-"""What the subcommands share: options, what they accept, and how models, prompts and value functions are loaded.
+"""What the subcommands share: options, what they accept, and how models, prompts and rewards are loaded.
 
 Heavy imports are inside the functions that need them, so that `--help` answers at once.
 """
 
 import argparse
+import importlib.resources
 import json
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from recontrol.ascent.backends import BACKENDS
+import yaml
+
+from recontrol.ascent import backends
 from recontrol.configs import add_flags
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
@@ -17,7 +20,8 @@ from recontrol.decoding.control import Control
 if TYPE_CHECKING:
     from recontrol.studies.study import JudgeSection, RewardSection
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What the subcommands say of themselves, and their options by groups.
+COMMANDS = yaml.safe_load((importlib.resources.files("recontrol.cli") / "commands.yaml").read_text(encoding="utf-8"))
 
 
 def _number(name: str, kind: Callable[[str], Any], wanted: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -36,7 +40,6 @@ def _number(name: str, kind: Callable[[str], Any], wanted: str, fits: Callable[[
 positive_int = _number("positive int", int, "at least 1", lambda number: number >= 1)
 positive_float = _number("positive float", float, "a number above 0", lambda number: math.isfinite(number) and number > 0)
 finite_float = _number("finite float", float, "finite", math.isfinite)
-fraction = _number("fraction", float, "between 0 and 1", lambda number: 0 < number < 1)
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -60,77 +63,42 @@ def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
         content = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a JSON object, found {text!r} ({error})") from None
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, found {text!r}")
     return content
 
 
-def _stated(default: str | None) -> str:
-    return "" if default is None else f" (default: {default})"
+# By the names in commands.yaml.
+TYPES: dict[str, Callable[[str], Any]] = {
+    "positive_int": positive_int,
+    "positive_ints": listed(positive_int),
+    "positive_float": positive_float,
+    "positive_floats": listed(positive_float),
+    "floats": listed(float),
+    "finite_floats": listed(finite_float),
+    "escaped": escaped,
+    "json_object": json_object,
+}
 
 
-def add_model_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--model, --dtype, --device. Here and below, what has no default in words must be given."""
-    group = parser.add_argument_group("language model")
-    group.add_argument("--model", required=default is None, metavar="NAME", help="causal language model: a name on the hub, or a folder" + _stated(default))
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the dtype they were saved in)")
-    group.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, or auto to spread the model over all GPUs (default: cuda if there is one, else cpu)"
-    )
-
-
-def add_control_options(parser: argparse.ArgumentParser, default: str | None = None, leave_out: tuple[str, ...] = ()) -> None:
-    """--value, what steers the ascent, and where it runs."""
-    group = parser.add_argument_group("control")
-    group.add_argument(
-        "--value",
-        required=default is None,
-        metavar="PATH",
-        help="value function: a folder written by `recontrol train`, a name on the hub, or a .pth file of the released code" + _stated(default),
-    )
-    types = {"step_size": positive_float, "steps": positive_int, "radius": positive_float, "target": finite_float, "head_weights": listed(finite_float)}
-    add_flags(group, Control, leave_out=("value", *leave_out), types=types)
-    group.add_argument("--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(BACKENDS)}; see `recontrol info` (default: auto)")
-    group.add_argument("--allow-other-model", action="store_true", help="accept a value function that was trained on the states of another model")
-
-
-def add_prompt_options(parser: argparse.ArgumentParser, default: str | None = None, split: str = "train") -> None:
-    """--dataset, --split, --limit and how prompts are written."""
-    group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--dataset",
-        required=default is None,
-        metavar="NAME",
-        help="a name on the hub such as Anthropic/hh-rlhf or stanfordnlp/SHP, or a .jsonl file with a column prompt, chosen or history" + _stated(default),
-    )
-    group.add_argument("--split", default=split, metavar="SPLIT", help=f"of a data set of the hub; a file has none (default: {split})")
-    group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N prompts (default: all)")
-    group.add_argument("--max-prompt-tokens", type=positive_int, default=512, metavar="N", help="leave out longer prompts (default: 512, as in the paper)")
-    group.add_argument("--human", default="Human", metavar="WORD", help="what marks the user's turns, as the model was trained (default: Human)")
-    group.add_argument("--chat-template", action="store_true", help="write the dialogue with the tokenizer's chat template")
-
-
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Length, batches, sampling and stop strings."""
-    group = parser.add_argument_group("generation")
-    types = {"max_new_tokens": positive_int}
-    add_flags(group, Decoding, leave_out=("batch_size", "stop_strings", "options"), types=types)
-    group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="prompts decoded at once at most (default: 16)")
-    group.add_argument("--sample", action="store_true", help="sample; implied by the next three (default: greedy)")
-    group.add_argument("--temperature", type=positive_float, metavar="T", help="of sampling (default: 1)")
-    group.add_argument("--top-p", type=positive_float, metavar="P", help="sample from the likeliest tokens of this total probability (default: 1, all)")
-    group.add_argument("--top-k", type=positive_int, metavar="K", help="sample from the K likeliest tokens (default: all)")
-    group.add_argument(
-        "--stop",
-        action="append",
-        type=escaped,
-        metavar="TEXT",
-        help=r"cut responses before this text, \n is a line break; may be given again (default: the mark of a further turn of the user "
-        "for the dialogue data sets without a chat template, else none)",
-    )
-    group.add_argument("--no-stop", action="store_true", help="cut responses nowhere")
+def add_options(parser: argparse.ArgumentParser, *groups: str, default: str | None = None) -> None:
+    """The options of a subcommand itself and of groups; what is `needed` may be left out where `default` says in words what happens then."""
+    for name in groups:
+        group: Any = parser if name in COMMANDS else parser.add_argument_group(name)
+        for flag, given in COMMANDS["options"][name].items():
+            keywords = {word: TYPES[setting] if word == "type" else setting for word, setting in given.items() if word != "needed"}
+            if "needed" in given:
+                keywords |= {"required": default is None, "help": given["help"] + ("" if default is None else f" (default: {default})")}
+            group.add_argument(flag, **keywords)
+        if name == "control":
+            types = {"step_size": positive_float, "steps": positive_int, "radius": positive_float, "target": finite_float}
+            several = ("step_size", "steps") if "evaluate" in groups else ()
+            add_flags(group, Control, leave_out=("value", *several), types={**types, "head_weights": listed(finite_float)})
+            group.add_argument("--backend", default="auto", metavar="NAME", help=f"{', '.join(backends.names())}; see `recontrol info` (default: auto)")
+        if name == "generation":
+            add_flags(group, Decoding, leave_out=("batch_size", "stop_strings", "options"), types={"max_new_tokens": positive_int})
 
 
 def decoding(options: argparse.Namespace) -> Decoding:
@@ -147,15 +115,11 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def stop_strings(options: argparse.Namespace) -> list[str]:
     """The texts at which a response is cut."""
-    if options.no_stop:
-        if options.stop:
-            raise ValueError("--stop and --no-stop exclude each other")
-        return []
-    if options.stop:
-        return options.stop
     from recontrol.data.prompts import turn_marks
 
-    return turn_marks(options.dataset, options.human, options.chat_template)
+    if options.no_stop and options.stop:
+        raise ValueError("--stop and --no-stop exclude each other")
+    return [] if options.no_stop else options.stop or turn_marks(options.dataset, options.human, options.chat_template)
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -165,39 +129,12 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     return ModelSection(options.model, options.dtype, options.device).load()
 
 
-def load_prompts(options: argparse.Namespace, tokenizer: Any, source: str, split: str, limit: int | None) -> list[str]:
-    """Prompts of one source, written as the options say."""
+def load_prompts(options: argparse.Namespace, tokenizer: Any) -> list[str]:
+    """The prompts, written as the options say."""
     from recontrol.data.prompts import load_prompts
 
-    return load_prompts(
-        source, split, limit=limit, tokenizer=tokenizer, chat_template=options.chat_template, human=options.human, max_prompt_tokens=options.max_prompt_tokens
-    )
-
-
-def add_reward_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--reward-model, and how sequence classifiers and judges are used."""
-    group = parser.add_argument_group("reward")
-    group.add_argument(
-        "--reward-model",
-        action="append",
-        required=default is None,
-        metavar="NAME",
-        help="sequence classifier that scores prompt and response as one text: name or folder; or judge:NAME, a chat model that is asked for a score; or "
-        "python:MODULE:FUNCTION, a function (prompts, responses) -> scores. Given again, each reward becomes a head" + _stated(default),
-    )
-    group.add_argument("--reward-batch-size", type=positive_int, default=16, metavar="N", help="texts scored at once (default: 16)")
-    group.add_argument(
-        "--reward-template",
-        type=escaped,
-        metavar="TEXT",
-        help=r"how the classifier's texts are written: a text with {prompt} and {response} in it, \n is a line break, or chat, its chat template "
-        "(default: prompt and response one after the other; for UltraRM its own)",
-    )
-    group.add_argument("--judge-url", metavar="URL", help="server of the judge, with /v1; its key is OPENAI_API_KEY (default: OPENAI_BASE_URL, else OpenAI's)")
-    group.add_argument("--judge-range", type=listed(finite_float), default=(1.0, 10.0), metavar="A,B", help="lowest and highest score (default: 1,10)")
-    group.add_argument("--judge-cache", metavar="FILE", help="keep the judge's answers in this file, and do not ask again (default: none)")
-    group.add_argument("--judge-concurrency", type=positive_int, default=8, metavar="N", help="requests to the judge at a time (default: 8)")
-    group.add_argument("--judge-request", type=json_object, metavar="JSON", help='further fields of each request to the judge (default: {"temperature": 0})')
+    how = {name: getattr(options, name) for name in ("limit", "chat_template", "human", "max_prompt_tokens")}
+    return load_prompts(options.dataset, options.split, tokenizer=tokenizer, **how)
 
 
 def judge_section(options: argparse.Namespace) -> "JudgeSection":

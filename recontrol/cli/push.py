@@ -2,25 +2,12 @@
 
 import argparse
 
-HELP = "upload a value function to the hub"
-DESCRIPTION = """\
-Upload a value function to the hub of Hugging Face, with a model card that says what it was trained on and how. Log in before
-(`hf auth login`), or set HF_TOKEN."""
-EPILOG = """\
-example:
-  recontrol push --value value/hh --repo me/recontrol-hh-vicuna-7b --private"""
-AFTER_INTERRUPT = "nothing was committed, unless the address of the commit was printed"
+from recontrol.cli import options as shared
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--value", required=True, metavar="FOLDER", help="written by `recontrol train`")
-    parser.add_argument("--repo", metavar="NAME", help="owner/name on the hub; made if there is none (default: none, with --card)")
-    parser.add_argument("--private", action="store_true", help="make a new repository private (default: as the owner's settings say)")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if there is none (default: main)")
-    parser.add_argument("--pull-request", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--message", default="Upload value function", metavar="TEXT", help="of the commit (default: Upload value function)")
-    parser.add_argument("--card", action="store_true", help="print the model card and upload nothing")
+    shared.add_options(parser, "push")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,11 +21,6 @@ def run(options: argparse.Namespace) -> None:
     if options.card:
         print(model_card(local_folder(options.value), options.repo))
         return
-    address = ValueFunction.from_pretrained(options.value).push_to_hub(
-        options.repo,
-        private=options.private or None,
-        revision=options.revision,
-        create_pr=options.pull_request,
-        commit_message=options.message,
-    )
-    print(address)
+    value = ValueFunction.from_pretrained(options.value)
+    where = {"private": options.private or None, "revision": options.revision, "create_pr": options.pull_request}
+    print(value.push_to_hub(options.repo, commit_message=options.message, **where))

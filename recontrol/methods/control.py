@@ -1,18 +1,15 @@
 """RE-Control as one method among others."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from recontrol.ascent import backends
 from recontrol.decoding.control import Control
 from recontrol.decoding.control_batch import ControlBatch
-from recontrol.decoding.controller import Controller
+from recontrol.decoding.controller import Controller, Handle
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.value import ValueFunction
 
@@ -64,12 +61,9 @@ class ReControl(Method):
         """(rows, hidden_size) -> o_t + u_t."""
         return climb(states, self.control, backend=self.backend)
 
-    @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Attach a controller inside the block; rows that have ended are not edited."""
-        beside: dict[str, Any] = {"backend": self.backend, "allow_other_model": self.allow_other_model}
-        with Controller(**settings_of(self.control), **beside).attach(model):
-            yield []
+    def attach(self, model: Any) -> Handle:
+        """A controller; rows that have ended are not edited."""
+        return Controller(**settings_of(self.control), backend=self.backend, allow_other_model=self.allow_other_model).attach(model)
 
 
 def settings_of(control: Control) -> dict[str, Any]:

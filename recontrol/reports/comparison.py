@@ -11,7 +11,6 @@ from recontrol.evaluation.frontier import AtKL, at_equal_kl
 from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.results import Result, by_prompt
 from recontrol.evaluation.win_rate import WinRate
-from recontrol.methods.control import ReControl
 
 # Of the intervals that say which row is the best.
 CHANCE = 0.05
@@ -22,25 +21,20 @@ RANGE = 1000
 
 @dataclass
 class Findings:
-    """What a study found.
-
-    Attributes:
-        results: on the test prompts: the uncontrolled model, then one for each row.
-        names: of the rows, one a result.
-        prompts: the test prompts.
-        validation: on the validation prompts: the uncontrolled model, then all settings of all rows; empty where nothing was chosen.
-        groups: by the name of a row, which results of `validation` are its settings.
-        chosen: labels of the methods that were chosen on validation prompts.
-        wins: one a result; None for the uncontrolled model itself, empty without a judge.
-        against: what the win rate compares with; None without it.
-    """
+    """What a study found: the results on the test prompts, the uncontrolled model's first, and on what their settings were chosen."""
 
     results: list[Result]
+    # Of the rows, one a result.
     names: list[str]
+    # The test prompts.
     prompts: list[str]
+    # On the validation prompts: the uncontrolled model, then all settings of all rows; empty where nothing was chosen.
     validation: list[Result] = field(default_factory=list)
+    # By the name of a row, which results of `validation` are its settings.
     groups: dict[str, list[int]] = field(default_factory=dict)
+    # Labels of the chosen methods.
     chosen: list[str] = field(default_factory=list)
+    # One a result; None for the uncontrolled model itself, empty without a judge; and what they compare with.
     wins: list[WinRate | None] = field(default_factory=list)
     against: str | None = None
 
@@ -58,8 +52,12 @@ class Row:
     @property
     def setting(self) -> str:
         """The settings in words; empty where there are none."""
-        settings = self.result.settings.items()
-        return ", ".join(f"{name} {setting:g}" if isinstance(setting, float) else f"{name} {setting}" for name, setting in settings)
+        return ", ".join(f"{name} {given:g}" if isinstance(given, float) else f"{name} {given}" for name, given in self.result.settings.items())
+
+    @property
+    def score(self) -> float:
+        """The paper's sum, by which settings are chosen."""
+        return (self.result.coherence or 0.0) + self.result.diversity + self.result.reward
 
 
 @dataclass(frozen=True)
@@ -81,18 +79,16 @@ class EqualKL:
 
 def make_rows(findings: Findings) -> list[Row]:
     """The rows, in order, the uncontrolled model first; ValueError where results, names, prompts and win rates do not fit."""
-    results, wins = findings.results, findings.wins or [None] * len(findings.results)
-    if not results or not len(results) == len(findings.names) == len(wins):
-        raise ValueError(f"a report needs results with a name each, found {len(results)} results, {len(findings.names)} names and {len(wins)} win rates")
+    results, names, wins = findings.results, findings.names, findings.wins or [None] * len(findings.results)
+    if not results or not len(results) == len(names) == len(wins):
+        raise ValueError(f"a report needs results with a name each, found {len(results)} results, {len(names)} names and {len(wins)} win rates")
     for result in results:
-        if len(result.responses) != len(findings.prompts) * result.seeds:
+        if len(result.responses) != (wanted := len(findings.prompts) * result.seeds):
             found = f"{len(result.responses)} responses to {len(findings.prompts)} prompts with {result.seeds} seeds"
-            raise ValueError(f"{result.method} has {found}, wanted {len(findings.prompts) * result.seeds}")
+            raise ValueError(f"{result.method} has {found}, wanted {wanted}")
     base = results[0]
-    rows = [Row(findings.names[0], base, win=wins[0])]
-    for name, result, win in zip(findings.names[1:], results[1:], wins[1:], strict=True):
-        rows.append(Row(name, result, result.reward - base.reward, gain_interval(result, base), win))
-    return rows
+    gains = [(None, None), *((result.reward - base.reward, gain_interval(result, base)) for result in results[1:])]
+    return [Row(name, result, *gain, win) for name, result, gain, win in zip(names, results, gains, wins, strict=True)]
 
 
 def gain_interval(result: Result, base: Result) -> tuple[float, float]:
@@ -117,22 +113,21 @@ def sweep(findings: Findings) -> tuple[Result, dict[str, list[Result]]]:
     """(the uncontrolled model, by name the settings that were tried): on validation prompts, or where there are none those of the test, by kind."""
     if findings.validation:
         return findings.validation[0], {name: [findings.validation[place] for place in places] for name, places in findings.groups.items()}
-    groups: dict[str, list[Result]] = {}
-    for result in findings.results[1:]:
-        groups.setdefault(result.kind, []).append(result)
+    kinds: dict[str, dict[str, Result]] = {}
+    for name, result in zip(findings.names[1:], findings.results[1:], strict=True):
+        kinds.setdefault(result.kind, {})[name] = result
     # A group of one keeps the name of its row.
-    names = {id(result): name for name, result in zip(findings.names, findings.results, strict=True)}
-    return findings.results[0], {names[id(several[0])] if len(several) == 1 else kind: several for kind, several in groups.items()}
+    return findings.results[0], {next(iter(rows)) if len(rows) == 1 else kind: list(rows.values()) for kind, rows in kinds.items()}
 
 
 def equal_kl(findings: Findings) -> EqualKL | None:
     """The rows at equal divergence; None where no row's was measured."""
     base, groups = sweep(findings)
-    known: dict[str, list[Any]] = {}
-    for name, several in groups.items():
-        # Estimates of a divergence that is 0 may be below it by rounding or sampling.
-        points = [replace(point, kl=max(0.0, point.kl)) for point in several if point.kl is not None]
-        known |= {name: points} if points else {}
+    # Estimates of a divergence that is 0 may be below it by rounding or sampling.
+    measured: dict[str, list[Any]] = {
+        name: [replace(point, kl=max(0.0, point.kl)) for point in points if point.kl is not None] for name, points in groups.items()
+    }
+    known = {name: points for name, points in measured.items() if points}
     levels = kl_levels([max(point.kl for point in points) for points in known.values()])
     if not levels:
         return None
@@ -143,26 +138,16 @@ def equal_kl(findings: Findings) -> EqualKL | None:
 
 
 def kl_levels(largest: Sequence[float]) -> list[float]:
-    """Divergences to compare at, from the largest one of each row: some of 1, 2 and 5 times the powers of ten, up to the largest that two rows reach.
-
-    They begin where the row that goes least far can still be compared, and at a tenth of the last at most.
-    """
+    """Some of 1, 2 and 5 times the powers of ten, as far as two rows go, from where the row that goes least far can be compared, a tenth of that at most."""
     reached = sorted((kl for kl in largest if kl > 0), reverse=True)
     if not reached:
         return []
     limit = reached[min(1, len(reached) - 1)]
+    least = max(limit / RANGE, min(reached[-1], limit / 10))
     powers = range(math.floor(math.log10(limit / RANGE)), math.floor(math.log10(limit)) + 1)
     nice = [float(f"{first}e{power}") for power in powers for first in (1, 2, 5)]
-    least = max(limit / RANGE, min(reached[-1], limit / 10))
-    below = [level for level in nice if level <= least]
-    kept = [level for level in nice if level <= limit and level >= (below[-1] if below else least)]
+    begin = max((level for level in nice if level <= least), default=least)
+    kept = [level for level in nice if begin <= level <= limit]
     # As evenly as the list allows.
     places = np.unique(np.linspace(0, len(kept) - 1, min(MOST_LEVELS, len(kept))).round().astype(int))
     return [kept[place] for place in places]
-
-
-def the_control(rows: Sequence[Row]) -> Row | None:
-    """The row of RE-Control that is shown in detail: the first of RE-Control alone, else the first that it is a part of; None without any."""
-    alone = [row for row in rows if row.result.kind == ReControl.kind]
-    part = [row for row in rows if ReControl.kind in row.result.kind.split(" + ")]
-    return next(iter(alone + part), None)

@@ -4,13 +4,14 @@ import contextlib
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from recontrol.checks import required
 from recontrol.evaluation.results import Result
+from recontrol.methods.control import ReControl
 from recontrol.reports.comparison import Row
 from recontrol.training.diagnosis import Diagnosis
 
@@ -40,6 +41,9 @@ STYLE: dict[Any, Any] = {
 LOGARITHMIC = 8
 # How far below the uncontrolled model a figure goes, in units of how far it goes above.
 DEPTH = 0.5
+# Methods whose V is drawn along responses, beside the uncontrolled model.
+DRAWN = 4
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8.5}
 
 
 @contextlib.contextmanager
@@ -58,14 +62,13 @@ def to_svg(figure: Any, name: str, description: str) -> str:
     text = written.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = text.replace(INK, "currentColor").replace("xlink:href=", "href=")
+    # What is pointed at is named by its content and the salt; other names are those of every figure.
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
-    text = re.sub(r"(href=\"|url\()#", rf"\1#{name}-", text)
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r"\s*\n\s*", "\n", text)
     # Only the shape is kept of the size, so that the page says how large it is.
     box = text.split('viewBox="')[1].split('"')[0]
-    opening = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(description)}">'
-    return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1).strip()
+    return f'<svg viewBox="{box}" role="img" aria-label="{html.escape(description)}">{text[text.index(">") + 1 :].strip()}'
 
 
 def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Result]]) -> str | None:
@@ -86,11 +89,10 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
                 largest = max(largest, kls[-1])
         for row in shown:
             kl = max(0.0, row.result.kl or 0.0)
-            _mark(axis, kl, row, styles[row.name], xerr=None if row.result.kl_interval is None else _bars(kl, row.result.kl_interval))
             largest = max(largest, kl)
-        axis.axhline(base.reward, color=INK, linestyle=":", linewidth=1)
-        axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
-        axis.set_xticks(*_ticks(largest))
+            _mark(axis, kl, row, styles[row.name], xerr=row.result.kl_interval and _bars(kl, row.result.kl_interval))
+        _dotted(axis, base.reward)
+        _root_axis(axis, largest)
         # A setting that ruins the model must not press all others together.
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, base.reward - DEPTH * max(high - base.reward, 0.1 * (high - low))), high)
@@ -100,14 +102,25 @@ def frontier(rows: Sequence[Row], base: Result, groups: Mapping[str, Sequence[Re
         return to_svg(figure, "frontier", f"Reward against divergence. On the test prompts: {listed}. The uncontrolled model: {base.reward:.3g}.")
 
 
+def resources(rows: Sequence[Row]) -> str:
+    """Reward against the time that a method adds to each token."""
+    styles, times = _styles(rows), [row.result.added_seconds * 1000 for row in rows]
+    with drawing(7.2, 4.6) as figure:
+        axis = figure.subplots()
+        for row, time in zip(rows, times, strict=True):
+            _mark(axis, time, row, styles[row.name])
+        _root_axis(axis, max(times))
+        limits = min(-max(times) / 400, 1.2 * min(times)), max(times) * 1.1 or 1
+        axis.set(xlim=limits, xlabel="time added to each token, ms (square-root axis)", ylabel="reward")
+        figure.legend(loc="outside lower center", ncols=_legend_columns(rows))
+        listed = "; ".join(f"{row.name}: {time:.3g} ms, reward {row.result.reward:.3g}" for row, time in zip(rows, times, strict=True))
+        return to_svg(figure, "resources", f"Reward against the time added to each token. {listed}.")
+
+
 def sweeps(base: Result, groups: Mapping[str, Sequence[Result]]) -> dict[str, str]:
     """By the name of each row with several settings: reward and V at the end, diversity and NLL against the setting."""
-    made: dict[str, str] = {}
-    for name, points in groups.items():
-        setting = _main_setting(points)
-        if setting is not None:
-            made[name] = _sweep(f"sweep-{len(made)}", name, setting, base, points)
-    return made
+    main = {name: setting for name, points in groups.items() if (setting := _main_setting(points)) is not None}
+    return {name: _sweep(f"sweep-{number}", name, setting, base, groups[name]) for number, (name, setting) in enumerate(main.items())}
 
 
 def _sweep(mark: str, name: str, setting: str, base: Result, points: Sequence[Result]) -> str:
@@ -117,120 +130,111 @@ def _sweep(mark: str, name: str, setting: str, base: Result, points: Sequence[Re
         lines.setdefault(others, []).append(point)
     sizes = sorted({point.settings[setting] for point in points})
     with drawing(3.6, 5.2) as figure:
-        reward, diversity, nll = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
+        axes = dict(zip(("reward", "diversity", "nll"), figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1]), strict=True))
         for number, (others, line) in enumerate(lines.items()):
-            colour, x = HUES[number % len(HUES)], [point.settings[setting] for point in line]
-            label = f" ({others})" if len(lines) > 1 else ""
-            reward.plot(x, [point.reward for point in line], "-o", color=colour, label=f"reward{label}")
-            reward.fill_between(x, *zip(*(point.reward_interval for point in line), strict=True), color=colour, alpha=0.18, linewidth=0)
+            x, several = [point.settings[setting] for point in line], len(lines) > 1
+            colour, label = HUES[number % len(HUES)], f" ({others})" if several else ""
+            for measure, axis in axes.items():
+                if all(getattr(point, measure) is not None for point in line):
+                    axis.plot(x, [getattr(point, measure) for point in line], "-o", color=colour, label=f"reward{label}" if measure == "reward" else None)
+            axes["reward"].fill_between(x, *zip(*(point.reward_interval for point in line), strict=True), color=colour, alpha=0.18, linewidth=0)
             if all(point.value_end is not None for point in line):
-                reward.plot(x, [point.value_end for point in line], "--s", color=RED if len(lines) == 1 else colour, label=f"V at the end{label}")
-            diversity.plot(x, [point.diversity for point in line], "-o", color=colour)
-            if all(point.nll is not None for point in line):
-                nll.plot(x, [point.nll for point in line], "-o", color=colour)
-        for axis, level in ((reward, base.reward), (diversity, base.diversity), (nll, base.nll)):
-            if level is not None:
-                axis.axhline(level, color=INK, linestyle=":", linewidth=1, label="uncontrolled" if axis is reward else None)
+                axes["reward"].plot(x, [point.value_end for point in line], "--s", color=colour if several else RED, label=f"V at the end{label}")
+        for measure, axis in axes.items():
+            axis.set_ylabel("NLL" if measure == "nll" else measure)
+            if getattr(base, measure) is not None:
+                _dotted(axis, getattr(base, measure), label="uncontrolled" if measure == "reward" else None)
         if sizes[0] > 0 and sizes[-1] / sizes[0] >= LOGARITHMIC:
-            nll.set_xscale("log")
-        nll.set_xticks(sizes, [f"{size:g}" for size in sizes])
-        nll.minorticks_off()
-        reward.set_ylabel("reward")
-        diversity.set_ylabel("diversity")
-        nll.set(ylabel="NLL", xlabel=setting)
+            axis.set_xscale("log")
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel(setting)
         figure.align_ylabels()
-        figure.legend(loc="outside lower center", ncols=1 if len(lines) > 1 else 3, fontsize=8.5, handlelength=1.6, columnspacing=1)
-        listed = "; ".join(f"{setting} {point.settings[setting]:g}: reward {point.reward:.3g}, {_prediction(point)}" for point in points)
+        figure.legend(**LEGEND, ncols=1 if len(lines) > 1 else 3, handlelength=1.6, columnspacing=1)
+        values = ["V unknown" if point.value_end is None else f"V {point.value_end:.3g}" for point in points]
+        listed = "; ".join(f"{setting} {point.settings[setting]:g}: reward {point.reward:.3g}, {v}" for point, v in zip(points, values, strict=True))
         return to_svg(figure, mark, f"{name} along {setting}. {listed}.")
-
-
-def _prediction(point: Result) -> str:
-    return "V unknown" if point.value_end is None else f"V {point.value_end:.3g}"
 
 
 def _main_setting(points: Sequence[Result]) -> str | None:
     """The number that differs most among the settings; None where there is none."""
-    counts: dict[str, set[float]] = {}
-    for point in points:
-        for name, given in point.settings.items():
-            if isinstance(given, int | float) and not isinstance(given, bool):
-                counts.setdefault(name, set()).add(given)
-    shared = {name: len(found) for name, found in counts.items() if len(found) > 1 and all(name in point.settings for point in points)}
-    return max(shared, key=lambda name: shared[name], default=None)
+    shared = [name for name in points[0].settings if all(name in point.settings for point in points)] if points else []
+    numbers = {name: {point.settings[name] for point in points if type(point.settings[name]) in (int, float)} for name in shared}
+    return max((name for name in shared if len(numbers[name]) > 1), key=lambda name: len(numbers[name]), default=None)
 
 
-def calibration(found: Diagnosis, along: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[Row]) -> dict[str, str]:
-    """By their titles: mean reward against V, the correlation of both along responses, and V along the responses of some rows."""
-    made: dict[str, str] = {}
-    places = (np.arange(len(found.tokens)) + 0.5) / len(found.tokens)
+def calibration(found: Diagnosis, rows: Sequence[Row]) -> dict[str, str]:
+    """By their titles: mean reward against V, the correlation of both along responses, and V along the responses of RE-Control's rows."""
+    bins, styles = len(found.tokens), _styles(rows)
+    places = (np.arange(bins) + 0.5) / bins
+    predicted, observed, _ = zip(*found.calibration, strict=True)
+    marked = {"marker": "o", "color": HUES[0]}
+    listed = "; ".join(f"V {v:.3g}: reward {r:.3g}" for v, r, _ in found.calibration)
+    described = f"Mean reward by bins of V, with the line where both are equal. {listed}."
+    reliability = _panel(
+        "reliability", described, [(predicted, observed, marked)], "V, mean of a bin of tokens", "mean reward of their responses", predicted[0]
+    )
+    listed = ", ".join("unknown" if number is None else f"{number:.2f}" for number in found.correlation)
+    described = f"Correlation of V with the final reward along the response: {listed}."
+    known = [(places, np.array(found.correlation, dtype=float), marked)]
+    correlation = _panel("correlation", described, known, "position in the response", "correlation of V and reward")
+    shown = [rows[0], *[row for row in rows[1:] if ReControl.kind in row.result.kind and row.result.values][:DRAWN]]
+    lines = []
+    for row in shown:
+        colour, marker, line = styles[row.name]
+        lines.append((places, _by_position(row.result.values, bins), {"linestyle": line, "marker": marker, "color": colour, "label": row.name}))
+    described = f"Mean of V along responses of {', '.join(row.name for row in shown)}."
+    along = _panel("along", described, lines, "position in the response", "V, mean over responses")
+    return {"Reliability": reliability, "What V knows along the response": correlation, "V along responses, by method": along}
+
+
+def _panel(mark: str, described: str, lines: Sequence[tuple[Any, Any, dict[str, Any]]], x: str, y: str, equal: float | None = None) -> str:
+    """A small figure of lines (x, y, style); with `equal`, a point on it, the line where x and y are the same."""
     with drawing(3.6, 3.2) as figure:
         axis = figure.subplots()
-        predicted, observed, _ = zip(*found.calibration, strict=True)
-        # Where predicted and observed reward are the same.
-        axis.axline((predicted[0], predicted[0]), slope=1, color=INK, linewidth=1, linestyle=":")
-        axis.plot(predicted, observed, "-o", color=HUES[0])
-        axis.set(xlabel="V, mean of a bin of tokens", ylabel="mean reward of their responses")
-        listed = "; ".join(f"V {v:.3g}: reward {r:.3g}" for v, r, _ in found.calibration)
-        made["Reliability"] = to_svg(figure, "reliability", f"Mean reward by bins of V, with the line where both are equal. {listed}.")
-    with drawing(3.6, 3.2) as figure:
-        axis = figure.subplots()
-        axis.plot(places, np.array(found.correlation, dtype=float), "-o", color=HUES[0])
-        axis.axhline(0, color=INK, linewidth=1, linestyle=":")
-        axis.set(
-            xlabel="position in the response",
-            ylabel="correlation of V and reward",
-            ylim=(min([-0.05, *(number - 0.05 for number in found.correlation if number is not None)]), 1),
-            xlim=(0, 1),
-        )
-        listed = ", ".join("unknown" if number is None else f"{number:.2f}" for number in found.correlation)
-        made["What V knows along the response"] = to_svg(figure, "correlation", f"Correlation of V with the final reward along the response: {listed}.")
-    with drawing(3.6, 3.2) as figure:
-        axis = figure.subplots()
-        styles = _styles(rows)
-        for name, values in along.items():
-            colour, marker, line = styles[name]
-            axis.plot(places, _by_position(values, len(places)), line, marker=marker, color=colour, label=name)
-        axis.set(xlabel="position in the response", ylabel="V, mean over responses", xlim=(0, 1))
-        figure.legend(loc="outside lower center", fontsize=8.5)
-        made["V along responses, by method"] = to_svg(figure, "along", f"Mean of V along responses of {', '.join(along)}.")
-    return made
+        for places, numbers, style in lines:
+            axis.plot(places, numbers, **style)
+        axis.set(xlabel=x, ylabel=y)
+        if equal is not None:
+            axis.axline((equal, equal), slope=1, color=INK, linewidth=1, linestyle=":")
+        else:
+            axis.set_xlim(0, 1)
+        if mark == "correlation":
+            _dotted(axis, 0)
+            axis.set_ylim(min(-0.05, axis.get_ylim()[0]), 1)
+        if mark == "along":
+            figure.legend(**LEGEND)
+        return to_svg(figure, mark, described)
 
 
 def _by_position(values: Sequence[Sequence[float]], bins: int) -> Any:
     """(bins,) means over the tokens at each relative position; NaN, which is not drawn, where there are none."""
-    v = np.array([number for along in values for number in along], dtype=float)
-    place = np.array([int((token + 0.5) / len(along) * bins) for along in values for token in range(len(along))], dtype=int)
-    return np.array([v[place == number].mean() if (place == number).any() else np.nan for number in range(bins)])
-
-
-def resources(rows: Sequence[Row]) -> str:
-    """Reward against the time that a method adds to each token."""
-    styles = _styles(rows)
-    with drawing(7.2, 4.6) as figure:
-        axis = figure.subplots()
-        for row in rows:
-            _mark(axis, row.result.added_seconds * 1000, row, styles[row.name])
-        # Noise may make a method that adds nothing look faster than the model.
-        axis.set_xscale("function", functions=(lambda time: np.sign(time) * np.sqrt(np.abs(time)), lambda root: np.sign(root) * np.square(root)))
-        times = [row.result.added_seconds * 1000 for row in rows]
-        axis.set_xticks(*_ticks(max(times)))
-        axis.set(
-            xlim=(min(-max(times) / 400, 1.2 * min(times)), max(times) * 1.1 or 1), xlabel="time added to each token, ms (square-root axis)", ylabel="reward"
-        )
-        figure.legend(loc="outside lower center", ncols=_legend_columns(rows))
-        listed = "; ".join(f"{row.name}: {row.result.added_seconds * 1000:.3g} ms, reward {row.result.reward:.3g}" for row in rows)
-        return to_svg(figure, "resources", f"Reward against the time added to each token. {listed}.")
+    v = [number for along in values for number in along]
+    places = [int((token + 0.5) / len(along) * bins) for along in values for token in range(len(along))]
+    counts = np.bincount(places, minlength=bins)
+    return np.where(counts > 0, np.bincount(places, v, minlength=bins) / np.maximum(counts, 1), np.nan)
 
 
 def _mark(axis: Any, x: float, row: Row, style: tuple[str, str, str], **bars: Any) -> None:
     """The reward of a row with its interval."""
-    colour, marker, _ = style
     bars["yerr"] = _bars(row.result.reward, row.result.reward_interval)
-    axis.errorbar(x, row.result.reward, **bars, fmt=marker, color=colour, markersize=8, elinewidth=1, markeredgecolor=INK, label=row.name)
+    axis.errorbar(x, row.result.reward, **bars, fmt=style[1], color=style[0], markersize=8, elinewidth=1, markeredgecolor=INK, label=row.name)
 
 
 def _bars(middle: float, interval: tuple[float, float]) -> list[list[float]]:
     return [[max(0.0, middle - interval[0])], [max(0.0, interval[1] - middle)]]
+
+
+def _dotted(axis: Any, level: float, **options: Any) -> None:
+    axis.axhline(level, color=INK, linestyle=":", linewidth=1, **options)
+
+
+def _root_axis(axis: Any, largest: float) -> None:
+    """X grows with the square root, and below 0 likewise: noise may make a method that adds nothing look faster than the model."""
+    axis.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda root: np.sign(root) * np.square(root)))
+    step = 10 ** np.floor(np.log10(largest)) if largest > 0 else 1.0
+    places = [step * part for part in (0, 0.1, 0.5, 1, 2, 3.5, 5, 7.5) if step * part <= max(0.0, largest) * 1.05]
+    axis.set_xticks(places, [f"{place:g}" for place in places])
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
@@ -242,13 +246,6 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
     return styles
 
 
-def _legend_columns(rows: Sequence[Row]) -> int:
+def _legend_columns(rows: Iterable[Row]) -> int:
     """As many as the width of a large figure has room for."""
     return max(1, min(3, 72 // (max(len(row.name) for row in rows) + 4)))
-
-
-def _ticks(largest: float) -> tuple[list[float], list[str]]:
-    """Places that are wide enough apart where the axis grows with the square root."""
-    step = 10 ** np.floor(np.log10(largest)) if largest > 0 else 1.0
-    places = [0.0, *(place for place in (step / 10, step / 2, step, 2 * step, 3.5 * step, 5 * step, 7.5 * step) if place <= largest * 1.05)]
-    return places, [f"{place:g}" for place in places]

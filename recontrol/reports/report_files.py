@@ -4,9 +4,8 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,7 @@ FEWEST = 3
 def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None, *, command: str | None = None) -> None:
     """Write `report.html`, `report.json`, `report.csv` and `responses.jsonl` into a folder, each whole or not at all.
 
-    Args:
-        out: the folder, made if absent.
-        findings: what a study found.
-        study: the study, a dataclass or a mapping ready for JSON; None leaves out what only it knows.
-        command: that made it; None is the command that runs the study as it stands in the page.
-
-    Raises:
-        ValueError: results that do not fit the names, the prompts or the win rates.
-        OSError: the folder cannot be written.
+    The study is a dataclass or a mapping ready for JSON; without a `command` the page has that which runs the study as it stands there.
     """
     rows = make_rows(findings)
     sections: dict[str, Any] = dataclasses.asdict(study) if dataclasses.is_dataclass(study) and not isinstance(study, type) else dict(study or {})
@@ -52,30 +43,30 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
         "study": sections or None,
         "command": command or None,
         "versions": versions(),
-        "results": [{"name": row.name, **_summary(row.result, rows[0].result), "win_rate": None if row.win is None else row.win.to_dict()} for row in rows],
+        "results": [{"name": row.name, **_summary(row.result, rows[0].result), "win_rate": row.win and row.win.to_dict()} for row in rows],
         "against": findings.against,
         "validation": [_summary(result, findings.validation[0]) for result in findings.validation] or None,
         "groups": findings.groups,
         "chosen": findings.chosen,
-        "equal_kl": None if equal is None else dataclasses.asdict(equal),
-        "calibration": None if diagnosis is None else dataclasses.asdict(diagnosis),
+        "equal_kl": equal and dataclasses.asdict(equal),
+        "calibration": diagnosis and dataclasses.asdict(diagnosis),
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "responses.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _responses(rows, findings.prompts)))
-    _write(folder / "report.csv", _csv(rows, len(findings.prompts)))
-    write_json(folder / "report.json", _finite(content))
-    _write(folder / "report.html", page)
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _responses(rows, findings.prompts))
+    for name, text in (("responses.jsonl", lines), ("report.csv", _csv(rows, len(findings.prompts))), ("report.html", page)):
+        with write_aside(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    # Numbers that JSON does not have are null.
+    write_json(folder / "report.json", json.loads(json.dumps(content), parse_constant=lambda name: None))
 
 
-def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> list[dict[str, Any]]:
+def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Each response with its method, seed (0 for the first) and prompt."""
-    lines = []
     for row in rows:
-        asked = [(seed, index, prompt) for seed in range(row.result.seeds) for index, prompt in enumerate(prompts)]
+        asked = ((seed, index, prompt) for seed in range(row.result.seeds) for index, prompt in enumerate(prompts))
         for (seed, index, prompt), response, reward in zip(asked, row.result.responses, row.result.rewards, strict=True):
-            lines.append({"method": row.name, "seed": seed, "index": index, "prompt": prompt, "response": response, "reward": reward})
-    return lines
+            yield {"method": row.name, "seed": seed, "index": index, "prompt": prompt, "response": response, "reward": reward}
 
 
 def _summary(result: Result, base: Result) -> dict[str, Any]:
@@ -111,17 +102,3 @@ def _csv(rows: Sequence[Row], prompts: int) -> str:
 def _diagnosis(base: Result) -> Diagnosis | None:
     known = [(answer.values, reward) for answer, reward in zip(base.answers, base.rewards, strict=False) if answer.values]
     return diagnose_values([values for values, _ in known], [reward for _, reward in known]) if len(known) >= FEWEST else None
-
-
-def _finite(content: Any) -> Any:
-    """What JSON can hold: numbers that it does not have are null."""
-    if isinstance(content, Mapping):
-        return {str(name): _finite(entry) for name, entry in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(entry) for entry in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _write(path: Path, text: str) -> None:
-    with write_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")

@@ -18,20 +18,12 @@ def table(results: Sequence[Result], chosen: Collection[str] = (), rule: str = "
     rows = [HEADER]
     for result in results:
         low, high = result.reward_interval
-        rows.append(
-            (
-                result.method + (" *" if result.method in chosen else ""),
-                f"{result.reward:.3f}",
-                f"[{low:.3f}, {high:.3f}]",
-                f"{result.diversity:.3f}",
-                _number(result.coherence, ".3f"),
-                _number(result.nll, ".2f"),
-                f"{result.length:.1f}",
-                f"{result.tokens_per_second:.{0 if result.tokens_per_second >= 100 else 1}f}",
-                f"{result.cost:.2f}x",
-                _number(result.edit_norm, ".2f"),
-            )
-        )
+        label, speed = result.method + (" *" if result.method in chosen else ""), result.tokens_per_second
+        measured = {"reward": ".3f", "diversity": ".3f", "coherence": ".3f", "nll": ".2f", "length": ".1f", "cost": ".2f", "edit_norm": ".2f"}
+        cells = {name: "-" if getattr(result, name) is None else format(getattr(result, name), form) for name, form in measured.items()}
+        reward, diversity, coherence, nll, length, cost, edit = cells.values()
+        interval, speed_text = f"[{low:.3f}, {high:.3f}]", f"{speed:.{0 if speed >= 100 else 1}f}"
+        rows.append((label, reward, interval, diversity, coherence, nll, length, speed_text, f"{cost}x", edit))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -39,10 +31,6 @@ def table(results: Sequence[Result], chosen: Collection[str] = (), rule: str = "
     if any(result.method in chosen for result in results):
         lines.append(f"* chosen: {rule}.")
     return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def rule_in_words(rule: str | Mapping[str, float]) -> str:

@@ -5,59 +5,17 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
+from recontrol import methods
 from recontrol.data.rewards import Reward, checked_rewards, reward_name
-from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.control import Control
 from recontrol.evaluation.measure import short_hash
-from recontrol.methods import (
-    ARGS,
-    BestOfN,
-    Direction,
-    FineTuned,
-    Method,
-    PrefixScorer,
-    Prompting,
-    ReControl,
-    StaticEditing,
-    Together,
-    Training,
-    best_examples,
-    make_preference_pairs,
-    mean_difference,
-    reward_direction,
-    train_dpo,
-    train_rl,
-)
 from recontrol.methods.base import one_score
-from recontrol.studies.study import Study
-from recontrol.value import ValueFunction
 
-
-class Materials(Protocol):
-    """What methods are made of; a run of a study is one. Rollouts and value function are made when they are first asked for."""
-
-    study: Study
-    model: Any
-    tokenizer: Any
-    reward: Reward
-    folder: Path
-    train_prompts: list[str]
-    progress: bool
-
-    @property
-    def rollouts(self) -> Rollouts:
-        """Of the uncontrolled model."""
-
-    @property
-    def value(self) -> ValueFunction:
-        """The value function."""
-
-    @property
-    def trained(self) -> Training | None:
-        """What its training took, where that is known."""
+# A run of a study, which imports this module: it has the study, model, tokenizer, reward, folder, prompts, rollouts and value function of the methods.
+Run = Any
 
 
 @dataclass(frozen=True)
@@ -68,23 +26,23 @@ class Entry:
     kinds: tuple[str, ...]
     settings: tuple[dict[str, Any], ...]
 
-    def methods(self, materials: Materials) -> list[Method]:
+    def methods(self, run: Run) -> list[methods.Method]:
         """One method for each choice; what has to be trained for them is trained, or read where it was before."""
         made = []
         for chosen in self.settings:
-            parts = [KINDS[kind].make(materials, {name: given for name, given in chosen.items() if KINDS[kind].takes(name)}) for kind in self.kinds]
-            made.append(parts[0] if len(parts) == 1 else Together(parts))
+            parts = [KINDS[kind].make(run, {name: given for name, given in chosen.items() if KINDS[kind].takes(name)}) for kind in self.kinds]
+            made.append(parts[0] if len(parts) == 1 else methods.Together(parts))
         return made
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How an entry becomes a method: `strengths` are the settings that may be lists, and must be given but for `optional`; "*" in `options` takes any."""
+    """How an entry becomes a method: `strengths` may be lists, and those in `needed` must be given; "*" in `options` takes any."""
 
-    make: Callable[[Materials, dict[str, Any]], Method]
+    make: Callable[[Run, dict[str, Any]], methods.Method]
     strengths: tuple[str, ...]
+    needed: tuple[str, ...]
     options: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
         """Whether it has a setting of this name."""
@@ -116,14 +74,15 @@ def _lists(method: str, kinds: tuple[str, ...], settings: dict[str, Any], place:
         raise ValueError(f"{place}: found the method {unknown[0]!r}, wanted one of {', '.join(KINDS)}, or several with + between them")
     if len(kinds) > 1 and "best-of-n" in kinds:
         raise ValueError(f"{place}: best-of-n chooses between responses on its own and goes with no other method")
-    strange = [name for name in settings if not any(KINDS[kind].takes(name) for kind in kinds)]
+    found = [KINDS[kind] for kind in kinds]
+    strange = [name for name in settings if not any(kind.takes(name) for kind in found)]
     if strange:
-        known = [name for kind in kinds for name in (*KINDS[kind].strengths, *KINDS[kind].options)]
+        known = [name for kind in found for name in (*kind.strengths, *kind.options)]
         raise ValueError(f"{place}: {method} has no setting {strange[0]!r}, only {', '.join(known) or 'none'}")
-    missing = [name for kind in kinds for name in KINDS[kind].strengths if name not in settings and name not in KINDS[kind].optional]
+    missing = [name for kind in found for name in kind.needed if name not in settings]
     if missing:
         raise ValueError(f"{place}: {method} must have {', '.join(missing)}")
-    strengths = [name for kind in kinds for name in KINDS[kind].strengths if name in settings]
+    strengths = [name for kind in found for name in kind.strengths if name in settings]
     lists = {name: settings[name] if isinstance(settings[name], list) else [settings[name]] for name in strengths}
     empty = [name for name, choices in lists.items() if not choices]
     if empty:
@@ -131,124 +90,97 @@ def _lists(method: str, kinds: tuple[str, ...], settings: dict[str, Any], place:
     return lists
 
 
-class _Weighted:
-    """One score from several."""
-
-    def __init__(self, reward: Reward, weights: Sequence[float]):
-        self.reward, self.weights = reward, list(weights)
-        self.name = f"{json.dumps(self.weights)} of {reward_name(reward)}"
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return one_score(checked_rewards(self.reward, prompts, responses), self.weights).tolist()
-
-
-def _single_reward(materials: Materials) -> Reward:
-    weights = materials.study.reward.head_weights
-    return materials.reward if weights is None else _Weighted(materials.reward, weights)
-
-
 # The settings of an ascent, in a study as in the paper.
 CONTROL = {{"step_size": "alpha", "steps": "n"}.get(each.name, each.name): each.name for each in dataclasses.fields(Control) if each.name != "value"}
 
 
-def _head_weights(materials: Materials, settings: dict[str, Any]) -> Any:
-    return settings.get("head_weights", materials.study.reward.head_weights if materials.value.num_heads > 1 else None)
+def _single_reward(run: Run) -> Reward:
+    """One score from several, where the study weighs them."""
+    weights = run.study.reward.head_weights
+    if weights is None:
+        return run.reward
+
+    def weighted(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return one_score(checked_rewards(run.reward, prompts, responses), weights).tolist()
+
+    weighted.name = f"{json.dumps(list(weights))} of {reward_name(run.reward)}"  # type: ignore[attr-defined]
+    return weighted
 
 
-def _re_control(materials: Materials, settings: dict[str, Any]) -> Method:
+def _head_weights(run: Run, settings: dict[str, Any]) -> Any:
+    return settings.get("head_weights", run.study.reward.head_weights if run.value.num_heads > 1 else None)
+
+
+def _re_control(run: Run, settings: dict[str, Any]) -> methods.Method:
     of_control = {CONTROL[name]: given for name, given in settings.items() if name in CONTROL}
-    control = Control(materials.value, **{**of_control, "head_weights": _head_weights(materials, settings)})
-    beside = {name: given for name, given in settings.items() if name not in CONTROL}
-    return ReControl(control, trained=materials.trained, **beside)
+    control = Control(run.value, **{**of_control, "head_weights": _head_weights(run, settings)})
+    return methods.ReControl(control, trained=run.trained, **{name: given for name, given in settings.items() if name not in CONTROL})
 
 
-def _prefix_scorer(materials: Materials, settings: dict[str, Any]) -> Method:
-    weights = _head_weights(materials, settings)
-    return PrefixScorer(materials.value, settings["strength"], settings.get("k", 10), head_weights=weights, trained=materials.trained)
+def _prefix_scorer(run: Run, settings: dict[str, Any]) -> methods.Method:
+    return methods.PrefixScorer(run.value, settings["strength"], settings.get("k", 10), head_weights=_head_weights(run, settings), trained=run.trained)
 
 
-def _prompting(materials: Materials, settings: dict[str, Any]) -> Method:
+def _prompting(run: Run, settings: dict[str, Any]) -> methods.Method:
     examples = settings.get("examples", [])
     if isinstance(examples, int):
-        examples = best_examples(materials.rollouts, examples, head_weights=materials.study.reward.head_weights)
+        examples = methods.best_examples(run.rollouts, examples, head_weights=run.study.reward.head_weights)
     pairs = [tuple(pair) for pair in examples]
     if "goal" in settings:
-        return Prompting.for_dialogues(settings["goal"], pairs)
+        return methods.Prompting.for_dialogues(settings["goal"], pairs)
     keywords = {name: settings[name] for name in ("separator",) if name in settings}
-    return Prompting(settings.get("template", "{prompt}"), pairs, name=settings.get("called"), **keywords)
+    return methods.Prompting(settings.get("template", "{prompt}"), pairs, name=settings.get("called"), **keywords)
 
 
-def _static_editing(materials: Materials, settings: dict[str, Any]) -> Method:
+def _static_editing(run: Run, settings: dict[str, Any]) -> methods.Method:
     which = settings.get("direction", "reward")
-    makers: dict[str, Callable[..., Direction]] = {"reward": reward_direction, "mean-difference": mean_difference}
+    makers: dict[str, Callable[..., methods.Direction]] = {"reward": methods.reward_direction, "mean-difference": methods.mean_difference}
     if which not in makers:
         raise ValueError(f"the direction of static editing must be one of {', '.join(makers)}, found {which!r}")
-    path = materials.folder / "directions" / f"{which}.safetensors"
+    path = run.folder / "directions" / f"{which}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        makers[which](materials.rollouts, head_weights=materials.study.reward.head_weights).save(path)
-    return StaticEditing(Direction.load(path), settings["strength"])
+        makers[which](run.rollouts, head_weights=run.study.reward.head_weights).save(path)
+    return methods.StaticEditing(methods.Direction.load(path), settings["strength"])
 
 
-def _args(materials: Materials, settings: dict[str, Any]) -> Method:
-    return ARGS(materials.reward, settings["w"], settings.get("k", 10), weights=materials.study.reward.head_weights)
+def _best_of_n(run: Run, settings: dict[str, Any]) -> methods.Method:
+    options = {name: given for name, given in settings.items() if name != "n"}
+    return methods.BestOfN(settings["n"], run.reward, head_weights=run.study.reward.head_weights, **options)
 
 
-def _best_of_n(materials: Materials, settings: dict[str, Any]) -> Method:
-    options = {name: settings[name] for name in ("rows_at_once", "sampling") if name in settings}
-    return BestOfN(settings["n"], materials.reward, head_weights=materials.study.reward.head_weights, **options)
+def _fine_tuned(algorithm: str, run: Run, settings: dict[str, Any]) -> methods.Method:
+    """A LoRA adapter in a folder for each combination of settings, so that a study goes on with what is trained."""
+    decoding = dataclasses.replace(run.study.generation, batch_size=run.study.generation.batch_size or 16)
+    generation = {"max_new_tokens": decoding.max_new_tokens, "batch_size": decoding.batch_size, "stop_strings": list(decoding.stop_strings)}
+    folder = run.folder / "adapters" / f"{algorithm}-{short_hash([settings, run.train_prompts, generation])}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        return methods.FineTuned(folder)
+    options = {**settings, "progress": run.progress}
+    if algorithm == "dpo":
+        samples, prompts = options.pop("samples", 2), run.train_prompts[: options.pop("prompts", None)]
+        sampling = dataclasses.replace(decoding, options={"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
+        reward, progress = _single_reward(run), run.progress
+        pairs = methods.make_preference_pairs(run.model, run.tokenizer, prompts, reward, samples=samples, decoding=sampling, progress=progress)
+        methods.train_dpo(run.model, run.tokenizer, pairs.pairs, folder, **options)
+    else:
+        options = {name: generation[name] for name in ("max_new_tokens", "stop_strings")} | options
+        methods.train_rl(run.model, run.tokenizer, run.train_prompts, _single_reward(run), folder, algorithm=algorithm, **options)
+    return methods.FineTuned(folder)
 
 
-def _dpo(materials: Materials, settings: dict[str, Any]) -> Method:
-    folder = _adapter_folder(materials, "dpo", settings)
-    if not folder.exists():
-        options = dict(settings)
-        samples, prompts = options.pop("samples", 2), materials.train_prompts[: options.pop("prompts", None)]
-        sampling = {**_generation(materials), "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "progress": materials.progress}
-        pairs = make_preference_pairs(materials.model, materials.tokenizer, prompts, _single_reward(materials), samples=samples, **sampling)
-        train_dpo(materials.model, materials.tokenizer, pairs.pairs, folder, progress=materials.progress, **options)
-    return FineTuned(folder)
+def _adapter(algorithm: str) -> Kind:
+    return Kind(partial(_fine_tuned, algorithm), ("beta", "learning_rate"), ("beta",), ("*",))
 
 
-def _reinforcement(algorithm: str) -> Callable[[Materials, dict[str, Any]], Method]:
-    def make(materials: Materials, settings: dict[str, Any]) -> Method:
-        folder = _adapter_folder(materials, algorithm, settings)
-        if not folder.exists():
-            generation = _generation(materials)
-            options = {name: generation[name] for name in ("max_new_tokens", "stop_strings")} | settings
-            what = (materials.model, materials.tokenizer, materials.train_prompts, _single_reward(materials), folder)
-            train_rl(*what, algorithm=algorithm, progress=materials.progress, **options)
-        return FineTuned(folder)
-
-    return make
-
-
-def _generation(materials: Materials) -> dict[str, Any]:
-    """Of the training's own sampling."""
-    decoding = materials.study.generation
-    return {"max_new_tokens": decoding.max_new_tokens, "batch_size": decoding.batch_size or 16, "stop_strings": list(decoding.stop_strings)}
-
-
-def _adapter_folder(materials: Materials, algorithm: str, settings: dict[str, Any]) -> Path:
-    """One folder for each combination of settings, so that a study goes on with what is trained."""
-    folder = materials.folder / "adapters"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{algorithm}-{short_hash([settings, materials.train_prompts, _generation(materials)])}"
-
-
+STEERING = tuple(name for name in CONTROL if name != "head_weights")
 KINDS: dict[str, Kind] = {
-    "prompting": Kind(_prompting, (), ("template", "examples", "separator", "goal", "called")),
-    "re-control": Kind(
-        _re_control,
-        strengths=tuple(name for name in CONTROL if name != "head_weights"),
-        options=("head_weights", "backend", "allow_other_model"),
-        optional=tuple(name for name in CONTROL if name not in ("alpha", "n")),
-    ),
-    "prefix scorer": Kind(_prefix_scorer, ("strength",), ("k", "head_weights")),
-    "static editing": Kind(_static_editing, ("strength",), ("direction",)),
-    "args": Kind(_args, ("w",), ("k",)),
-    "best-of-n": Kind(_best_of_n, ("n",), ("rows_at_once", "sampling")),
-    "dpo": Kind(_dpo, ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),
-    "rloo": Kind(_reinforcement("rloo"), ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),
-    "grpo": Kind(_reinforcement("grpo"), ("beta", "learning_rate"), ("*",), optional=("learning_rate",)),
+    "prompting": Kind(_prompting, (), (), ("template", "examples", "separator", "goal", "called")),
+    "re-control": Kind(_re_control, STEERING, ("alpha", "n"), ("head_weights", "backend", "allow_other_model")),
+    "prefix scorer": Kind(_prefix_scorer, ("strength",), ("strength",), ("k", "head_weights")),
+    "static editing": Kind(_static_editing, ("strength",), ("strength",), ("direction",)),
+    "args": Kind(lambda run, given: methods.ARGS(run.reward, given["w"], given.get("k", 10), weights=run.study.reward.head_weights), ("w",), ("w",), ("k",)),
+    "best-of-n": Kind(_best_of_n, ("n",), ("n",), ("rows_at_once", "sampling")),
+    **{algorithm: _adapter(algorithm) for algorithm in ("dpo", "rloo", "grpo")},
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from recontrol.data.rewards.model import HEAD
@@ -27,25 +28,23 @@ FINE_TUNING = {"batch_size": 4, "epochs": 1, "rank": 2, "micro_batch_size": None
 def small(study: Study, out: Path) -> Study:
     """The same study, with everything that is large or far away replaced by what is made in a folder.
 
-    The architecture of the language model and of the reward models, the columns of the data, the methods and their settings stay as they are; weights are
-    random, so the numbers mean nothing. The coherence and a judge's win rate are left out, since both would ask for a model that is not here.
+    Architectures, the columns of the data, the methods and their settings stay. Coherence and win rate, which ask for models that are not here, are left out.
     """
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     # A study with a value function of its own has no prompts for training.
     sources = {"train": study.prompts.train or study.prompts.test, "validation": study.prompts.validation, "test": study.prompts.test}
-    files: dict[str, Any] = {name: None if source is None else _source(source, out, name) for name, source in sources.items()}
+    files: dict[str, Any] = {name: source and _source(source, out, name) for name, source in sources.items()}
     tokenizer = _tokenizer()
     rewards = [_save_reward(name, tokenizer, out / f"reward-{number}") for number, name in enumerate(study.reward.names)]
-    train = {**study.train, "hidden_dims": [WIDTH] * len(study.train.get("hidden_dims", (0,))), "epochs": 2}
     return dataclasses.replace(
         study,
-        model=ModelSection(str(_save_model(study.model.name, tokenizer, out / "lm")), "float32", "cpu"),
+        model=ModelSection(_save_model(study.model.name, tokenizer, out / "lm"), "float32", "cpu"),
         prompts=dataclasses.replace(study.prompts, **files, chat_template=False),
-        reward=RewardSection([str(reward) for reward in rewards], study.reward.head_weights, 4, study.reward.template),
+        reward=RewardSection(rewards, study.reward.head_weights, 4, study.reward.template),
         methods=[_small_method(entry) for entry in study.methods],
         generation=dataclasses.replace(study.generation, max_new_tokens=NEW_TOKENS, batch_size=4),
-        train=train,
+        train={**study.train, "hidden_dims": [WIDTH] * len(study.train.get("hidden_dims", (0,))), "epochs": 2},
         value=None,
         encoder=None,
         wins=None,
@@ -83,44 +82,36 @@ def _source(source: SourceSection, out: Path, name: str) -> SourceSection:
 
 def _tokenizer() -> Any:
     """Byte-level, trained on the words of the prompts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made = ByteLevelBPETokenizer()
     # Without a bar, which it would print.
-    made.train_from_iterator([TEXT] * 4, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made.train_from_iterator([TEXT] * 4, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def _save_model(name: str, tokenizer: Any, path: Path) -> Path:
+def _save_model(name: str, tokenizer: Any, path: Path) -> str:
     """A model of the architecture that the name says: Falcon's, else Llama's, whose own Vicuna and Llama 3 are."""
-    shared: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
+    shared: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1, **_sizes(tokenizer)}
     if "falcon" in name.lower():
         config: Any = AutoConfig.for_model("falcon", **shared, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
     else:
         config = LlamaConfig(**shared, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return _saved(AutoModelForCausalLM.from_config(config), tokenizer, path)
 
 
-def _save_reward(name: str, tokenizer: Any, path: Path) -> Path:
+def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
     """UltraRM's architecture, else a sequence classifier."""
-    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes | {"num_labels": 1}, pad_token_id=1, max_position_embeddings=1024)
+    layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    config = LlamaConfig(**layers, **_sizes(tokenizer), max_position_embeddings=1024)
     model = LlamaForSequenceClassification(config)
     weights = {weight.replace("score", HEAD) if "ultrarm" in name.lower() else weight: tensor for weight, tensor in model.state_dict().items()}
-    model.save_pretrained(path, state_dict=weights)
+    return _saved(model, tokenizer, path, state_dict=weights)
+
+
+def _sizes(tokenizer: Any) -> dict[str, Any]:
+    return {"vocab_size": len(tokenizer), "pad_token_id": 1}
+
+
+def _saved(model: Any, tokenizer: Any, path: Path, **options: Any) -> str:
+    model.save_pretrained(path, **options)
     tokenizer.save_pretrained(path)
-    return path
+    return str(path)

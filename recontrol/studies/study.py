@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.resources
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,11 @@ from recontrol.configs import from_mapping
 from recontrol.data.prompts import turn_marks
 from recontrol.data.rewards import Reward
 from recontrol.data.rewards.loading import load_reward
+from recontrol.data.settings import Collection
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.loading import load_language_model
+from recontrol.evaluation.judges import PairwiseJudge, RewardJudge
+from recontrol.training.config import TrainConfig
 
 # The studies that come with the package.
 SETTINGS = importlib.resources.files("recontrol.studies") / "settings"
@@ -125,36 +128,24 @@ class WinSection:
         if self.against not in ("uncontrolled", "preferred"):
             raise ValueError(f"against must be 'uncontrolled' or 'preferred', found {self.against!r}")
 
+    def load(self, reward: RewardSection) -> Callable[..., Any]:
+        """The judge; a reward is used as that of the study."""
+        kind, _, rest = self.judge.partition(":")
+        return PairwiseJudge(rest, base_url=self.url, cache=self.cache) if kind == "judge" else RewardJudge(reward.load([self.judge]))
+
 
 @dataclass(frozen=True)
 class Study:
-    """A whole study.
-
-    Args:
-        model: the language model.
-        prompts: the data.
-        reward: the reward.
-        methods: one entry for each row of the report, see `recontrol.studies.catalogue`.
-        generation: how responses are decoded, the same for all methods; its seed is that of the study. A file may say `stop` for `stop_strings`; without it,
-            responses to the data sets of dialogues are cut before a further turn of the user.
-        collect: arguments of `recontrol.collect`; sampling is that of `generation` where it is not given here.
-        train: arguments of `recontrol.train`.
-        value: a folder, a name on the hub or a .pth file: a value function that is there already; nothing is collected or trained for it.
-        encoder: sentence encoder for the coherence; "package:NAME" is one that an installed package carries.
-        wins: the win rate; None for none.
-        choose: "paper" is the largest coherence + diversity + reward, "reward" the largest reward, {"kl": 5.0} the largest reward within so many nats.
-        report: "chosen" reports on the setting of each row that was chosen, "all" on every setting.
-        seeds: how many times the test prompts are decoded.
-        seed: of everything that is drawn; rollouts begin with it.
-        seeds_apart: between the seeds of rollouts, of validation and of the test.
-    """
+    """A whole study; its fields are the keys of docs/study.md."""
 
     model: ModelSection
     prompts: PromptsSection
     reward: RewardSection
     methods: list[dict[str, Any]]
     generation: Decoding = field(default_factory=lambda: Decoding(**GENERATION))
+    # Settings of `Collection` and `Decoding`, and options of `model.generate`, beside those of `generation`.
     collect: dict[str, Any] = field(default_factory=dict)
+    # Settings of `TrainConfig`.
     train: dict[str, Any] = field(default_factory=dict)
     value: str | None = None
     encoder: str | None = None
@@ -163,28 +154,37 @@ class Study:
     report: Literal["chosen", "all"] = "chosen"
     seeds: int = 1
     seed: int = 0
-    # So far that no batch of one has the seed of a batch of another.
+    # So far that no batch of rollouts, validation or test has the seed of a batch of another.
     seeds_apart: int = 1_000_000
 
     def __post_init__(self) -> None:
+        rule, budget = self.choose, self.choose.get("kl") if isinstance(self.choose, dict) else None
+        if rule not in ("paper", "reward") and not (isinstance(rule, dict) and set(rule) == {"kl"} and isinstance(budget, int | float) and budget > 0):
+            raise ValueError(f"choose must be 'paper', 'reward' or {{'kl': nats}}, found {rule!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, found {self.seeds}")
-        rule = self.choose
-        if rule not in ("paper", "reward") and not (isinstance(rule, dict) and set(rule) == {"kl"} and isinstance(rule["kl"], int | float) and rule["kl"] > 0):
-            raise ValueError(f"choose must be 'paper', 'reward' or {{'kl': nats}}, found {rule!r}")
         if self.value is None and self.prompts.train is None:
             raise ValueError("without a value there must be prompts.train to make one from")
         if self.generation.seed:
             raise ValueError(f"generation has no seed of its own, found {self.generation.seed}: it is that of the study")
+        # Found when the file is read, not after hours of collecting.
+        from_mapping(TrainConfig, self.train, "train")
+        self.collected()
+
+    def collected(self) -> tuple[Decoding, Collection]:
+        """How rollouts are decoded, and how they are kept."""
+        of_collection = {each.name for each in dataclasses.fields(Collection)}
+        keywords = {name: given for name, given in self.collect.items() if name not in of_collection}
+        kept = {name: given for name, given in self.collect.items() if name in of_collection}
+        return Decoding.of(self.decoding(), **keywords), from_mapping(Collection, kept, "collect")
+
+    def decoding(self, part: int = 0) -> Decoding:
+        """How responses of a part of the study are decoded: 0 are the rollouts, 1 is the validation, 2 the test."""
+        return dataclasses.replace(self.generation, seed=self.seed + part * self.seeds_apart)
 
 
 def load_study(source: str | os.PathLike) -> Study:
-    """Read a study: a YAML file, or the name of one that comes with the package (`study_names`).
-
-    Raises:
-        FileNotFoundError: there is neither such a file nor such a study.
-        ValueError: no YAML, a section that is missing, unknown or of the wrong type; it is named.
-    """
+    """Read a study: a YAML file, or the name of one of the package; FileNotFoundError or ValueError where there is none, or what it says is wrong."""
     path = Path(source)
     if path.is_file():
         text, where = path.read_text(encoding="utf-8"), str(path)
@@ -210,11 +210,9 @@ def make_study(content: Any, where: str = "study") -> Study:
         return from_mapping(Study, content, where)
     generation = {**GENERATION, **content.get("generation", {})}
     stops = generation.pop("stop", generation.pop("stop_strings", None))
-    study = from_mapping(Study, {**content, "generation": {**generation, "stop_strings": [] if stops is None else stops}}, where)
-    if stops is not None:
-        return study
-    prompts = study.prompts
-    stops = turn_marks(prompts.test.source, prompts.human, prompts.chat_template)
+    study = from_mapping(Study, {**content, "generation": {**generation, "stop_strings": stops or []}}, where)
+    if stops is None:
+        stops = turn_marks(study.prompts.test.source, study.prompts.human, study.prompts.chat_template)
     return dataclasses.replace(study, generation=dataclasses.replace(study.generation, stop_strings=stops))
 
 
