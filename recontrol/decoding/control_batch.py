@@ -52,7 +52,7 @@ class ControlBatch:
             return
         self._controls = controls
         self._groups = _groups([controls] if isinstance(controls, Control) else controls)
-        if self._groups and self._counts is None:
+        if self._groups:
             self.count_on(self._groups[0].value.device)
 
     def try_out(self, controls: Iterable[Control], dtype: torch.dtype) -> None:
@@ -108,16 +108,13 @@ class ControlBatch:
         """The edited rows, those that are not finite as they were, and which are; both are counted."""
         finite = torch.isfinite(edited).all(dim=1)
         count = (finite if mask is None else mask & finite).sum()
-        if self._counts is None:
-            self.count_on(states.device)
         self._counts.add_(torch.stack([count, (states.shape[0] if mask is None else mask.sum()) - count]))
         return torch.where(finite[:, None], edited, states), finite
 
     def count_on(self, device: torch.device) -> None:
-        """Start to count."""
-        # No inference tensor, so that rows can be counted in any mode.
+        """Start to count, unless it was begun; in no inference tensor, so that rows can be counted in any mode."""
         with torch.inference_mode(False):
-            self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+            self._counts = torch.zeros(2, dtype=torch.int64, device=device) if self._counts is None else self._counts
 
 
 def _group_key(control: Control) -> Any:

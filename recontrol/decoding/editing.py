@@ -34,11 +34,10 @@ class _Call(threading.local):
 class Editing(Attachment):
     """Edits the states at the one site of a model, h <- edit(h, rows). A subclass defines `edit` and, if need be, `rows`; its `__init__` ends with `attach`."""
 
-    # Whether states are to be edited at all.
-    steers = True
-
     def __init__(self, model: Any):
         super().__init__(model)
+        # Whether states are to be edited at all.
+        self.steers = True
         # While edits are proved to reach the logits: the factor of the states.
         self._sign: Tensor | None = None
         # From the class, because an instance's forward may be a compiled one.
@@ -103,16 +102,12 @@ class Editing(Attachment):
     def _after_model(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Also after an error: the rows belong to one forward call.
         self._traced_rows = None
-        reached = self._traced_site
+        reached = self._traced_site or (not torch.compiler.is_compiling() and self._call.reached)
         if not torch.compiler.is_compiling():
-            reached, self._call.rows = reached or self._call.reached, None
+            self._call.rows = None
         # None after an error, and where a loss is made without logits.
         if not reached and self.expects_edits() and getattr(output, "logits", output) is not None:
             raise RuntimeError(f"this {type(owner).__name__} made logits without its output embedding, and no state was edited")
-
-    def seen(self) -> int:
-        """How many states came to be edited so far, also those that stayed as they were; waits for the device."""
-        return sum(self._batch.counts())
 
     def expects_edits(self) -> bool:
         """Whether a forward call that makes logits must come to the site."""

@@ -60,10 +60,7 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 
 
 def difference(recorded: dict[str, Any], model: Any) -> str | None:
-    """The first difference of a model from a fingerprint, in sizes or readable weights; None when it is the same model, perhaps in another dtype.
-
-    Weights that cannot be read, because they are packed, quantised or kept elsewhere, are passed over, and a warning says how many.
-    """
+    """The first difference of a model from a fingerprint, in sizes or weights; None if there is none. A warning names weights that cannot be read here."""
     owner = embedding_owner(model, output_embedding(model))
     config = owner.config.get_text_config()
     name = recorded.get("name") or "the recorded model"

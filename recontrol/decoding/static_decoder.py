@@ -102,12 +102,12 @@ class StaticDecoder:
         if self.compile_config is not None:
             options["compile_config"] = self.compile_config
         # The cache is allocated by the first call and written by all others, whatever mode they are in.
-        before = [handle.seen() for handle in handles]
+        before = [handle._batch.counts() for handle in handles]
         with torch.inference_mode(False):
             self.cache.reset()
             output = self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
         # Compiled code and graphs count on the device.
-        if any(handle.seen() == seen for handle, seen in zip(handles, before, strict=True)):
+        if any(handle._batch.counts() == seen for handle, seen in zip(handles, before, strict=True)):
             raise RuntimeError("a controller is attached and no state was edited: compiled code goes round it; make a new StaticDecoder")
         return output
 

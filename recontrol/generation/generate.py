@@ -165,7 +165,8 @@ def _run(
             batching, engine = "static", static.tokens(model, prompts, plan, editing, decoding)
         for index, token in stack.enter_context(contextlib.closing(engine)):
             if token is None:
-                editing.check_edited(index, len(new[index]))
+                if (edited := editing.edited.get(index, len(new[index]))) < len(new[index]):
+                    raise RuntimeError(f"{len(new[index])} tokens of prompt {index} come from {edited} edited states: transformers runs the model in a new way")
                 response = make_response(tokenizer, prompts[index], new[index], decoding.eos_ids, decoding.stop_strings)
                 trace = editing.traces[index].cut(len(response.token_ids)) if index in editing.traces else None
                 yield StreamedToken(index, None, Generation(**vars(response), batching=batching, trace=trace))

@@ -1,6 +1,5 @@
 """Hooks that give every request in a batch its own control."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,8 +40,8 @@ class RequestEditing(Editing):
         self.steers = bool(self._controls)
         # The unedited states then go through the output embedding too.
         self.traces = {index: Trace() for index in self._controls} if trace else {}
-        # How many states of each request were edited.
-        self._edited: Counter[int] = Counter()
+        # For each request that is steered how many of its states were edited.
+        self.edited = dict.fromkeys(self._controls, 0)
         self._places: tuple[list[int], Tensor] | None = None
         self._batch.backend = backends.check_name(backend)
         for value in dict.fromkeys(control.value for control in self._controls.values()):
@@ -53,11 +52,6 @@ class RequestEditing(Editing):
     def rows(self, given: dict[str, Any]) -> Rows | None:
         """The rows of this call."""
         return self.source(given)
-
-    def check_edited(self, request: int, tokens: int) -> None:
-        """Refuse a response with tokens that were sampled from states without an edit."""
-        if request in self._controls and self._edited[request] < tokens:
-            raise RuntimeError(f"{tokens} tokens of prompt {request} come from {self._edited[request]} edited states: transformers runs the model in a new way")
 
     def edit(self, hidden: Tensor, rows: Rows | None) -> Tensor | None:
         """The states after the ascents; in a traced call the unedited ones behind them."""
@@ -72,7 +66,7 @@ class RequestEditing(Editing):
         place = self._places[1]
         states = hidden.reshape(-1, hidden.shape[-1])
         chosen = states.index_select(0, place)
-        self._edited.update(requests)
+        self.edited |= {request: self.edited[request] + 1 for request in requests}
         self._batch.assign([self._controls[request] for request in requests])
         if not self.traces:
             return states.index_copy(0, place, self._batch.edit(chosen)).reshape(hidden.shape)

@@ -225,7 +225,9 @@ class StaticEditing(Method):
 
     def edit(self, states: Tensor) -> Tensor:
         """(rows, hidden_size) -> o_t + strength * d, in the dtype of the states; a row that would leave its range stays as it is."""
-        return _moved(ControlBatch(), states, self.strength * self.direction.vector.to(states.device))
+        batch = ControlBatch()
+        batch.count_on(states.device)
+        return _moved(batch, states, self.strength * self.direction.vector.to(states.device))
 
     def attach(self, model: Any) -> "StaticHandle":
         """Edit what `model` reads until the end of a `with` block; the direction must fit the model, and nothing else that edits may be attached."""

@@ -28,7 +28,7 @@ def install(settings: Settings) -> None:
 
     def verified(parameters: SamplingParams, *args: Any, **kwargs: Any) -> None:
         check(parameters.extra_args, settings)
-        if KEY in (parameters.extra_args or {}):
+        if parameters.extra_args and KEY in parameters.extra_args:
             parameters.extra_args = {**parameters.extra_args, KEY: as_json(parameters.extra_args[KEY])}
 
     wrap(SamplingParams, "verify", before=verified)
