@@ -105,8 +105,8 @@ class Editing(Attachment):
         reached = self._traced_site or (not torch.compiler.is_compiling() and self._call.reached)
         if not torch.compiler.is_compiling():
             self._call.rows = None
-        # None after an error, and where a loss is made without logits.
-        if not reached and self.expects_edits() and getattr(output, "logits", output) is not None:
+        # There are none after an error, and where trainers make a loss, or log-probabilities of given tokens, without them.
+        if not reached and self.expects_edits() and (isinstance(output, tuple) or getattr(output, "logits", None) is not None):
             raise RuntimeError(f"this {type(owner).__name__} made logits without its output embedding, and no state was edited")
 
     def expects_edits(self) -> bool:
