@@ -152,16 +152,12 @@ def finishing(shared):
 @pytest.mark.parametrize("named", [True, False], ids=["named", "by default"])
 def test_a_row_is_edited_up_to_its_end_and_no_further(shared, value, finishing, cache, named):
     options, lengths = finishing
-    # By default the tokens that end a response are those of the model's own generation config.
+    # By default `generate` is asked.
     stops = (*options["eos_token_id"], 0) if named else None
-    before, shared.generation_config.eos_token_id = shared.generation_config.eos_token_id, EOS if named else options["eos_token_id"]
-    try:
-        with controller(value, backend="reference", stop_token_ids=stops).attach(shared) as handle, record_hidden_states(shared) as recorder:
-            assert handle.stop_token_ids == (*options["eos_token_id"], 0)
-            with states_read(shared) as states:
-                controlled = generate(shared, **{**options, **cache})
-    finally:
-        shared.generation_config.eos_token_id = before
+    with controller(value, backend="reference", stop_token_ids=stops).attach(shared) as handle, record_hidden_states(shared) as recorder:
+        assert handle.stop_token_ids == stops
+        with states_read(shared) as states:
+            controlled = generate(shared, **{**options, **cache})
     assert hooks_on(shared) == []
     with Substitution(shared, value):
         expected = generate(shared, **{**options, **cache})
@@ -186,11 +182,12 @@ def test_without_stop_tokens_rows_are_never_finished(model, value, finishing):
     assert same(controlled, expected)
 
 
-def test_without_a_cache_finished_rows_cannot_be_told(model, value, finishing):
-    options, _ = finishing
-    with controller(value, stop_token_ids=(*options["eos_token_id"], 0)).attach(model) as handle:
-        generate(model, use_cache=False, **options)
-    assert handle.edited_rows == 3 * 12
+def test_without_a_cache_finished_rows_are_known_to_generate_but_cannot_be_told_by_tokens(model, value, finishing):
+    options, lengths = finishing
+    for stops, rows in ((None, sum(lengths)), ((*options["eos_token_id"], 0), 3 * 12)):
+        with controller(value, stop_token_ids=stops).attach(model) as handle:
+            generate(model, use_cache=False, **options)
+        assert handle.edited_rows == rows
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=["dynamic", "static", "none"])
@@ -198,8 +195,7 @@ def test_a_prompt_of_one_end_of_sequence_token_is_no_finished_row(model, value, 
     ids = torch.tensor([[EOS], [0], [5]])
     with Substitution(model, value):
         expected = generate(model, ids, **cache)
-    with controller(value, backend="reference").attach(model) as handle:
-        assert handle.stop_token_ids == (EOS, 0)
+    with controller(value, backend="reference", stop_token_ids=(EOS, 0)).attach(model) as handle:
         controlled = generate(model, ids, **cache)
     assert same(controlled, expected) and handle.edited_rows == 3 * NEW
 
@@ -208,7 +204,7 @@ def test_a_static_cache_that_was_emptied_is_empty(model, value):
     """It keeps its length on the device once it is allocated, which tells a prompt of one token from a decode step."""
     ids = torch.tensor([[EOS], [0], [5]])
     cache = StaticCache(config=model.config, max_cache_len=4)
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="reference", stop_token_ids=(EOS, 0)).attach(model) as handle:
         counts = []
         for _ in range(2):
             cache.reset()
@@ -222,7 +218,7 @@ def test_a_static_cache_that_was_emptied_is_empty(model, value):
 def test_what_is_known_of_finished_rows_ends_with_the_forward_call(model, value, failing):
     """Whoever calls the head by hand afterwards has all rows edited, also when the call broke off."""
     states, cache = torch.randn(3, 32), DynamicCache(config=model.config)
-    with controller(value, backend="reference").attach(model) as handle, torch.no_grad():
+    with controller(value, backend="reference", stop_token_ids=(EOS, 0)).attach(model) as handle, torch.no_grad():
         logits_of(model, input_ids=PROMPT, use_cache=True, **{CACHE: cache})
         hook = Failing(model.model.layers[1], ZeroDivisionError(), 1) if failing else None
         with pytest.raises(ZeroDivisionError) if failing else contextlib.nullcontext():
@@ -294,12 +290,12 @@ def test_compiled_decode_steps_leave_finished_rows_alone(small, value, style, ca
         past = StaticCache(config=small.config, max_cache_len=8) if cache is StaticCache else DynamicCache(config=small.config)
         return [logits_of(model, input_ids=ids, use_cache=True, **{CACHE: past})[:, -1] for ids in (PROMPT, *steps)]
 
-    free = run(small)
-    with controller(value, backend="reference").attach(small) as handle:
+    free, stops = run(small), (EOS, 0)
+    with controller(value, backend="reference", stop_token_ids=stops).attach(small) as handle:
         expected = run(small)
     rows = handle.edited_rows
     model = compiled(small, style)
-    with controller(value, backend="reference", self_check=False).attach(model) as handle:
+    with controller(value, backend="reference", self_check=False, stop_token_ids=stops).attach(model) as handle:
         found = run(model)
     assert handle.edited_rows == rows == PROMPT.numel() + 1 + 2 + 3
     for controlled, wanted, uncontrolled, live in zip(found, expected, free, ([0, 1, 2], [1], [0, 2], [0, 1, 2]), strict=True):

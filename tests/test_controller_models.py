@@ -147,7 +147,7 @@ def test_greedy_generation_samples_from_the_edited_states(model, value):
 def test_finished_rows_are_untouched_at_decode_steps_and_only_there(model, value):
     step = torch.tensor([[EOS], [20], [0]])
     runs = {}
-    for name, control in {"free": None, "controlled": controller(value, backend="reference")}.items():
+    for name, control in {"free": None, "controlled": controller(value, backend="reference", stop_token_ids=(EOS, 0))}.items():
         handle = control.attach(model) if control else None
         cache = DynamicCache(config=model.config)
         prefill = with_cache(model, cache, step)

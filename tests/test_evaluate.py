@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import recontrol.methods.base
 from recontrol.ascent.ascend import ascend
 from recontrol.data.prompts import load_prompts
-from recontrol.decoding.batches import Batch, check_lengths, finishing_tokens, generate_batch
+from recontrol.decoding.batches import Batch, check_lengths, generate_batch
 from recontrol.decoding.controller import Controller
 from recontrol.decoding.responses import Response
 from recontrol.evaluation.evaluate import evaluate
@@ -298,9 +298,7 @@ def test_rows_that_ended_are_not_edited(model, tokenizer, prompts, value):
     ids = generate_batch(model, tokenizer, prompts[:3], max_new_tokens=8).responses[0].token_ids
     end = next(token for place, token in enumerate(ids) if place >= 2 and token not in ids[:place])
     options = {"eos_token_id": end, "pad_token_id": 77}
-    assert finishing_tokens(model, tokenizer, options) == tuple(sorted({end, 77}))
-    assert finishing_tokens(model, tokenizer, {}) == (0, 2)
-    control = Controller(value, 1e-9, 1, stop_token_ids=finishing_tokens(model, tokenizer, options))
+    control = Controller(value, 1e-9, 1)
     with control.attach(model) as handle:
         batch = generate_batch(model, tokenizer, prompts[:3], max_new_tokens=8, **options)
     assert batch.tokens < 8 * 3
@@ -314,7 +312,7 @@ def test_prompts_that_are_too_long_are_named(model, tokenizer):
 
     def plain(texts):
         # Without a beginning-of-sequence token.
-        return SimpleNamespace(input_ids=[list(text) for text in texts])
+        return SimpleNamespace(input_ids=[[5] * len(text) for text in texts])
 
     with pytest.raises(ValueError, match=r"1 prompts have no tokens: 0$"):
         check_lengths(model, plain, ["", "short"], 16)

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recontrol.decoding.batches import REFUSED, check_lengths, check_options, evaluation_mode, finishing_tokens, generate_batch, seeded
+from recontrol.decoding.batches import REFUSED, check_lengths, check_options, eos_tokens, evaluation_mode, generate_batch, padding_token, seeded
 from recontrol.decoding.responses import CONTEXT_TOKENS, StopStrings, decode_after, listed_stop_strings, make_response
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movie_reviews"
@@ -304,7 +304,7 @@ class TestCheckLengths:
                 check_lengths(model, Letters(), ["x", *["x" * 60] * count], 16)
 
     def test_a_model_without_a_longest_context(self):
-        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder=None: SimpleNamespace()))
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder=None: SimpleNamespace()), get_input_embeddings=lambda: None)
         check_lengths(model, Letters(), ["x" * 10_000], 10_000)
 
     def test_a_limit_of_the_callers_comes_on_top(self, model):
@@ -325,36 +325,25 @@ class TestCheckLengths:
             check_lengths(model, Letters(), [], 1)
 
 
-class TestFinishingTokens:
+class TestEnds:
     @pytest.mark.parametrize(
-        ("tokenizer", "options", "wanted"),
+        ("tokenizer", "options", "ends", "padding"),
         [
-            (Letters(), {}, (PAD, EOS)),
-            (Letters(), {"eos_token_id": 7}, (PAD, 7)),
-            (Letters(), {"eos_token_id": [9, 7, 9]}, (PAD, 7, 9)),
-            (Letters(), {"eos_token_id": torch.tensor([9, 7])}, (PAD, 7, 9)),
-            (Letters(), {"eos_token_id": None}, (PAD,)),
-            (Letters(), {"pad_token_id": 50}, (EOS, 50)),
-            (Letters(pad_token_id=None), {}, (EOS,)),
-            (Letters(pad_token_id=None, eos_token_id=5), {}, (EOS, 5)),
-            (Letters(pad_token_id=None, eos_token_id=None), {}, (0, EOS)),
-            (Letters(), {"generation_config": GenerationConfig(eos_token_id=[7, 8])}, (PAD, 7, 8)),
-            (Letters(), {"generation_config": GenerationConfig(eos_token_id=7), "eos_token_id": 9}, (PAD, 9)),
+            (Letters(), {}, {EOS}, PAD),
+            (Letters(), {"eos_token_id": 7}, {7}, PAD),
+            (Letters(), {"eos_token_id": [9, 7, 9]}, {7, 9}, PAD),
+            (Letters(), {"eos_token_id": torch.tensor([9, 7])}, {7, 9}, PAD),
+            (Letters(), {"eos_token_id": None}, set(), PAD),
+            (Letters(), {"pad_token_id": 50}, {EOS}, 50),
+            (Letters(pad_token_id=None), {}, {EOS}, EOS),
+            (Letters(pad_token_id=None, eos_token_id=5), {}, {EOS}, 5),
+            (Letters(pad_token_id=None, eos_token_id=None), {}, {EOS}, 0),
+            (Letters(), {"generation_config": GenerationConfig(eos_token_id=[7, 8])}, {7, 8}, PAD),
+            (Letters(), {"generation_config": GenerationConfig(eos_token_id=7), "eos_token_id": 9}, {9}, PAD),
         ],
     )
-    def test_they_are_the_ends_and_what_is_filled_in_behind_them(self, model, tokenizer, options, wanted):
-        assert finishing_tokens(model, tokenizer, options) == wanted
-
-    def test_rows_of_a_batch_that_have_ended_hold_them(self, model, free, monkeypatch):
-        options = {"eos_token_id": sorted({row[2] for row in free[:2]}), "pad_token_id": 50}
-        outputs, original = [], model.generate
-        monkeypatch.setattr(model, "generate", lambda **keywords: outputs.append(original(**keywords)) or outputs[0])
-        batch = generate_batch(model, Letters(), PROMPTS, max_new_tokens=9, **options)
-        width = max(map(len, PROMPTS))
-        behind = [token for row, response in zip(outputs[0][:, width:].tolist(), batch.responses, strict=True) for token in row[len(response.token_ids) - 1 :]]
-        ended = [response for response in batch.responses if response.finish == "eos"]
-        assert len(ended) >= 2 and 50 in behind
-        assert {response.token_ids[-1] for response in ended} | {50} <= set(finishing_tokens(model, Letters(), options))
+    def test_the_ends_of_a_row_and_what_is_filled_in_behind_them(self, model, tokenizer, options, ends, padding):
+        assert eos_tokens(model, options) == ends and padding_token(tokenizer, options) == padding
 
 
 class TestSeeded:

@@ -9,7 +9,7 @@ from generating import ENDING, NEW, PROMPTS, TOKENIZER, double_llama, value
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import recontrol as rc
-from recontrol.decoding.batches import finishing_tokens, generate_batch
+from recontrol.decoding.batches import generate_batch
 from recontrol.methods.base import Method, Together, Training, Uncontrolled
 from recontrol.methods.best_of_n import BestOfN
 from recontrol.methods.control import ReControl
@@ -86,8 +86,7 @@ def test_the_uncontrolled_method_is_generation_as_it_is(model):
 @pytest.mark.parametrize("changes", [{}, {"radius": 1.0}, {"target": 0.5}], ids=["upward", "radius", "target"])
 def test_recontrol_is_a_controller_around_generation(model, changes):
     method = ReControl(rc.Control(value(64), 3.0, 9, **changes))
-    stops = finishing_tokens(model, TOKENIZER, {"eos_token_id": ENDING})
-    with rc.Controller(value(64), 3.0, 9, **changes, stop_token_ids=stops).attach(model), states_read(model) as expected:
+    with rc.Controller(value(64), 3.0, 9, **changes).attach(model), states_read(model) as expected:
         by_hand = generate_batch(model, TOKENIZER, PROMPTS, **SAMPLING).responses
     # Looks at states where the method has put its hook already.
     looking = Together([method, Looking()])

@@ -13,7 +13,7 @@ import torch
 import recontrol as rc
 from recontrol.cli import main
 from recontrol.vllm_plugin.self_test import prove
-from recontrol.vllm_plugin.settings import MOST_STEPS, Settings, parse_control
+from recontrol.vllm_plugin.settings import MOST_STEPS, Settings, as_json, parse_control
 from recontrol.vllm_plugin.steering import RequestControls
 from recontrol.vllm_plugin.wrapping import wrap
 
@@ -81,6 +81,25 @@ def test_a_control_is_a_mapping_or_json(values):
 def test_a_malformed_control_is_refused(values, given, message):
     with pytest.raises(ValueError, match=message):
         parse_control(given, values)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"value": np.str_("both"), "step_size": np.float32(0.25), "steps": np.int64(7), "radius": torch.tensor(2.0), "head_weights": np.array([1, -0.5])},
+        {"value": "both", "step_size": 0.25, "steps": 7, "radius": 2, "head_weights": (torch.tensor(1), np.float16(-0.5))},
+        np.str_('{"value": "both", "step_size": 0.25, "steps": 7, "radius": 2, "head_weights": [1, -0.5]}'),
+    ],
+    ids=["numpy", "torch in a tuple", "a text of numpy"],
+)
+def test_numbers_of_other_libraries_can_be_sent(values, given):
+    sent = as_json(given)
+    assert type(sent) is str
+    for each in (given, sent):
+        control = parse_control(each, values)
+        assert (control.step_size, control.steps, control.radius, control.head_weights) == (0.25, 7, 2.0, (1.0, -0.5))
+    with pytest.raises(ValueError, match="a control must be JSON"):
+        parse_control({"value": "both", "step_size": object()}, values)
 
 
 def test_settings_come_from_the_environment(bank, values):

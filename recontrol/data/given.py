@@ -14,9 +14,9 @@ from recontrol.data.batches import ScoredResponses
 from recontrol.data.prompts import check_equal
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
-from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, effective, evaluation_mode, seeded
+from recontrol.decoding.batches import TOKENISED_AT_ONCE, check_lengths, check_tokens, effective, evaluation_mode, seeded
 from recontrol.decoding.config import Decoding
-from recontrol.decoding.hooks import output_embedding
+from recontrol.decoding.hooks import input_device, output_embedding
 from recontrol.decoding.model_config import context_length
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
@@ -131,6 +131,7 @@ class GivenResponses:
         for start in range(0, len(self.prompts), TOKENISED_AT_ONCE):
             rows = range(start, min(start + TOKENISED_AT_ONCE, len(self.prompts)))
             prompts, new, _ = self._tokens(rows)
+            check_tokens(self.model, new, start, "responses")
             empty += [row for row, ids in zip(rows, new, strict=True) if not ids]
             # The last token of a row is never read.
             lengths += [len(prompt) + len(ids) - 1 for prompt, ids in zip(prompts, new, strict=True)]
@@ -150,8 +151,8 @@ def states_of(model: Any, prompts: Sequence[list[int]], responses: Sequence[list
     ids = [(prompt + new)[:-1] for prompt, new in zip(prompts, responses, strict=True)]
     width = max(map(len, ids))
     # On the right: no position sees what comes after it, so the padding changes nothing but rounding.
-    inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)
+    inputs = torch.tensor([row + [row[-1]] * (width - len(row)) for row in ids], device=input_device(model))
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=input_device(model))
     seen: list[Tensor] = []
 
     def keep(embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

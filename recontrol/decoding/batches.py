@@ -13,8 +13,9 @@ from transformers import StoppingCriteriaList
 
 from recontrol.checks import first_few
 from recontrol.decoding.config import Decoding
+from recontrol.decoding.hooks import input_device
 from recontrol.decoding.hooks import seeded as seeded
-from recontrol.decoding.model_config import context_length
+from recontrol.decoding.model_config import context_length, vocabulary_size
 from recontrol.decoding.responses import Response, StopStrings, make_response
 
 # The result must be one row of new tokens for each prompt.
@@ -58,15 +59,16 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], decoding:
 
 def respond(model: Any, tokenizer: Any, prompts: Sequence[str], stop_strings: list[str], options: dict[str, Any]) -> Batch:
     """Run `model.generate` in the caller's mode and with the caller's generators; row r responds to prompt r // num_return_sequences."""
-    ids = tokenizer(list(prompts)).input_ids
+    ids, device = tokenizer(list(prompts)).input_ids, input_device(model)
+    check_tokens(model, ids)
     padding = padding_token(tokenizer, {})
-    options = {"pad_token_id": padding, **greedy_unless_asked(options), **options}
-    inputs, mask = left_padded(ids, padding, model.device)
+    options = {"pad_token_id": padding, **greedy_unless_asked(options), **options, "return_dict_in_generate": False}
+    inputs, mask = left_padded(ids, padding, device)
     width = inputs.shape[1]
     if stop_strings:
         options["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, stop_strings, width)])
     # What was queued on an accelerator is finished before the clock is read.
-    wait = functools.partial(torch.cuda.synchronize, model.device) if model.device.type == "cuda" else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     with torch.no_grad():
         wait()
         start = time.perf_counter()
@@ -108,8 +110,23 @@ def check_lengths(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_to
         raise TypeError(f"prompts must be a list of texts, found {found}")
     if not prompts:
         raise ValueError("there are no prompts")
-    parts = [list(prompts[start : start + TOKENISED_AT_ONCE]) for start in range(0, len(prompts), TOKENISED_AT_ONCE)]
-    check_token_counts(model, [len(ids) for part in parts for ids in tokenizer(part).input_ids], max_new_tokens, max_prompt_tokens)
+    lengths: list[int] = []
+    for start in range(0, len(prompts), TOKENISED_AT_ONCE):
+        ids = tokenizer(list(prompts[start : start + TOKENISED_AT_ONCE])).input_ids
+        check_tokens(model, ids, start)
+        lengths += map(len, ids)
+    check_token_counts(model, lengths, max_new_tokens, max_prompt_tokens)
+
+
+def check_tokens(model: Any, rows: Sequence[Sequence[int]], first: int = 0, what: str = "prompts") -> None:
+    """Refuse tokens that the model does not have, such as those added to a tokenizer alone; `first` is the number of the first row."""
+    count = getattr(model.get_input_embeddings(), "num_embeddings", None) or vocabulary_size(model.config)
+    if count is None:
+        return
+    ends = [(place, token) for place, row in enumerate(rows, first) for token in sorted({min(row, default=0), max(row, default=0)})]
+    wrong = [f"{place} (token {token})" for place, token in ends if not 0 <= token < count]
+    if wrong:
+        raise ValueError(f"{what} have tokens that the model does not have, it knows 0 to {count - 1}: {first_few(wrong)}")
 
 
 def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, max_prompt_tokens: int | None = None) -> None:
@@ -124,11 +141,6 @@ def check_token_counts(model: Any, lengths: Sequence[int], max_new_tokens: int, 
         too_long = [f"{index} ({length} tokens)" for index, length in enumerate(lengths) if limit is not None and length > limit]
         if too_long:
             raise ValueError(f"{len(too_long)} prompts {complaint}: {first_few(too_long)}")
-
-
-def finishing_tokens(model: Any, tokenizer: Any, generation_kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The tokens after which a row of `generate_batch` has ended, the `stop_token_ids` of a `Controller`."""
-    return tuple(sorted(eos_tokens(model, generation_kwargs) | {padding_token(tokenizer, generation_kwargs)}))
 
 
 @contextlib.contextmanager

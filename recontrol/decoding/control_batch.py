@@ -52,10 +52,8 @@ class ControlBatch:
             return
         self._controls = controls
         self._groups = _groups([controls] if isinstance(controls, Control) else controls)
-        if self._groups and self._counts is None:
-            # No inference tensor, so that rows can be counted in any mode.
-            with torch.inference_mode(False):
-                self._counts = torch.zeros(2, dtype=torch.int64, device=self._groups[0].value.device)
+        if self._groups:
+            self.count_on(self._groups[0].value.device)
 
     def try_out(self, controls: Iterable[Control], dtype: torch.dtype) -> None:
         """Edit one state of each group: a backend that cannot run says so here, and what it precomputes from the weights is ready."""
@@ -71,11 +69,15 @@ class ControlBatch:
     def edited_rows(self) -> int:
         """How many rows were edited so far; reading it waits for the device."""
         self.warn()
-        return 0 if self._counts is None else int(self._counts[0])
+        return self.counts()[0]
+
+    def counts(self) -> tuple[int, int]:
+        """How many rows were edited so far, and how many stayed unedited."""
+        return (0, 0) if self._counts is None else tuple(self._counts.tolist())
 
     def warn(self) -> None:
         """Log, once, how many rows stayed unedited; waits for the device."""
-        unedited = 0 if self._warned or self._counts is None else int(self._counts[1])
+        unedited = 0 if self._warned else self.counts()[1]
         if unedited:
             self._warned = True
             logger.warning("%d states stay unedited: they, or what the ascent makes of them, are not finite; a smaller step_size may help", unedited)
@@ -94,15 +96,25 @@ class ControlBatch:
             finite = torch.isfinite(hidden).all(dim=1)
             result = ascend(hidden, value, mask=finite if live is None else live & finite, return_trace=traced, backend=self.backend, **settings)
             climbed, path = result if isinstance(result, tuple) else (result, None)
-            finite = torch.isfinite(climbed).all(dim=1)
-            count = (finite if live is None else live & finite).sum()
-            self._counts.add_(torch.stack([count, (hidden.shape[0] if live is None else live.sum()) - count]))
-            edited = _with_rows(edited, rows, torch.where(finite[:, None], climbed, hidden))
+            kept, finite = self.keep(hidden, climbed, live)
+            edited = _with_rows(edited, rows, kept)
             if path is not None:
                 # A row that ends early keeps its last value, one that stays unedited its first.
                 before, after = _with_rows(before, rows, path[:, 0]), _with_rows(after, rows, torch.where(finite, path[:, -1], path[:, 0]))
         norm = (edited.to(after.dtype) - states.to(after.dtype)).norm(dim=-1) if traced else after
         return edited, EditTrace(before, after, norm)
+
+    def keep(self, states: Tensor, edited: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The edited rows, those that are not finite as they were, and which are; both are counted."""
+        finite = torch.isfinite(edited).all(dim=1)
+        count = (finite if mask is None else mask & finite).sum()
+        self._counts.add_(torch.stack([count, (states.shape[0] if mask is None else mask.sum()) - count]))
+        return torch.where(finite[:, None], edited, states), finite
+
+    def count_on(self, device: torch.device) -> None:
+        """Start to count, unless it was begun; in no inference tensor, so that rows can be counted in any mode."""
+        with torch.inference_mode(False):
+            self._counts = torch.zeros(2, dtype=torch.int64, device=device) if self._counts is None else self._counts
 
 
 def _group_key(control: Control) -> Any:

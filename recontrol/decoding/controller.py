@@ -14,7 +14,7 @@ from recontrol.ascent.arguments import normalise
 from recontrol.checks import integer, several, wide_dtype
 from recontrol.decoding.control import SETTINGS, Control
 from recontrol.decoding.editing import Editing, check_fit
-from recontrol.decoding.hooks import CACHE_NAMES
+from recontrol.decoding.hooks import CACHE_NAMES, unfinished_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,8 @@ class Controller(Control):
     u_t comes from `recontrol.ascend` on o_t, the hidden state after the final norm at the position whose logits sample y_t; the key/value cache is not
     touched. Only positions whose logits are computed are edited: with `generate`, one row a sequence, at prefill too.
 
-    Finished rows are not edited: at a decode step (one token a row goes in, and the cache is not empty) those whose input token is one of
-    `stop_token_ids`. Without a cache (`use_cache=False`) they cannot be told. A row stays unedited, and a warning says so, if its state is not finite or
-    if the edit would leave the range of its dtype.
+    Rows that `generate` has finished are not edited; where they cannot be told, as in compiled code, all are, and what they give is thrown away. A row
+    stays unedited, and a warning says so, if its state is not finite or if the edit would leave the range of its dtype.
 
     Args:
         value: the value function to climb, on the model's device; its dtype may be another than the model's.
@@ -36,8 +35,8 @@ class Controller(Control):
         target: climb towards this value instead of upward, in V's own unit: where V is standardised, `value.from_reward` makes it of rewards.
         head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
         backend: as for `recontrol.ascend`.
-        stop_token_ids: tokens after which a row is finished, also those that you give `generate` as `eos_token_id` or `pad_token_id`; by default the
-            model's end-of-sequence tokens and its padding. `()`: rows are never finished.
+        stop_token_ids: for loops that know nothing else: at a decode step (one token a row goes in, and the cache is not empty) rows with one of these
+            tokens are finished. By default `generate` is asked which are; `()`: rows are never finished.
         allow_other_model: attach although `value` was trained on the states of another model.
         self_check: prove at attach, by running the model on one token three times, that edits reach the logits.
 
@@ -79,11 +78,7 @@ class Handle(Editing):
     def __init__(self, controller: Controller, model: Any):
         super().__init__(model)
         self.controller = controller
-        # By default the end-of-sequence tokens of the generation config and the padding token.
-        config = getattr(self.owner, "generation_config", None) or self.owner.config.get_text_config()
-        known = [getattr(config, name, None) for name in ("eos_token_id", "pad_token_id")]
-        tokens = dict.fromkeys(int(token) for given in known if given is not None for token in torch.as_tensor(given, device="cpu").flatten())
-        self.stop_token_ids = tuple(tokens if controller.stop_token_ids is None else controller.stop_token_ids)
+        self.steers, self.stop_token_ids = controller.steps > 0, controller.stop_token_ids
         check_fit(self, controller.value, controller.allow_other_model)
         controller.check_range(wide_dtype(self.dtype()))
         self._batch.backend = controller.backend
@@ -103,7 +98,10 @@ class Handle(Editing):
         return backends.choose(self.controller.backend, normalise(hidden, value, **settings), value.prepared()).name
 
     def rows(self, given: dict[str, Any]) -> tuple[Tensor, Any] | None:
-        """The tokens of a decode step, (batch, 1), and its cache where the length is on the device, else None. No step is prefill: every row is live."""
+        """Which rows are live, (batch,), or the tokens of a decode step, (batch, 1), and its cache where its length is on the device; else None."""
+        if self.stop_token_ids is None:
+            live = None if torch.compiler.is_compiling() else unfinished_rows(self.embedding)
+            return None if live is None else (live, None)
         ids = given.get("input_ids")
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if not self.stop_token_ids or cache is None or ids is None or ids.dim() != 2 or ids.shape[1] != 1:
@@ -122,13 +120,15 @@ class Handle(Editing):
         if self.controller.steps == 0:
             return None
         states = hidden.reshape(-1, hidden.shape[-1])
-        ids, cache = rows or (None, None)
-        mask = None
         # No mask if row counts differ.
-        if ids is not None and ids.shape[0] == states.shape[0]:
-            finished = functools.reduce(operator.or_, (ids[:, 0] == token for token in self.stop_token_ids))
-            if cache is not None:
-                # All layers have put the token into the cache. A static cache keeps its length on the device; reading it here would wait for the device.
-                finished = finished & (cache.get_seq_length() > 1).to(ids.device)
-            mask = ~finished.to(states.device)
+        mask = None if rows is None or rows[0].shape[0] != states.shape[0] else self._live(*rows).to(states.device)
         return self._batch.edit(states, mask).reshape(hidden.shape)
+
+    def _live(self, told: Tensor, cache: Any) -> Tensor:
+        if told.dtype == torch.bool:
+            return told
+        finished = functools.reduce(operator.or_, (told[:, 0] == token for token in self.stop_token_ids or ()))
+        if cache is not None:
+            # All layers have put the token into the cache. A static cache keeps its length on the device; reading it here would wait for the device.
+            finished = finished & (cache.get_seq_length() > 1).to(told.device)
+        return ~finished

@@ -1,6 +1,7 @@
 """Hooks on a language model that are removed together, and the site in the model where states are read and edited."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,26 @@ def input_width(model: Any, embedding: nn.Module) -> int:
     return width if isinstance(width, int) else read
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its tokens: where accelerate runs it, if its weights are kept elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    kept = () if model.device.type != "meta" else (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in kept if device is not None), model.device))
+
+
+def unfinished_rows(embedding: nn.Module) -> Tensor | None:
+    """(rows,), which rows are unfinished to the `generate` that now runs the model of this output embedding in this thread; None outside of one.
+
+    Its own variable: no token tells, since a row may say padding, or go on after an end of sequence.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and "unfinished_sequences" not in frame.f_code.co_varnames:
+        frame = frame.f_back  # type: ignore[assignment]
+    known = {} if frame is None else frame.f_locals
+    found, model = known.get("unfinished_sequences"), known.get("self")
+    return found.bool() if isinstance(found, Tensor) and isinstance(model, nn.Module) and _embedding_of(model) is embedding else None
+
+
 @dataclass(frozen=True, eq=False)
 class EditSite:
     """Where states are read and edited: an argument of the forward call of a module, by position, or by name where it is given so."""
@@ -65,6 +86,7 @@ class Attachment:
     def __init__(self, model: Any):
         self.model, self.embedding = model, output_embedding(model)
         self.owner, self.site = embedding_owner(model, self.embedding), EditSite(self.embedding)
+        self._path = next((name for name, module in self.owner.named_modules() if module is self.embedding), "")
         self._hooks: list[RemovableHandle] = []
         self._paused = False
 
@@ -94,6 +116,12 @@ class Attachment:
         finally:
             self._paused = before
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """For a copy of the model. A copy of the output embedding alone, as adapters make one, has hooks without effect: its owner is not copied."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__.update(copy.deepcopy(vars(self), memo) if id(self.owner) in memo else {"_hooks": [], "_paused": True})
+        return copied
+
     def __enter__(self) -> Self:
         if not self.attached:
             raise RuntimeError(f"this {type(self).__name__} was detached; attach it again")
@@ -106,7 +134,7 @@ class Attachment:
 def attachments(module: nn.Module) -> list[Attachment]:
     """What has a hook before a module now; whatever edits states has one before the model that owns the output embedding."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-    return [owner for owner in owners if isinstance(owner, Attachment)]
+    return [owner for owner in owners if isinstance(owner, Attachment) and owner.attached]
 
 
 def forget_compiled() -> None:

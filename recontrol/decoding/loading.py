@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from recontrol.decoding.editing import states_device
+from recontrol.decoding.hooks import Attachment
 from recontrol.value import ValueFunction
 
 
@@ -16,6 +18,6 @@ def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", 
 
 
 def load_value_function(name: str, model: Any) -> ValueFunction:
-    """The value function of a folder, a name on the hub or a .pth file of the released code, on the device where a model makes its logits."""
+    """The value function of a folder, a name on the hub or a .pth file of the released code, on the device of a model's last states."""
     loaded = ValueFunction.from_released(name) if name.endswith(".pth") else ValueFunction.from_pretrained(name)
-    return loaded.to(model.get_output_embeddings().weight.device)
+    return loaded.to(states_device(Attachment(model)))

@@ -20,7 +20,7 @@ class Response:
 
     token_ids: list[int]
     text: str
-    # "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
+    # "eos", "length" (cut at the most tokens allowed, or at `max_time`) or "stop" (cut before a stop string).
     finish: str
 
 

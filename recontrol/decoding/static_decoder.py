@@ -10,9 +10,9 @@ from transformers import CompileConfig, StaticCache
 
 from recontrol.ambient import product_dtype
 from recontrol.ascent.backends import capturable
-from recontrol.decoding.batches import check_options, effective
+from recontrol.decoding.batches import check_options, check_tokens, effective
 from recontrol.decoding.controller import Handle
-from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, output_embedding
+from recontrol.decoding.hooks import CACHE_NAMES, attachments, embedding_owner, input_device, output_embedding
 from recontrol.decoding.model_config import context_length, text_config
 
 # Modes of the compiler that record CUDA graphs.
@@ -57,11 +57,12 @@ class StaticDecoder:
         context = context_length(owner.config)
         if context is not None and max_tokens > context:
             raise ValueError(f"max_tokens is {max_tokens}, the context of this model {context}")
-        self.model, self.batch_size, self.max_tokens = model, batch_size, max_tokens
+        self.model, self.batch_size, self.max_tokens, self._owner = model, batch_size, max_tokens, owner
+        self._on_cpu = input_device(model).type == "cpu"
         self._config = text_config(owner.config)
         self._make_cache()
         chosen: Any = copy.copy(compile_config)
-        if model.device.type != "cpu":
+        if not self._on_cpu:
             chosen = chosen or CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
         elif chosen is not None:
             # Without this, transformers does not compile there.
@@ -78,8 +79,9 @@ class StaticDecoder:
             options: of `model.generate`: sampling, stopping, processors of logits.
 
         Raises:
-            ValueError: other rows than the cache has, more tokens than it holds, beams, or an option about caches or several tokens a step.
-            RuntimeError: a controller is attached whose backend cannot be part of a CUDA graph.
+            ValueError: other rows than the cache has, more tokens than it holds, tokens that the model does not have, beams, or an option about caches or
+                several tokens a step.
+            RuntimeError: a controller is attached whose backend cannot be part of a CUDA graph, or that has edited no state.
         """
         check_options(options, REFUSED)
         if (effective(self.model, options, "num_beams") or 1) != 1:
@@ -91,20 +93,27 @@ class StaticDecoder:
         if length > self.max_tokens:
             parts = f"{input_ids.shape[1]} tokens of the prompts and {max_new_tokens} new ones"
             raise ValueError(f"{parts} make {length}, this decoder is for {self.max_tokens}: give a larger max_tokens")
-        if self.compile_config is not None and self.compile_config.mode in GRAPH_MODES and self.model.device.type != "cpu":
-            for handle in attachments(output_embedding(self.model)):
-                if isinstance(handle, Handle) and handle.controller.steps > 0 and (backend := handle.backend(self.batch_size)) not in capturable():
+        check_tokens(self.model, input_ids.tolist())
+        handles = [each for each in attachments(self._owner) if isinstance(each, Handle) and each.expects_edits()]
+        if self.compile_config is not None and self.compile_config.mode in GRAPH_MODES and not self._on_cpu:
+            for handle in handles:
+                if (backend := handle.backend(self.batch_size)) not in capturable():
                     choices = f"{', '.join(map(repr, capturable()))}, or do without graphs: StaticDecoder(..., compile_config=CompileConfig(mode='default'))"
                     raise RuntimeError(f"backend {backend!r} of the controller waits for the device at every step; choose one of {choices}")
         options["attention_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.compile_config is not None:
             options["compile_config"] = self.compile_config
         # The cache is allocated by the first call and written by all others, whatever mode they are in.
+        before = [handle._batch.counts() for handle in handles]
         with torch.inference_mode(False):
             if self._cached_dtype != product_dtype(self.model.dtype, self.model.device):
                 self._make_cache()
             self.cache.reset()
-            return self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
+            output = self.model.generate(input_ids, max_new_tokens=max_new_tokens, **{self._cache_name: self.cache}, **options)
+        # Compiled code and graphs count on the device.
+        if any(handle._batch.counts() == seen for handle, seen in zip(handles, before, strict=True)):
+            raise RuntimeError("a controller is attached and no state was edited: compiled code goes round it; make a new StaticDecoder")
+        return output
 
     @torch.inference_mode(False)
     def _make_cache(self) -> None:

@@ -22,6 +22,7 @@ from recontrol.data.rewards.checks import Reward
 from recontrol.decoding.batches import evaluation_mode
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.divergence import divergence
+from recontrol.decoding.hooks import input_device
 from recontrol.decoding.recording import record_hidden_states
 from recontrol.decoding.responses import Response, decode_after
 from recontrol.evaluation.metrics import diversity, similarities
@@ -93,7 +94,7 @@ class Measure:
         options = dict(self.decoding.options)
         options["logits_processor"] = [*options.get("logits_processor", []), *([] if recorder is None else [recorder])]
         decoding = dataclasses.replace(self.decoding, seed=seed + batch, options=options)
-        with record_hidden_states(self.model) as states, PeakMemory(self.model.device) as peak:
+        with record_hidden_states(self.model) as states, PeakMemory(input_device(self.model)) as peak:
             made = method.respond(self.model, self.tokenizer, prompts, decoding)
         texts, ids = [response.text for response in made.responses], [response.token_ids for response in made.responses]
         # A method with a `respond` of its own decodes other rows than those of the responses.
@@ -203,8 +204,8 @@ def _logits(model: Any, rows: Sequence[tuple[int, list[int], list[int]]]) -> lis
     texts = [prompt + ids for _, prompt, ids in rows]
     width = max(map(len, texts))
     # Right padding: no token of a response attends to it, and positions need no correction.
-    inputs = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
+    inputs = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=input_device(model))
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=input_device(model))
     first = min(len(prompt) for _, prompt, _ in rows) - 1
     # With a large vocabulary the logits of prompts would be most of the memory.
     options = {"logits_to_keep": width - first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from recontrol.decoding.control import Control
 from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
+from recontrol.decoding.hooks import input_device
 from recontrol.methods.control import climb
 from recontrol.value import ValueFunction
 
@@ -98,4 +99,4 @@ class _Reading(Editing):
         """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
         self.given = states
         # One token, whose state is replaced.
-        return self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False).logits[:, -1]
+        return self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(self.owner)), use_cache=False).logits[:, -1]

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from recontrol.decoding import batches
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
-from recontrol.decoding.hooks import output_embedding
+from recontrol.decoding.hooks import input_device, output_embedding
 from recontrol.decoding.packing import pack_by_length
 from recontrol.decoding.responses import StopStrings, make_response
 from recontrol.generation import continuous, static, trial
@@ -87,8 +87,8 @@ def generate(
 
     Raises:
         TypeError: prompts or controls of the wrong kind, or a value function that does not go with the model's dtype.
-        ValueError: prompts without tokens or too long, as many controls as there are not prompts, a value function of another size, device or model, or an
-            option that does not go with batches, or with the batching asked for.
+        ValueError: prompts without tokens, too long, or with tokens that the model does not have, as many controls as there are not prompts, a value
+            function of another size, device or model, or an option that does not go with batches, or with the batching asked for.
         RuntimeError: a `Controller` is attached, the backend cannot run here, edits do not reach the logits, or transformers failed.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
@@ -97,6 +97,7 @@ def generate(
     ids = token_ids(tokenizer, prompts)
     controls = listed_controls(control, len(ids), model.dtype)
     decoding = _for_batches(model, tokenizer, Decoding.of(decoding, **keywords), stream)
+    batches.check_tokens(model, ids)
     batches.check_token_counts(model, [len(each) for each in ids], decoding.max_new_tokens)
     plan = _planned(batching, model, ids, decoding, cache_budget, block_tokens)
     attach = functools.partial(RequestEditing, model, controls, backend=backend, allow_other_model=allow_other_model, trace=trace)
@@ -145,7 +146,7 @@ def _planned(
         # Nothing is known of the cache: so many prompts, the longest first.
         return pack_by_length(lengths, sum(lengths) * len(lengths), 1, largest=decoding.batch_size or REQUESTS_AT_ONCE)
     limits: dict[str, Any] = {"cache_budget": cache_budget, "batch_size": decoding.batch_size, "block_tokens": block_tokens}
-    plan = make_plan(model.config, model.dtype, lengths, device=model.device, **limits)
+    plan = make_plan(model.config, model.dtype, lengths, device=input_device(model), **limits)
     return plan.checked() if reason is None else plan.static_batches()
 
 
@@ -164,6 +165,8 @@ def _run(
             batching, engine = "static", static.tokens(model, prompts, plan, editing, decoding)
         for index, token in stack.enter_context(contextlib.closing(engine)):
             if token is None:
+                if (edited := editing.edited.get(index, len(new[index]))) < len(new[index]):
+                    raise RuntimeError(f"{len(new[index])} tokens of prompt {index} come from {edited} edited states: transformers runs the model in a new way")
                 response = make_response(tokenizer, prompts[index], new[index], decoding.eos_ids, decoding.stop_strings)
                 trace = editing.traces[index].cut(len(response.token_ids)) if index in editing.traces else None
                 yield StreamedToken(index, None, Generation(**vars(response), batching=batching, trace=trace))

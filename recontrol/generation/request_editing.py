@@ -40,6 +40,8 @@ class RequestEditing(Editing):
         self.steers = bool(self._controls)
         # The unedited states then go through the output embedding too.
         self.traces = {index: Trace() for index in self._controls} if trace else {}
+        # For each request that is steered how many of its states were edited.
+        self.edited = dict.fromkeys(self._controls, 0)
         self._places: tuple[list[int], Tensor] | None = None
         self._batch.backend = backends.check_name(backend)
         for value in dict.fromkeys(control.value for control in self._controls.values()):
@@ -64,6 +66,7 @@ class RequestEditing(Editing):
         place = self._places[1]
         states = hidden.reshape(-1, hidden.shape[-1])
         chosen = states.index_select(0, place)
+        self.edited |= {request: self.edited[request] + 1 for request in requests}
         self._batch.assign([self._controls[request] for request in requests])
         if not self.traces:
             return states.index_copy(0, place, self._batch.edit(chosen)).reshape(hidden.shape)

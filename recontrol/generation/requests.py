@@ -45,7 +45,7 @@ class Generation(Response):
     Args:
         token_ids: the tokens kept; the end-of-sequence token, if there is one, is the last.
         text: what the tokens add to the prompt's text, without special tokens.
-        finish: "eos", "length" (cut at the most tokens allowed) or "stop" (cut before a stop string).
+        finish: "eos", "length" (cut at the most tokens allowed, or at `max_time`) or "stop" (cut before a stop string).
         batching: "continuous" or "static", how the prompt was batched with others.
         trace: what control did, where it was asked for and the prompt has a control; else None.
     """
@@ -87,7 +87,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[li
     for index, prompt in enumerate(prompts):
         ids = next(tokenised) if isinstance(prompt, str) else prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
         listed: list[Any] = list(ids) if isinstance(ids, Iterable) else [None]
-        if not all(isinstance(token, Integral) and not isinstance(token, bool) and int(token) >= 0 for token in listed):
+        if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in listed):
             raise TypeError(f"{wanted}, found {prompt!r:.60} at {index}")
         found.append([int(token) for token in listed])
     return found

@@ -1,6 +1,7 @@
 """Padded batches: a fixed set of prompts is decoded to the end by `model.generate`, then the next."""
 
 import functools
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -12,8 +13,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from recontrol.ambient import carried
 from recontrol.decoding.batches import left_padded
+from recontrol.decoding.hooks import input_device
 from recontrol.generation.request_editing import RequestEditing, Rows
 from recontrol.generation.requests import BatchDecoding, Tokens
+
+logger = logging.getLogger("recontrol")
 
 
 def tokens(model: Any, prompts: Sequence[list[int]], batches: Sequence[Sequence[int]], editing: RequestEditing, decoding: BatchDecoding) -> Tokens:
@@ -41,7 +45,7 @@ def _rows(watcher: "_Watcher", thread: threading.Thread, given: dict[str, Any]) 
 
 def _run(model: Any, ids: list[list[int]], watcher: "_Watcher", decoding: BatchDecoding) -> None:
     try:
-        inputs, mask = left_padded(ids, decoding.pad_id, model.device)
+        inputs, mask = left_padded(ids, decoding.pad_id, input_device(model))
         with torch.no_grad():
             model.generate(
                 input_ids=inputs,
@@ -51,6 +55,10 @@ def _run(model: Any, ids: list[list[int]], watcher: "_Watcher", decoding: BatchD
                 # Compiled code knows nothing of rows that change from step to step.
                 **{"pad_token_id": decoding.pad_id, "disable_compile": True, **decoding.options},
             )
+        if watcher.live and not watcher.abandoned:
+            logger.warning("%d responses are cut where model.generate ended early (max_time, or the like)", len(watcher.live))
+            for row in watcher.live:
+                watcher.found.put((watcher.batch[row], None))
     except BaseException as error:
         watcher.found.put(error)
     finally:

@@ -1,19 +1,15 @@
 """RE-Control as one method among others."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from recontrol.ascent import backends
-from recontrol.decoding.batches import finishing_tokens
 from recontrol.decoding.control import Control
 from recontrol.decoding.control_batch import ControlBatch
-from recontrol.decoding.controller import Controller
+from recontrol.decoding.controller import Controller, Handle
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.value import ValueFunction
 
@@ -65,13 +61,9 @@ class ReControl(Method):
         """(rows, hidden_size) -> o_t + u_t."""
         return climb(states, self.control, backend=self.backend)
 
-    @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Attach a controller inside the block; rows that have ended are not edited."""
-        beside: dict[str, Any] = {"backend": self.backend, "allow_other_model": self.allow_other_model}
-        stops = finishing_tokens(model, tokenizer, dict(options))
-        with Controller(**settings_of(self.control), stop_token_ids=stops, **beside).attach(model):
-            yield []
+    def attach(self, model: Any) -> Handle:
+        """A controller; rows that have ended are not edited."""
+        return Controller(**settings_of(self.control), backend=self.backend, allow_other_model=self.allow_other_model).attach(model)
 
 
 def settings_of(control: Control) -> dict[str, Any]:
@@ -80,10 +72,12 @@ def settings_of(control: Control) -> dict[str, Any]:
 
 
 def climb(states: Tensor, control: Control, *, backend: str = "auto") -> Tensor:
-    """(rows, hidden_size) -> o_t + u_t, by the settings of a control."""
+    """(rows, hidden_size) -> o_t + u_t, as decoding under this control edits them."""
     batch = ControlBatch(backend)
     batch.assign(control)
-    return batch.edit(states)
+    edited = batch.edit(states)
+    batch.warn()
+    return edited
 
 
 def training_of(value: ValueFunction) -> Training:

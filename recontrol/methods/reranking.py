@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from recontrol.ambient import product_dtype
 from recontrol.checks import integer, number, several
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.decoding.batches import eos_tokens, finishing_tokens
+from recontrol.decoding.batches import eos_tokens
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import CACHE_NAMES
 from recontrol.decoding.editing import check_fit
-from recontrol.decoding.hooks import Attachment, forget_compiled
+from recontrol.decoding.hooks import Attachment, forget_compiled, output_embedding, unfinished_rows
 from recontrol.decoding.responses import decode_after
 from recontrol.methods.base import Method, Training, one_score, tensors_checksum
 from recontrol.methods.control import training_of
@@ -80,7 +80,7 @@ class ARGS(Method):
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[Any]]:
         """Yield the processor of one batch."""
-        finishing = finishing_tokens(model, tokenizer, dict(options))
+        embedding = output_embedding(model)
         # Positions taken by the prompt, padding included: known at the first call.
         width: int | None = None
 
@@ -89,10 +89,10 @@ class ARGS(Method):
             width = input_ids.shape[1] if width is None else width
             # Several rows may respond to one prompt.
             samples = len(input_ids) // len(prompts)
-            keys = []
+            keys, live = [], unfinished_rows(embedding)
             for row, (ids, tokens) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
                 written, response = ids[:width], ids[width:]
-                going = [] if response and response[-1] in finishing else tokens
+                going = tokens if live is None or live[row] else []
                 texts = [decode_after(tokenizer, written, [*response, token], skip_special_tokens=True) for token in going]
                 keys.append([(prompts[row // samples], text) for text in texts])
             distinct = list(dict.fromkeys(key for row in keys for key in row))

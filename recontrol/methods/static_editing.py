@@ -15,7 +15,8 @@ from torch import Tensor
 
 from recontrol.checks import number
 from recontrol.data.rollouts import Rollouts
-from recontrol.decoding.editing import Editing
+from recontrol.decoding.control_batch import ControlBatch
+from recontrol.decoding.editing import Editing, states_device
 from recontrol.decoding.fingerprint import difference
 from recontrol.decoding.hooks import input_width
 from recontrol.files import interrupts_wait, write_aside
@@ -224,8 +225,10 @@ class StaticEditing(Method):
         return Training(self.direction.hidden_size, self.direction.provenance.get("training_seconds"), None)
 
     def edit(self, states: Tensor) -> Tensor:
-        """(rows, hidden_size) -> o_t + strength * d, in the dtype of the states."""
-        return (states + self.strength * self.direction.vector.to(states.device)).to(states.dtype)
+        """(rows, hidden_size) -> o_t + strength * d, in the dtype of the states; a row that would leave its range stays as it is."""
+        batch = ControlBatch()
+        batch.count_on(states.device)
+        return _moved(batch, states, self.strength * self.direction.vector.to(states.device))
 
     def attach(self, model: Any) -> "StaticHandle":
         """Edit what `model` reads until the end of a `with` block; the direction must fit the model, and nothing else that edits may be attached."""
@@ -245,11 +248,17 @@ class StaticHandle(Editing):
         other = difference(recorded, self.model) if isinstance(recorded, dict) and not editing.allow_other_model else None
         if other is not None:
             raise ValueError(f"the direction was found in the states of another model: {other}; attach it anyway with allow_other_model=True")
-        weight = getattr(self.embedding, "weight", direction.vector)
+        self.steers = editing.strength != 0
         # Moved once, so that a decode step copies nothing.
-        self._added = editing.strength * direction.vector.to("cpu" if weight.is_meta else weight.device)
+        self._added = editing.strength * direction.vector.to(states_device(self))
+        self._batch.count_on(self._added.device)
         self.attach()
 
-    def edit(self, hidden: Tensor, rows: Any) -> Tensor:
-        """The states moved by the constant, rounded once."""
-        return (hidden + self._added).to(hidden.dtype)
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
+        """The states moved by the constant."""
+        return _moved(self._batch, hidden.reshape(-1, hidden.shape[-1]), self._added).reshape(hidden.shape) if self.steers else None
+
+
+def _moved(batch: ControlBatch, states: Tensor, added: Tensor) -> Tensor:
+    """The sum, rounded once to the dtype of the states; rows that are not finite then stay as they were, and are counted."""
+    return batch.keep(states, (states + added).to(states.dtype))[0]

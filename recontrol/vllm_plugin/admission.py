@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from recontrol.vllm_plugin.settings import KEY, Settings
+from recontrol.vllm_plugin.settings import KEY, Settings, as_json
 from recontrol.vllm_plugin.wrapping import wrap
 
 # What an HTTP request is read into.
@@ -26,7 +26,12 @@ def install(settings: Settings) -> None:
     def late(engine: EngineCore, request: Any, *args: Any, **kwargs: Any) -> None:
         check(getattr(getattr(request, "sampling_params", None), "extra_args", None), settings)
 
-    wrap(SamplingParams, "verify", before=lambda parameters, *args, **kwargs: check(parameters.extra_args, settings))
+    def verified(parameters: SamplingParams, *args: Any, **kwargs: Any) -> None:
+        check(parameters.extra_args, settings)
+        if parameters.extra_args and KEY in parameters.extra_args:
+            parameters.extra_args = {**parameters.extra_args, KEY: as_json(parameters.extra_args[KEY])}
+
+    wrap(SamplingParams, "verify", before=verified)
     wrap(EngineCore, "preprocess_add_request", before=late)
 
     def early(request: Any, *args: Any, **kwargs: Any) -> None:

@@ -72,16 +72,20 @@ class Settings:
         return parse_control(request[KEY], bank)
 
 
+def as_json(given: Any) -> str:
+    """A control as text, which can be sent to any process; a mapping may hold numbers of numpy and torch."""
+    return str(given) if isinstance(given, str) else json.dumps(given, default=lambda each: each.tolist())
+
+
 def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | None:
     """The control of a request: None, a mapping with the fields of `Control`, where `value` is a name of the bank, or the same as JSON.
 
     JSON, because `vllm_xargs` of the OpenAI-compatible server holds no mapping. The value functions of the bank may lack weights.
     """
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
-            raise ValueError(f'a control must be JSON such as {{"value": "name", "step_size": 0.5, "steps": 30}}, found {_shown(given)}') from None
+    try:
+        given = json.loads(as_json(given))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f'a control must be JSON such as {{"value": "name", "step_size": 0.5, "steps": 30}}, found {_shown(given)}') from None
     if given is None:
         return None
 

@@ -116,6 +116,9 @@ class Steering:
 
             runner.execute_model = execute_model
         elif hasattr(runner, "req_states") and "input_batch" in inspect.signature(getattr(runner, "sample", len)).parameters:
+            if getattr(getattr(runner, "speculative_config", None), "enable_adaptive_verification", False):
+                # Rows are put together on the device, and whose they are is not known here.
+                raise RuntimeError(f"speculative decoding with enable_adaptive_verification cannot be steered; turn it off, or unset {BANK}")
             sample, signature = runner.sample, inspect.signature(run)
 
             def take_in(scheduler_output: Any, *args: Any, **kwargs: Any) -> None:

@@ -189,6 +189,12 @@ def test_what_cannot_be_steered_is_refused_before_the_model_is_loaded(bank, tmp_
     pooling.is_pooling_model = True
     with pytest.raises(RuntimeError, match="a pooling model samples no tokens"):
         Steering(Worker(pooling), settings)
+    adaptive = Second()
+    adaptive.speculative_config = SimpleNamespace(enable_adaptive_verification=True)
+    with pytest.raises(RuntimeError, match="speculative decoding with enable_adaptive_verification cannot be steered"):
+        Steering(Worker(adaptive), settings)
+    adaptive.speculative_config.enable_adaptive_verification = False
+    Steering(Worker(adaptive), settings)
     narrow, foreign = rc.ValueFunction(32, (8,)), rc.ValueFunction(HIDDEN, (8,), provenance={"base_model": {"vocab_size": 7}})
     for value, message in ((narrow, r"is for hidden states of size 32, the model has size 256"), (foreign, r"its vocab_size was 7, here it is 50")):
         value.save_pretrained(tmp_path / "bank" / "unfit")
@@ -205,4 +211,4 @@ def test_this_vllm_has_what_the_plugin_asks_of_the_second_runner():
     assert "input_batch" in inspect.signature(GPUModelRunner.sample).parameters
     assert "dummy_run" in inspect.signature(GPUModelRunner.execute_model).parameters
     source = inspect.getsource(GPUModelRunner)
-    assert "self.req_states" in source and "self.sample(" in source
+    assert "self.req_states" in source and "self.sample(" in source and "self.speculative_config =" in source
