@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from recontrol.checks import loading
 from recontrol.value import ValueFunction
 
 
@@ -11,8 +12,9 @@ def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", 
 
     # Only device_map needs no copy of the whole model in main memory.
     keywords = {} if device == "cpu" else {"device_map": device}
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **keywords).eval(), tokenizer
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **keywords).eval(), tokenizer
 
 
 def load_value_function(name: str, model: Any) -> ValueFunction:

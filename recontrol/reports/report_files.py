@@ -19,6 +19,7 @@ from recontrol.version import __version__
 
 FORMAT = "recontrol.report"
 FORMAT_VERSION = 2
+FILES = ("responses.jsonl", "report.csv", "report.html", "report.json")
 # Responses whose V is written; a reader can draw no more.
 TRACES = 3
 # Fewer say nothing about a value function.
@@ -54,11 +55,11 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _responses(rows, findings.prompts))
-    for name, text in (("responses.jsonl", lines), ("report.csv", _csv(rows, len(findings.prompts))), ("report.html", page)):
+    for name, text in zip(FILES, (lines, _csv(rows, len(findings.prompts)), page), strict=False):
         with write_aside(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     # Numbers that JSON does not have are null.
-    write_json(folder / "report.json", json.loads(json.dumps(content), parse_constant=lambda name: None))
+    write_json(folder / FILES[-1], json.loads(json.dumps(content), parse_constant=lambda name: None))
 
 
 def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -127,6 +127,8 @@ def _prompting(run: Run, settings: dict[str, Any]) -> methods.Method:
         examples = methods.best_examples(run.rollouts, examples, head_weights=run.study.reward.head_weights)
     pairs = [tuple(pair) for pair in examples]
     if "goal" in settings:
+        if others := sorted(settings.keys() & {"template", "separator", "called"}):
+            raise ValueError(f"prompting: {', '.join(others)} have no use beside goal, which has its own")
         return methods.Prompting.for_dialogues(settings["goal"], pairs)
     keywords = {name: settings[name] for name in ("separator",) if name in settings}
     return methods.Prompting(settings.get("template", "{prompt}"), pairs, name=settings.get("called"), **keywords)
