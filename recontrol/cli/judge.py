@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
 
     if (options.judge is None) == (options.reward_model is None):
         raise ValueError("give either --judge NAME, a chat model, or --reward-model NAME, a reward held out from training")
-    if options.out is not None:
+    if options.out is not None and not options.estimate:
         check_output(options.out)
     prompts, responses, others = (column[: options.limit] for column in _pairs(options))
     judge = _judge(options)

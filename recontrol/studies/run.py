@@ -44,6 +44,10 @@ class StudyRun:
     def __init__(self, study: Study, out: str | os.PathLike, *, progress: bool = True):
         self.study, self.folder, self.progress = study, Path(out), progress
         self.entries = read_entries(study.methods)
+        unused = [f"{name}, since it has a value" for name in ("collect", "train") if study.value is not None and getattr(study, name)]
+        unused += ["choose, since it has no validation prompts"] if study.choose != "paper" and study.prompts.validation is None else []
+        for each in unused:
+            logger.warning("the study does not use its %s", each)
         check_output(self.folder, folder=True)
         self.reward = study.reward.load()
         self.judge: Any = study.wins and study.wins.load(study.reward)

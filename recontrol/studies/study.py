@@ -182,10 +182,6 @@ class Study:
             raise ValueError(f"seeds must be at least 1, found {self.seeds}")
         if self.value is None and self.prompts.train is None:
             raise ValueError("without a value there must be prompts.train to make one from")
-        if self.value is not None and (self.collect or self.train):
-            raise ValueError("collect and train have no use with a value, for which no rollouts are made")
-        if self.choose != "paper" and self.prompts.validation is None:
-            raise ValueError("choose has no use without prompts.validation, on which it chooses")
         if self.generation.seed:
             raise ValueError(f"generation has no seed of its own, found {self.generation.seed}: it is that of the study")
         # Found when the file is read, not after hours of collecting.
