@@ -21,7 +21,7 @@ Limit = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Limit = (lambda given: 0 <= given < math.inf, "finite and at least 0")
 ABOVE_0: Limit = (lambda given: 0 < given < math.inf, "finite and above 0")
 COUNT: Limit = (lambda given: type(given) is int and given >= 1, "an integer of at least 1")
-INTEGER: Limit = (lambda given: type(given) is int and given >= 0, "an integer of at least 0")
+INTEGER: Limit = (lambda given: type(given) is int and 0 <= given < 2**63, "an integer of at least 0 and below 2**63")
 # What a setting must be: a test and its words.
 LIMITS: dict[str, Limit] = {
     "td_lambda": (lambda given: 0 <= given <= 1, "between 0 and 1"),
