@@ -51,11 +51,12 @@ class Cell:
         return tuple(name for name in VARIANTS if self.released or name != "released_loop")
 
 
-TWO_LAYER_SETTINGS = ((0.5, 30), (0.2, 200), (1.0, 50), (1.0, 30))
+# The paper's shortest and longest ascents of two layers.
+TWO_LAYER_SETTINGS = ((0.5, 30), (0.2, 200))
 FULL = [
     *(Cell(2, "initialised", batch, *setting) for batch in (1, 8, 32) for setting in TWO_LAYER_SETTINGS),
     # The loops take as long with trained weights, so the longest of them are left out.
-    *(Cell(2, "trained", batch, *setting, released=batch * setting[1] <= 400) for batch in (1, 8, 32) for setting in TWO_LAYER_SETTINGS),
+    *(Cell(2, "trained", batch, *setting, released=batch * setting[1] <= 400) for batch in (1, 8) for setting in TWO_LAYER_SETTINGS),
     *(Cell(3, "initialised", batch, 0.5, 30) for batch in (1, 8, 32)),
     Cell(3, "trained", 1, 0.5, 30),
 ]

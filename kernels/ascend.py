@@ -189,9 +189,8 @@ def _climb(
     z = tl.load(z_pointer + row * units + unit, mask=inside, other=0.0)
     velocity = tl.load(velocity_pointer + row * units + unit, mask=inside, other=0.0)
     out = tl.load(out_pointer + unit, mask=inside, other=0.0)
-    offset, step_size = tl.load(offset_pointer), tl.load(step_size_pointer + row)
+    offset, step_size, left = tl.load(offset_pointer), tl.load(step_size_pointer + row), tl.load(steps_pointer + row)
     listed, changes, trace = listed_pointer + row * units, change_pointer + row * units, trace_pointer + row * trace_columns
-    left = tl.load(steps_pointer + row)
     if mask_pointer is not None:
         left = tl.where(tl.load(mask_pointer + row) != 0, left, 0)
     if not MEASURED:

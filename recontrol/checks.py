@@ -31,12 +31,12 @@ def number(name: str, given: Any, minimum: float = -math.inf) -> float:
     return found
 
 
-def integer(name: str, given: Any) -> int:
-    """An int of at least 0; a TypeError or ValueError that begins with `name` for anything else."""
+def integer(name: str, given: Any, minimum: int = 0) -> int:
+    """An int of at least `minimum`; a TypeError or ValueError that begins with `name` for anything else."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise TypeError(f"{name} must be {'integers' if name.endswith('_ids') else 'an integer'}, found {given!r}")
-    if given < 0:
-        raise ValueError(f"{name} must be 0 or more, found {given!r}")
+    if given < minimum:
+        raise ValueError(f"{name} must be {f'an integer of at least {minimum}' if minimum else '0 or more'}, found {given!r}")
     return int(given)
 
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from recontrol.data.rollouts import Rollouts
-from recontrol.training.checkpoint import Progress, RunFolder
-from recontrol.training.loop import Learner
+from recontrol.training.loop import Learner, Progress, RunFolder
 from recontrol.training.objectives import TD
 from recontrol.training.train import train
 from recontrol.value import ValueFunction

@@ -16,7 +16,7 @@ import recontrol
 from recontrol.cli import main, options, parser
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import model_fingerprint
-from recontrol.reports.page import as_yaml
+from recontrol.reports.report_files import as_yaml
 from recontrol.training.config import TrainConfig
 from recontrol.training.data import LARGEST_BATCH, MINIBATCHES
 from recontrol.value import ValueFunction

@@ -53,9 +53,9 @@ def test_what_cannot_be_meant_is_refused(kind, arguments, error, message):
 
 def test_one_control_stands_for_all_prompts():
     control = rc.Control(VALUE)
-    assert listed_controls(control, 2) == [control, control]
-    assert listed_controls(None, 2) == [None, None]
-    assert listed_controls((None, control), 2) == [None, control]
+    assert listed_controls(control, 2, torch.float32) == [control, control]
+    assert listed_controls(None, 2, torch.float32) == [None, None]
+    assert listed_controls((None, control), 2, torch.float32) == [None, control]
 
 
 def test_numbers_of_other_libraries_are_token_ids():

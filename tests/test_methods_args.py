@@ -184,7 +184,7 @@ class TestErrors:
         ("options", "error", "message"),
         [
             ({"reward": 3}, TypeError, "reward must be a callable"),
-            ({"k": 0}, ValueError, "k must be 1 or more, found 0"),
+            ({"k": 0}, ValueError, "k must be an integer of at least 1, found 0"),
             ({"w": float("inf")}, ValueError, "w must be finite, found inf"),
             ({"w": "1"}, TypeError, "w must be a number, found '1'"),
             ({"weights": 1.0}, TypeError, "weights must be a sequence of numbers, found 1.0"),

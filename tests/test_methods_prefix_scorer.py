@@ -254,7 +254,7 @@ class TestErrors:
         ("options", "error", "message"),
         [
             ({"value": "V"}, TypeError, "value must be a recontrol.ValueFunction, found str"),
-            ({"k": 0}, ValueError, "k must be 1 or more, found 0"),
+            ({"k": 0}, ValueError, "k must be an integer of at least 1, found 0"),
             ({"k": 2.5}, TypeError, "k must be an integer, found 2.5"),
             ({"strength": float("nan")}, ValueError, "strength must be finite, found nan"),
             ({"value": value_function(64, heads=2)}, ValueError, "has 2 heads: give head_weights, 2 numbers"),

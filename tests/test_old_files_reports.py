@@ -9,7 +9,7 @@ from test_cli import run
 
 from recontrol.data.rewards.loading import load_reward
 from recontrol.evaluation.response_files import read_responses
-from recontrol.studies.run import run_study
+from recontrol.studies.run import StudyRun
 from recontrol.studies.study import make_study
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_an_old_evaluation_is_continued_by_a_study(expected, tmp_path, monkeypat
     missing.unlink()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "test").rglob("seed-*.json")}
     assert len(kept) == 3
-    findings = run_study(study, tmp_path / "out", progress=False)
+    findings = StudyRun(study, tmp_path / "out", progress=False).findings()
     assert findings.names == [row["method"] for row in expected] == list(METHODS)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for result, row in zip(findings.results, expected, strict=True):

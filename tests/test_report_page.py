@@ -15,9 +15,9 @@ from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.response_files import read_responses
 from recontrol.evaluation.results import by_prompt
 from recontrol.evaluation.win_rate import win_rate
-from recontrol.reports.columns import COST, DASH, QUALITY, interval_digits
 from recontrol.reports.comparison import Findings, Row, equal_kl, kl_levels, make_rows, not_told_apart
 from recontrol.reports.report_files import save_findings
+from recontrol.reports.table import COST, DASH, QUALITY, interval_digits
 
 NASTY = "<script>alert('a')</script> & \"b\" </section>\u2028"
 # Elements of HTML that have no end tag.

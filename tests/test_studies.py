@@ -10,7 +10,7 @@ from safetensors import safe_open
 import recontrol.studies.study
 from recontrol.evaluation.results import choose
 from recontrol.studies.dry_run import COUNTS, NEW_TOKENS, WIDTH, small
-from recontrol.studies.run import run_study, timed
+from recontrol.studies.run import StudyRun, timed
 from recontrol.studies.study import WinSection, load_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def findings(study, folder):
-    return run_study(study, folder, progress=False)
+    return StudyRun(study, folder, progress=False).findings()
 
 
 def test_every_method_is_chosen_on_validation_prompts_and_reported_on_test_prompts(study, findings):
@@ -86,18 +86,18 @@ def test_a_finished_study_is_read_and_not_run_again(study, folder, findings, mon
 
     monkeypatch.setattr("recontrol.decoding.batches.respond", never)
     monkeypatch.setattr("recontrol.methods.base.generate_batch", never)
-    again = run_study(study, folder, progress=False)
+    again = StudyRun(study, folder, progress=False).findings()
     assert again.results == findings.results and again.groups == findings.groups
 
 
 def test_a_study_with_another_seed_does_not_go_on_with_this_one(study, folder, findings):
     with pytest.raises(ValueError, match="another seed"):
-        run_study(dataclasses.replace(study, seed=1), folder, progress=False)
+        StudyRun(dataclasses.replace(study, seed=1), folder, progress=False).findings()
 
 
 def test_the_rule_of_choice_is_the_study_s(study, folder, findings):
     def chosen(rule):
-        found = run_study(dataclasses.replace(study, choose=rule, methods=[study.methods[0], study.methods[1]]), folder, progress=False)
+        found = StudyRun(dataclasses.replace(study, choose=rule, methods=[study.methods[0], study.methods[1]]), folder, progress=False).findings()
         return [found.validation[group[0]] for group in found.groups.values()], found
 
     _, by_reward = chosen("reward")
@@ -116,12 +116,12 @@ def test_win_rates_against_the_uncontrolled_model_and_against_preferred_ones(stu
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     few = dataclasses.replace(study, methods=study.methods[:1])
-    against = run_study(dataclasses.replace(few, wins=WinSection("python:scores_of_words:score")), folder, progress=False)
+    against = StudyRun(dataclasses.replace(few, wins=WinSection("python:scores_of_words:score")), folder, progress=False).findings()
     assert against.against == "uncontrolled" and against.wins[0] is None
     base, steered = ([len(text.split()) for text in result.responses] for result in against.results)
     wins = [1 if one > other else 0.5 if one == other else 0 for one, other in zip(steered, base, strict=True)]
     assert against.wins[1].rate == pytest.approx(sum(wins) / len(wins))
-    referred = run_study(dataclasses.replace(few, wins=WinSection("python:scores_of_words:score", "preferred")), folder, progress=False)
+    referred = StudyRun(dataclasses.replace(few, wins=WinSection("python:scores_of_words:score", "preferred")), folder, progress=False).findings()
     lines = [json.loads(line) for line in Path(study.prompts.test.source).read_text(encoding="utf-8").splitlines()]
     lengths = [len(line["chosen"].rpartition("Assistant:")[2].split()) for line in lines] * 2
     assert referred.against == "preferred" and lengths != base
@@ -131,28 +131,28 @@ def test_win_rates_against_the_uncontrolled_model_and_against_preferred_ones(stu
 
 def test_a_value_function_that_is_there_is_taken(study, folder, findings, tmp_path):
     given = dataclasses.replace(study, value=str(folder / "value"), methods=study.methods[:1])
-    found = run_study(given, tmp_path, progress=False)
+    found = StudyRun(given, tmp_path, progress=False).findings()
     assert found.results[1].responses == findings.results[1].responses
     assert not (tmp_path / "rollouts").exists() and found.results[1].training.seconds is None
     with pytest.raises(ValueError, match="a study with a value function of its own collects none"):
-        run_study(dataclasses.replace(given, methods=[study.methods[1]]), tmp_path / "other", progress=False)
+        StudyRun(dataclasses.replace(given, methods=[study.methods[1]]), tmp_path / "other", progress=False).findings()
 
 
 def test_what_nobody_needs_is_not_collected(study, tmp_path):
-    found = run_study(dataclasses.replace(study, methods=[{"method": "best-of-n", "n": 2}], seeds=1), tmp_path, progress=False)
+    found = StudyRun(dataclasses.replace(study, methods=[{"method": "best-of-n", "n": 2}], seeds=1), tmp_path, progress=False).findings()
     assert found.names == ["uncontrolled", "best-of-n"] and not (tmp_path / "rollouts").exists()
 
 
 def test_prompts_that_are_reported_on_are_not_for_choosing(study, tmp_path):
     same = dataclasses.replace(study, prompts=dataclasses.replace(study.prompts, validation=study.prompts.test))
     with pytest.raises(ValueError, match=r"prompts\.validation are the prompts that are reported on"):
-        run_study(same, tmp_path, progress=False)
+        StudyRun(same, tmp_path, progress=False).findings()
 
 
 def test_a_mistake_in_an_entry_is_found_before_anything_is_loaded(study, tmp_path, monkeypatch):
     monkeypatch.setattr(recontrol.studies.study, "load_reward", lambda *arguments, **options: pytest.fail("something was loaded"))
     with pytest.raises(ValueError, match="no setting 'alfa'"):
-        run_study(dataclasses.replace(study, methods=[{"method": "re-control", "alfa": 1}]), tmp_path, progress=False)
+        StudyRun(dataclasses.replace(study, methods=[{"method": "re-control", "alfa": 1}]), tmp_path, progress=False).findings()
 
 
 def test_seconds_of_tries_that_were_stopped_count(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from recontrol.decoding.config import Decoding
-from recontrol.reports.page import as_yaml
+from recontrol.reports.report_files import as_yaml
 from recontrol.studies.catalogue import read_entries
 from recontrol.studies.study import SourceSection, load_study, make_study, study_names
 

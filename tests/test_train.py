@@ -107,7 +107,7 @@ def test_mini_batches_are_a_twentieth_of_the_data_and_at_most_the_papers(rollout
     assert value.provenance["training"]["batch_size"] == 2 and [len(batch) for batch in batches] == [2] * 20
     # 36 responses are trained on: 36 // 20 = 1.
     assert train(rollouts, **{**SETTINGS, "batch_size": None, "epochs": 1})[0].provenance["training"]["batch_size"] == 1
-    monkeypatch.setattr(data, "LARGEST_BATCH", 30)
+    monkeypatch.setattr("recontrol.training.train.LARGEST_BATCH", 30)
     many = Rollouts.write(tmp_path / "r", [torch.randn(1, 2) for _ in range(700)], torch.randn(700))
     assert train(many, **{**SETTINGS, "batch_size": None, "epochs": 1, "validation_fraction": 0})[0].provenance["training"]["batch_size"] == 30
 

@@ -50,7 +50,7 @@ def _ascend(cases: Cases) -> list[str]:
         floor = found.get("floor_copy")
         above = f"{floor.p50_ms * 1e3:,.1f} µs (ours {ours.p50_ms / floor.p50_ms:.1f} x)" if floor and ours else NONE
         flips = f"{ours.flips_per_step:.1f}" if ours else NONE
-        times = [_spread(found.get(name)) if cell.layers == 2 or backend not in ascend.TWO_LAYERS_ONLY else "" for name, backend in OURS.items()]
+        times = [_spread(found.get(name)) if cell.layers == 2 or backend != "triton" else "" for name, backend in OURS.items()]
         lines.append(_line([cell.layers, cell.weights, cell.batch, cell.step_size, cell.steps, *times, *others, above, flips]))
     return lines
 

@@ -23,10 +23,8 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
         folders: complete rollout folders, at least one.
         out: the folder to write.
 
-    Raises:
-        ValueError: no folder, one that is not complete or damaged, or folders that disagree in the language model, its tokenizer, the width or dtype of
-            the states, how they are stored, or the rewards; what disagrees is named.
-        RuntimeError, OSError: another run is writing into `out`, or the disk is full.
+    Raises ValueError: no folder, one that is not complete or damaged, or folders that disagree in the language model, its tokenizer, the width or dtype of
+    the states, how they are stored, or the rewards. RuntimeError, OSError: another run is writing into `out`, or the disk is full.
     """
     if not folders:
         raise ValueError("there are no folders to join")

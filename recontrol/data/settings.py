@@ -4,10 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-import transformers
 
 from recontrol.checks import dtype_name, integer
 from recontrol.data.shards import check_storage
@@ -45,8 +45,7 @@ class Collection:
     storage: Literal["float32", "bfloat16", "float16", "float64", "int8"] | None = None
 
     def __post_init__(self) -> None:
-        if integer("num_samples", self.num_samples) < 1:
-            raise ValueError(f"num_samples must be an integer of at least 1, found {self.num_samples!r}")
+        integer("num_samples", self.num_samples, 1)
         check_storage(self.storage)
 
 
@@ -58,7 +57,7 @@ def model_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)),
         # Of the vocabulary and of how it cuts one text: two with the same one read texts as the same tokens.
         "tokenizer_sha256": texts_checksum([sorted((token, int(number)) for token, number in tokenizer.get_vocab().items()), tokenizer(PROBE).input_ids]),
-        "made_with": {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(model.device)},
+        "made_with": {"torch": torch.__version__, "transformers": version("transformers"), "device": str(model.device)},
     }
 
 

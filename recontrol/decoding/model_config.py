@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length", "max_target_positions")
 # Neither a table nor a rotation for positions, or a recurrence: the length in the config, if there is one, is that of the training data.
@@ -20,7 +19,6 @@ COUNT_FROM_PADDING = {
 SCALED_AFTER = ("linear", "dynamic", "yarn")
 # The width of the last state, where it is projected before the output embedding reads it.
 PROJECTED = {"electra": "embedding_size", "opt": "word_embed_proj_dim", "rembert": "output_embedding_size", "roformer": "embedding_size"}
-
 # Key/value heads of a layer with a sliding window for each one of the others.
 SLIDING_HEADS = {"mimo_v2_flash": 2}
 
@@ -54,10 +52,7 @@ def set_padding_token(config: Any, token: int | None) -> None:
 
 
 def context_length(config: Any) -> int | None:
-    """Tokens of one row, prompt and response, that the model is made for; None where nothing limits them.
-
-    A table of positions has an end. Rotations have none: for them it is the length that the config promises, after scaling.
-    """
+    """Tokens of one row, prompt and response, that the model is made for, with rotations the length after scaling; None where nothing limits them."""
     text = text_config(config)
     given = next((found for name in CONTEXT_NAMES if isinstance(found := getattr(text, name, None), int) and found > 0), None)
     # MPT adds a bias instead of positions too, but from a table.
@@ -66,11 +61,7 @@ def context_length(config: Any) -> int | None:
         return None
     if kind in COUNT_FROM_PADDING:
         return given - (getattr(text, "pad_token_id", None) or 0) - COUNT_FROM_PADDING[kind]
-    return _scaled(text, given)
-
-
-def _scaled(text: Any, given: int) -> int:
-    """The context after the scaling of positions: max_position_embeddings, or factor times the length before scaling if that is more."""
+    # After the scaling of positions: max_position_embeddings, or factor times the length before scaling if that is more.
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     # Parameters by kind of layer are found where `max_position_embeddings` is the length after scaling.
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in SCALED_AFTER:
@@ -88,11 +79,7 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         config: of the language model.
         dtype: of the keys and values, the model's own.
 
-    Returns:
-        Bytes, at least 1.
-
-    Raises:
-        ValueError: the config does not tell the sizes; they are named.
+    Raises ValueError: the config does not tell the sizes; they are named.
     """
     numbers = sum(_numbers_per_token(kind, layer) for kind, layer in _layers(text_config(config)))
     if not numbers:
@@ -102,6 +89,9 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 def _layers(text: Any) -> Iterator[tuple[str, Any]]:
     """For each layer the kind of its cache, as transformers names it, and its config."""
+    # Not at the top: whoever reads only --help would wait for it.
+    from transformers import DynamicCache
+
     # Decoders of models that have an encoder too call the layers of the encoder `num_hidden_layers`.
     count = next((found for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers") if (found := getattr(text, name, None))), None)
     if not count:

@@ -89,14 +89,12 @@ def at_equal_kl(
 ) -> dict[str, list[AtKL]]:
     """The reward of each method at the same divergences, so that none wins by a larger one: by method, one entry for each level, in order.
 
-    A method's line runs along its own frontier (`pareto`), which begins with the uncontrolled model at KL 0, straight in d = sqrt(KL) between neighbours:
+    A method's line runs along its own frontier (`pareto`), which begins with the uncontrolled model at KL 0, straight in d = sqrt(KL) between neighbours,
 
-        R(d) = R_i + (R_{i+1} - R_i) (d - d_i) / (d_{i+1} - d_i),  d_i <= d <= d_{i+1}.
+        R(d) = R_i + (R_{i+1} - R_i) (d - d_i) / (d_{i+1} - d_i),  d_i <= d <= d_{i+1},
 
-    It never falls: it is the reward within that divergence. It is constant from the frontier's last point to the largest KL measured, and None beyond.
-
-    Intervals: prompts are drawn with replacement, the same ones for all points of all methods, and means and lines are computed again. The seeds of a
-    prompt are averaged first.
+    and constant from its last point to the largest KL measured; beyond, the reward is None. For the intervals prompts are drawn with replacement, the same
+    ones for all points of all methods, and means and lines are computed again. The seeds of a prompt are averaged first.
 
     Args:
         points: by method, its measured settings.

@@ -1,5 +1,6 @@
 """Judges of which of two responses is better: a chat model that is asked in both orders, or a held-out reward model."""
 
+import contextlib
 import json
 import math
 import re
@@ -114,7 +115,7 @@ class PairwiseJudge:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> Judgement:
         """One verdict a pair, 1 where the response wins; ConnectionError if the server fails, ValueError if too many answers cannot be read."""
         pairs = self._questions(prompts, responses, others)
-        questions = [question for pair in pairs if pair for question in pair]
+        questions = [question for pair in pairs for question in pair]
         answers, usage = self._chat.ask(questions, self._read, unreadable=int(self.unreadable * len(set(questions))))
         both = iter(zip(answers[::2], answers[1::2], strict=True))
         found = [next(both) if pair else None for pair in pairs]
@@ -129,7 +130,7 @@ class PairwiseJudge:
 
     def estimate(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str], *, tokenizer: Any = None, answer_tokens: int = 4) -> Estimate:
         """What a call with these arguments would send; nothing is sent. Without a `tokenizer` (anything with `encode`), tokens are characters / 4."""
-        questions = self._chat.missing(question for pair in self._questions(prompts, responses, others) if pair for question in pair)
+        questions = self._chat.missing(question for pair in self._questions(prompts, responses, others) for question in pair)
         counts = [math.ceil(len(question) / CHARACTERS_PER_TOKEN) if tokenizer is None else len(tokenizer.encode(question)) for question in questions]
         tokens = (sum(counts), len(questions) * answer_tokens)
         return Estimate(len(questions), *tokens, self._cost(Usage(len(questions), *tokens)))
@@ -137,13 +138,11 @@ class PairwiseJudge:
     def _cost(self, usage: Usage) -> float | None:
         return None if self.price_per_million is None else usage.cost(self.price_per_million)
 
-    def _questions(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> list[tuple[str, str] | None]:
-        """The question in both orders; None for responses that are equal."""
-        pairs: list[tuple[str, str] | None] = []
-        for prompt, one, other in zip(*([text.strip() for text in texts] for texts in (prompts, responses, others)), strict=True):
-            ahead, behind = (self.instructions.format(prompt=prompt, first=first, second=second) for first, second in ((one, other), (other, one)))
-            pairs.append(None if one == other else (ahead, behind))
-        return pairs
+    def _questions(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> list[list[str]]:
+        """The question in both orders; none for responses that are equal."""
+        stripped = zip(*([text.strip() for text in texts] for texts in (prompts, responses, others)), strict=True)
+        orders = [(prompt, () if one == other else ((one, other), (other, one))) for prompt, one, other in stripped]
+        return [[self.instructions.format(prompt=prompt, first=first, second=second) for first, second in both] for prompt, both in orders]
 
     def _read(self, answer: str | None) -> float:
         """What an answer says of the first response."""
@@ -186,13 +185,8 @@ def choices(answer: str) -> set[str]:
     # A small letter counts alone.
     ends = [text.upper()] if len(text) == 1 else [line for line in (*lines[:1], *lines[-1:]) if len(line) <= LONGEST_LINE]
     matches = filter(None, map(LINE.fullmatch, ends))
-    by_line = {(match["letter"] or match["better"]).upper() for match in matches}
-    return {*BRACKETS.findall(text), *(choice for written in OBJECT.findall(text) for choice in _named(written)), *by_line}
-
-
-def _named(written: str) -> set[str]:
-    try:
-        values = json.loads(written).values()
-    except ValueError:
-        return set()
-    return {value.strip().upper() for value in values if isinstance(value, str)} & CHOICES.keys()
+    found = {*BRACKETS.findall(text), *((match["letter"] or match["better"]).upper() for match in matches)}
+    for written in OBJECT.findall(text):
+        with contextlib.suppress(ValueError):
+            found |= {value.strip().upper() for value in json.loads(written).values() if isinstance(value, str)} & CHOICES.keys()
+    return found

@@ -71,7 +71,10 @@ def path_of_steps(
         raise ValueError(f"states must be a tensor of shape (states, {value.hidden_size}) with at least one of them, found {found}")
     weights = torch.tensor(controls[0].head_weights or [1.0], dtype=torch.float64)
     sums = torch.zeros(len(controls), 4, dtype=torch.float64)
-    with torch.no_grad(), _Reading(model, value, allow_other_model) as reading:
+    reading = _Reading(model)
+    check_fit(reading, value, allow_other_model)
+    reading.attach()
+    with torch.no_grad(), reading:
         for chunk in states.split(STATES_AT_ONCE):
             hidden = chunk.to(value.device, reading.dtype())
             plain = reading.logits(hidden)
@@ -86,23 +89,13 @@ def path_of_steps(
 class _Reading(Editing):
     """Puts given states in the place of the model's own."""
 
-    def __init__(self, model: Any, value: ValueFunction, allow_other_model: bool):
-        super().__init__(model)
-        self._states: Tensor | None = None
-        check_fit(self, value, allow_other_model)
-        self.attach()
+    @torch.compiler.disable
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor:
+        """The given states in the place of the model's."""
+        return self.given[:, None]
 
     def logits(self, states: Tensor) -> Tensor:
         """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
-        self._states = states
-        try:
-            # One token, whose state is replaced.
-            output = self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False)
-        finally:
-            self._states = None
-        return output.logits[:, -1]
-
-    @torch.compiler.disable
-    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
-        """The given states in the place of the model's."""
-        return None if self._states is None else self._states[:, None]
+        self.given = states
+        # One token, whose state is replaced.
+        return self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.owner.device), use_cache=False).logits[:, -1]

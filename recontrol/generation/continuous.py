@@ -1,5 +1,6 @@
 """Continuous batches: prompts join the batch when there are free blocks of paged cache, and leave it when they are finished."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -58,17 +59,20 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
     return None
 
 
-def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing, decoding: BatchDecoding) -> Tokens:
+def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: RequestEditing | None, decoding: BatchDecoding) -> Tokens:
     """Generate with transformers' continuous batching; a RuntimeError has its reason. Tokens come at once if `decoding.streaming`, else with the last."""
-    config = _batching_config(model, plan, decoding, steered=editing.steers)
-    attention = model.config._attn_implementation
-    manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
     watched = decoding.streaming or decoding.ends is not None
     counts = dict.fromkeys(range(len(prompts)), 0)
-    if editing.steers:
-        editing.source = functools.partial(_rows, manager)
-    manager.start()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore_attention, model, model.config._attn_implementation)
+        config = _batching_config(model, plan, decoding, hooked=editing is None or editing.steers)
+        manager = model.init_continuous_batching(generation_config=_generation_config(model, decoding), continuous_batching_config=config)
+        stack.callback(manager.stop, block=True)
+        if editing is not None and editing.steers:
+            editing.source = functools.partial(_rows, manager)
+        manager.start()
+        # What is under way when the caller stops early.
+        stack.callback(lambda: [manager.cancel_request(str(index)) for index in counts])
         eos = sorted(decoding.eos_ids) or -1
         for index, ids in enumerate(prompts):
             manager.add_request(ids, request_id=str(index), max_new_tokens=decoding.max_new_tokens, streaming=watched, eos_token_id=eos)
@@ -91,13 +95,12 @@ def tokens(model: Any, prompts: Sequence[list[int]], plan: Plan, editing: Reques
                 if not result.is_finished():
                     manager.cancel_request(str(index))
                 yield index, None
-    finally:
-        for index in counts:
-            manager.cancel_request(str(index))
-        manager.stop(block=True)
-        # Some releases leave it paged, with which a plain call of the model fails.
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
+
+
+def _restore_attention(model: Any, implementation: str) -> None:
+    # Making a manager exchanges the attention. Some releases leave it so, and others when they fail; a plain call of the model fails then.
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)
 
 
 def _rows(manager: Any, given: dict[str, Any]) -> Rows | None:
@@ -129,7 +132,7 @@ def _generation_config(model: Any, decoding: BatchDecoding) -> GenerationConfig:
     return config
 
 
-def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered: bool) -> Any:
+def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, hooked: bool) -> Any:
     """The settings, in the words of the installed release."""
     # By name, since older releases have none.
     config_class = configuration_utils.ContinuousBatchingConfig
@@ -144,7 +147,7 @@ def _batching_config(model: Any, plan: Plan, decoding: BatchDecoding, *, steered
         # On the CPU it would look for kernels that are for GPUs.
         "auto_switch_to_flash": model.device.type != "cpu",
     }
-    if steered:
+    if hooked:
         # A graph that is replayed runs no hook, and of two batches under way it could not be told whose rows these are.
         wanted |= {"use_cuda_graph": False, "use_async_batching": False}
     return config_class(**{name: given for name, given in wanted.items() if name in known})

@@ -95,7 +95,7 @@ def generate(
     """
     output_embedding(model)
     ids = token_ids(tokenizer, prompts)
-    controls = listed_controls(control, len(ids))
+    controls = listed_controls(control, len(ids), model.dtype)
     decoding = _for_batches(model, tokenizer, Decoding.of(decoding, **keywords), stream)
     batches.check_token_counts(model, [len(each) for each in ids], decoding.max_new_tokens)
     plan = _planned(batching, model, ids, decoding, cache_budget, block_tokens)

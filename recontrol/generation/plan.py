@@ -89,8 +89,8 @@ def make_plan(
     # Attention kernels on a GPU take blocks of this size; others have a smallest size of 4.
     block_tokens = (GPU_BLOCK_TOKENS if on_gpu else BLOCK_TOKENS) if block_tokens is None else block_tokens
     for name, given, least in (("batch_size", batch_size, 1), ("block_tokens", block_tokens, 4)):
-        if given is not None and integer(name, given) < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, found {given!r}")
+        if given is not None:
+            integer(name, given, least)
     per_token = cache_bytes_per_token(config, dtype)
     budget = int(FREE_SHARE * free_bytes(device)) if cache_budget is None else byte_count(cache_budget)
     affordable = budget // (block_tokens * per_token)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from recontrol.ascent import backends
-from recontrol.checks import wide_dtype
 from recontrol.decoding.control import Control
 from recontrol.decoding.divergence import divergence
 from recontrol.decoding.editing import Editing, check_fit
@@ -43,8 +42,6 @@ class RequestEditing(Editing):
         self.traces = {index: Trace() for index in self._controls} if trace else {}
         self._places: tuple[list[int], Tensor] | None = None
         self._batch.backend = backends.check_name(backend)
-        for index, control in self._controls.items():
-            control.check_range(wide_dtype(self.dtype()), f" in the control of prompt {index}")
         for value in dict.fromkeys(control.value for control in self._controls.values()):
             check_fit(self, value, allow_other_model)
         self._batch.try_out(self._controls.values(), self.dtype())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from recontrol.checks import wide_dtype
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 from recontrol.decoding.controller import Controller
@@ -92,8 +93,8 @@ def token_ids(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[li
     return found
 
 
-def listed_controls(control: Control | Sequence[Control | None] | None, count: int) -> list[Control | None]:
-    """One control a prompt, from one for all or a list."""
+def listed_controls(control: Control | Sequence[Control | None] | None, count: int, dtype: torch.dtype) -> list[Control | None]:
+    """One control a prompt, from one for all or a list; `dtype` is that of the states."""
     several = isinstance(control, Sequence) and not isinstance(control, str)
     controls: list[Any] = [*control] if isinstance(control, Sequence) and several else [control] * count
     for index, given in enumerate(controls):
@@ -101,6 +102,8 @@ def listed_controls(control: Control | Sequence[Control | None] | None, count: i
         if given is not None and (not isinstance(given, Control) or isinstance(given, Controller)):
             place = f" at {index}" if several else ""
             raise TypeError(f"control must be a recontrol.Control, None, or a list of them, one a prompt; found {type(given).__name__}{place}")
+        if given is not None:
+            given.check_range(wide_dtype(dtype), f" in the control of prompt {index}")
     if len(controls) != count:
         raise ValueError(f"there are {count} prompts, found {len(controls)} controls: give one for all, or one each")
     return controls

@@ -1,25 +1,22 @@
 """Whether transformers' continuous batching can run a model: tried on a few tokens, once for each kind of model."""
 
 import contextlib
-import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import configuration_utils
 
 from recontrol.decoding.batches import evaluation_mode, seeded
 from recontrol.decoding.hooks import attachments, embedding_owner, output_embedding
 from recontrol.decoding.model_config import vocabulary_size
+from recontrol.generation import continuous
+from recontrol.generation.plan import Plan
+from recontrol.generation.requests import BatchDecoding
 
 # Two prompts of different lengths, so that rows must be kept apart, and enough new tokens for steps that read the cache.
 PROMPT_LENGTHS, NEW_TOKENS = (5, 3), 3
-_PATIENCE = 0.2
-# Continuous batching has a logger of its own.
-LOGGERS = ("transformers", "ContinuousBatchingLogger")
 LONGEST_REASON = 200
 _tried: dict[Any, str | None] = {}
 
@@ -34,18 +31,22 @@ def why_not(model: Any) -> str | None:
 
 
 def _try(model: Any, owner: Any) -> str | None:
-    embedding, kind = output_embedding(model), type(owner).__name__
+    embedding, kind, known = output_embedding(model), type(owner).__name__, vocabulary_size(model.config) or 2
+    prompts = [[(3 + 7 * place + length) % known for place in range(length)] for length in PROMPT_LENGTHS]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(0))
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_silent())
+        # The caller says what the trial found. Continuous batching has a logger of its own.
+        for logger in map(logging.getLogger, ("transformers", "ContinuousBatchingLogger")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
         for other in attachments(embedding):
             stack.enter_context(other.pause())
         seen: list[Tensor] = []
         hook = embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).clone()))
         stack.callback(hook.remove)
         try:
-            responses = _respond(model, _prompts(model))
+            responses = _respond(model, prompts)
             read = torch.cat(seen)
             seen.clear()
             wanted = torch.cat([_states(owner, seen, prompt, new) for prompt, new in responses])
@@ -61,59 +62,15 @@ def _try(model: Any, owner: Any) -> str | None:
     return None
 
 
-def _prompts(model: Any) -> list[list[int]]:
-    known = vocabulary_size(model.config) or 2
-    return [[(3 + 7 * place + length) % known for place in range(length)] for length in PROMPT_LENGTHS]
-
-
 def _respond(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     """Each prompt with its new tokens, from a manager of the smallest size."""
-    implementation = model.config._attn_implementation
-    end = {"eos_token_id": -1, "max_new_tokens": NEW_TOKENS}
-    found: dict[int, list[int]] = {}
-    with contextlib.ExitStack() as stack:
-        # Making a manager exchanges the attention. Some releases leave it so, and others when they fail; a plain call of the model fails then.
-        stack.callback(_restore_attention, model, implementation)
-        config = GenerationConfig(do_sample=False, pad_token_id=0, **end)
-        manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=_smallest(model))
-        stack.callback(manager.stop, block=True)
-        manager.start()
-        for index, prompt in enumerate(prompts):
-            manager.add_request(prompt, request_id=str(index), **end)
-        while len(found) < len(prompts):
-            result = manager.get_result(timeout=_PATIENCE)
-            if result is None:
-                if not manager.is_running():
-                    raise RuntimeError("it ended early")
-            elif result.error is not None:
-                raise RuntimeError(result.error)
-            elif result.is_finished():
-                found[int(result.request_id)] = list(result.generated_tokens)
-    return [(prompt, found[index]) for index, prompt in enumerate(prompts)]
-
-
-def _restore_attention(model: Any, implementation: str) -> None:
-    if model.config._attn_implementation != implementation:
-        model.set_attn_implementation(implementation)
-
-
-def _smallest(model: Any) -> Any:
-    """Settings of continuous batching, in the words of the installed release."""
-    kind = configuration_utils.ContinuousBatchingConfig
-    known = {each.name for each in dataclasses.fields(kind)}
-    on_gpu = model.device.type == "cuda"
-    wanted = {
-        "page_size" if "page_size" in known else "block_size": 256 if on_gpu else 16,
-        "num_blocks": 16,
-        "max_batch_tokens": 256,
-        "max_requests_per_batch": len(PROMPT_LENGTHS),
-        # On the CPU it would look for kernels that are for GPUs.
-        "auto_switch_to_flash": on_gpu,
-        # A graph that is replayed runs no hook.
-        "use_cuda_graph": False,
-        "use_async_batching": False,
-    }
-    return kind(**{name: given for name, given in wanted.items() if name in known})
+    plan = Plan(0, 0, (), block_tokens=256 if model.device.type == "cuda" else 16, blocks=16, batch_tokens=256, batch_size=len(prompts))
+    decoding = BatchDecoding(max_new_tokens=NEW_TOKENS, options={"generation_config": GenerationConfig(do_sample=False)})
+    new: list[list[int]] = [[] for _ in prompts]
+    for index, token in continuous.tokens(model, prompts, plan, None, decoding):
+        if token is not None:
+            new[index].append(token)
+    return list(zip(prompts, new, strict=True))
 
 
 def _states(model: Any, seen: list[Tensor], prompt: list[int], new: list[int]) -> Tensor:
@@ -121,13 +78,3 @@ def _states(model: Any, seen: list[Tensor], prompt: list[int], new: list[int]) -
     with torch.no_grad():
         model(input_ids=torch.tensor([prompt + new[:-1]], device=model.device), use_cache=False)
     return seen.pop()[-len(new) :]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No messages of transformers inside: the caller says what the trial found."""
-    with contextlib.ExitStack() as stack:
-        for logger in map(logging.getLogger, LOGGERS):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL + 1)
-        yield

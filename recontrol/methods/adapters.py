@@ -2,13 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
-
-from transformers import LogitsProcessor
 
 from recontrol.checks import required
 from recontrol.decoding.batches import evaluation_mode, seeded
@@ -22,7 +19,6 @@ FORMAT = "recontrol.fine_tuning"
 # Beside the adapter: its settings and its cost.
 RECORD_NAME = "fine_tuning.json"
 CONFIG_NAME = "adapter_config.json"
-NAMES = {"dpo": "LoRA DPO", "rloo": "LoRA RLOO", "grpo": "LoRA GRPO"}
 
 
 @dataclass(frozen=True)
@@ -92,20 +88,15 @@ class FineTuned(Method):
     """
 
     path: str | os.PathLike
+    run: FineTuningRun = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Raises here, not at the first response.
-        _ = self.run
-
-    @cached_property
-    def run(self) -> FineTuningRun:
-        """What was trained, and its cost."""
-        return FineTuningRun.read(self.path)
+        object.__setattr__(self, "run", FineTuningRun.read(self.path))
 
     @property
     def kind(self) -> str:  # type: ignore[override]
         """The algorithm of the fine-tuning."""
-        return NAMES[self.run.settings["algorithm"]]
+        return f"LoRA {self.run.settings['algorithm'].upper()}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,11 +113,9 @@ class FineTuned(Method):
         """The cost of the run."""
         return Training(self.run.trainable_parameters, self.run.seconds, self.run.peak_bytes)
 
-    @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Put the adapter on inside the block."""
-        with adapter(model, self.path):
-            yield []
+    def attach(self, model: Any) -> contextlib.AbstractContextManager:
+        """Put the adapter on until the end of a `with` block."""
+        return adapter(model, self.path)
 
 
 def check_plain(model: Any) -> None:

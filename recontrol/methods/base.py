@@ -53,16 +53,25 @@ def check_uncontrolled(model: Any) -> None:
 class Method:
     """A method of responding to prompts, made once and used for any number of batches.
 
-    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`). One that chooses between responses
-    overrides `respond`. The model is left as it was. `kind` is the name of the method in tables; methods of one kind differ in `settings`.
+    A subclass changes the text of the prompt (`write`), or the model and its logits while it decodes (`applied`); by default it does what its `parts` do.
+    One that chooses between responses overrides `respond`. The model is left as it was. `kind` is the name of the method in tables; methods of one kind
+    differ in `settings`.
     """
 
     kind: ClassVar[str]
+    # The fields among the settings, with their names in tables.
+    shown: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def parts(self) -> Sequence["Method"]:
+        """The methods that this one is made of: the last writes the text first, the first changes the logits first."""
+        return ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What distinguishes this method from others of its kind, by name, ready for JSON."""
-        return {}
+        own = {name: given for field, name in self.shown.items() if (given := getattr(self, field)) is not None}
+        return own | {name: given for part in self.parts for name, given in part.settings.items()}
 
     @property
     def identity(self) -> Any:
@@ -76,8 +85,9 @@ class Method:
 
     @property
     def training(self) -> Training:
-        """The cost of training the method."""
-        return Training()
+        """The cost of training the method: the sums, and the largest peak."""
+        parameters, seconds, peaks = zip(Training(), *(part.training for part in self.parts), strict=True)
+        return Training(sum(parameters), None if None in seconds else sum(seconds), None if None in peaks else max(peaks))
 
     @property
     def divergence(self) -> float | None:
@@ -85,15 +95,24 @@ class Method:
 
     def write(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
+        for part in reversed(self.parts):
+            prompt = part.write(prompt)
         return prompt
 
     def edit(self, states: Tensor) -> Tensor | None:
-        """(rows, hidden_size) -> the edited states; None for a method that edits no states."""
+        """(rows, hidden_size) -> the edited states; None for a method that edits no states. At most one part can be attached."""
+        return next((edited for part in self.parts if (edited := part.edit(states)) is not None), None)
+
+    def attach(self, model: Any) -> contextlib.AbstractContextManager:
+        """Change the model until the end of a `with` block, whatever it responds to."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Change the model inside the block, and yield the method's logits processors; `prompts` are those before `write`, `options` of `model.generate`."""
-        yield []
+        """`attach` inside the block, and yield the method's logits processors; `prompts` are those before `write`, `options` of `model.generate`."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.attach(model))
+            yield [processor for part in self.parts for processor in stack.enter_context(part.applied(model, tokenizer, prompts, options))]
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
         """Respond to one batch of prompts; the caller's generators and the tokenizer's settings are left as they were.
@@ -149,33 +168,11 @@ class Together(Method):
         return " + ".join(method.label for method in self.methods)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Those of all."""
-        return {name: setting for method in self.methods for name, setting in method.settings.items()}
+    def parts(self) -> Sequence[Method]:
+        """All of them."""
+        return self.methods
 
     @property
     def identity(self) -> Any:
         """Those of all."""
         return [method.identity for method in self.methods]
-
-    @property
-    def training(self) -> Training:
-        """The sums, and the largest peak."""
-        parameters, seconds, peaks = zip(*(method.training for method in self.methods), strict=True)
-        return Training(sum(parameters), None if None in seconds else sum(seconds), None if None in peaks else max(peaks))
-
-    def write(self, prompt: str) -> str:
-        """The text that the model is given for a prompt."""
-        for method in reversed(self.methods):
-            prompt = method.write(prompt)
-        return prompt
-
-    def edit(self, states: Tensor) -> Tensor | None:
-        """The states as edited by the method that edits states; at most one method can be attached."""
-        return next((edited for method in self.methods if (edited := method.edit(states)) is not None), None)
-
-    @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """All methods applied, one inside the other."""
-        with contextlib.ExitStack() as stack:
-            yield [processor for method in self.methods for processor in stack.enter_context(method.applied(model, tokenizer, prompts, options))]

@@ -6,16 +6,14 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from recontrol.checks import integer
 from recontrol.data.rewards import as_reward, checked_rewards
 from recontrol.decoding.batches import Batch, check_options, effective, greedy_unless_asked
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.responses import Response
-from recontrol.methods.base import Method, Training, Uncontrolled, one_score
+from recontrol.methods.base import Method, Uncontrolled, one_score
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +32,7 @@ class BestOfN(Method):
     Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
     """
 
+    shown: ClassVar = {"n": "samples"}
     n: int
     reward: Any
     inner: Method = field(default_factory=Uncontrolled)
@@ -43,8 +42,8 @@ class BestOfN(Method):
 
     def __post_init__(self) -> None:
         for name, given in (("n", self.n), ("rows_at_once", self.rows_at_once)):
-            if given is not None and integer(name, given) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, found {given!r}")
+            if given is not None:
+                integer(name, given, 1)
         if not isinstance(self.inner, Method):
             raise TypeError(f"inner must be a method, found {type(self.inner).__name__}")
         if type(self.inner).respond is not Method.respond:
@@ -57,9 +56,9 @@ class BestOfN(Method):
         return "best-of-n" if isinstance(self.inner, Uncontrolled) else f"best-of-n + {self.inner.kind}"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """How many samples ("n" are the steps of an ascent), and the settings of the inner method."""
-        return {"samples": self.n, **self.inner.settings}
+    def parts(self) -> Sequence[Method]:
+        """The inner method."""
+        return (self.inner,)
 
     @property
     def identity(self) -> Any:
@@ -68,22 +67,9 @@ class BestOfN(Method):
         return [self.inner.identity, self.rows_at_once, None if weights is None else list(weights), None if sampling is None else dict(sampling)]
 
     @property
-    def training(self) -> Training:
-        """That of the inner method."""
-        return self.inner.training
-
-    @property
     def divergence(self) -> float | None:
         """Log n - (n - 1) / n, an upper bound of the KL (Beirami et al. 2024); None where the inner method is not the uncontrolled model."""
         return math.log(self.n) - (self.n - 1) / self.n if isinstance(self.inner, Uncontrolled) else None
-
-    def write(self, prompt: str) -> str:
-        """The text that the model is given for a prompt."""
-        return self.inner.write(prompt)
-
-    def edit(self, states: Tensor) -> Tensor | None:
-        """(rows, hidden_size) -> the states as the inner method edits them; None where it edits none."""
-        return self.inner.edit(states)
 
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
         """Sample n responses to each prompt and keep the best; `steps` are those of all rounds, `seconds` include the scoring."""

@@ -4,16 +4,15 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from recontrol.ascent import backends
-from recontrol.ascent.ascend import ascend
 from recontrol.decoding.batches import finishing_tokens
 from recontrol.decoding.control import Control
+from recontrol.decoding.control_batch import ControlBatch
 from recontrol.decoding.controller import Controller
 from recontrol.methods.base import Method, Training, tensors_checksum
 from recontrol.value import ValueFunction
@@ -82,11 +81,9 @@ def settings_of(control: Control) -> dict[str, Any]:
 
 def climb(states: Tensor, control: Control, *, backend: str = "auto") -> Tensor:
     """(rows, hidden_size) -> o_t + u_t, by the settings of a control."""
-    settings = settings_of(control)
-    if control.head_weights is not None:
-        # In double precision, as the numbers were given.
-        settings["head_weights"] = torch.tensor(control.head_weights, dtype=torch.float64, device=states.device)
-    return cast(Tensor, ascend(states, **settings, backend=backend))
+    batch = ControlBatch(backend)
+    batch.assign(control)
+    return batch.edit(states)
 
 
 def training_of(value: ValueFunction) -> Training:

@@ -46,10 +46,9 @@ SETTINGS_NAME = "settings.json"
 # The last file that the trainer writes into a checkpoint.
 STATE_NAME = "trainer_state.json"
 # What the history has of the trainer's log.
-OF_DPO = ("step", "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
-KEPT = (*OF_DPO, "reward", "reward_std", "kl", "entropy", "completions/mean_length")
-# The online algorithms, with the classes that TRL has for them.
-ONLINE = {"rloo": ("RLOOConfig", "RLOOTrainer"), "grpo": ("GRPOConfig", "GRPOTrainer")}
+KEPT: tuple[str, ...] = ("step", "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+KEPT += ("reward", "reward_std", "kl", "entropy", "completions/mean_length")
+ONLINE = ("rloo", "grpo")
 
 
 @dataclass(frozen=True)
@@ -97,19 +96,11 @@ class FineTuning:
     def arguments(self, model: Any, **others: Any) -> dict[str, Any]:
         """The fields of a trainer's config that the result depends on; `others` are those of one algorithm and of the caller."""
         at_once = self.micro_batch_size or self.batch_size
-        return dict(
-            learning_rate=self.learning_rate,
-            per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=self.batch_size // at_once,
-            gradient_checkpointing=self.gradient_checkpointing,
-            # The dtype of the model's own weights; those of the adapter are float32.
-            bf16=model.dtype == torch.bfloat16,
-            fp16=model.dtype == torch.float16,
-            disable_dropout=True,
-            seed=self.seed,
-            beta=self.beta,
-            **others,
-        )
+        same = {name: getattr(self, name) for name in ("learning_rate", "gradient_checkpointing", "seed", "beta")}
+        batches = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": self.batch_size // at_once}
+        # The dtype of the model's own weights; those of the adapter are float32.
+        dtypes = {"bf16": model.dtype == torch.bfloat16, "fp16": model.dtype == torch.float16}
+        return dict(**same, **batches, **dtypes, disable_dropout=True, **others)
 
 
 @dataclass(frozen=True)
@@ -163,23 +154,23 @@ def make_preference_pairs(
     check_uncontrolled(model)
     check_lengths(model, tokenizer, prompts, decoding.max_new_tokens)
     score = as_reward(reward)
-    found = PreferencePairs([], [], {"equal": 0, "empty": 0})
-    left_out = found.left_out
+    left_out = {"equal": 0, "empty": 0}
+    found = PreferencePairs([], [], left_out)
     for number, first in enumerate(tqdm(range(0, len(prompts), batch_size), "sampling pairs", disable=not progress)):
         repeated = [prompt for prompt in prompts[first : first + batch_size] for _ in range(samples)]
         responses = generate_batch(model, tokenizer, repeated, dataclasses.replace(decoding, seed=decoding.seed + number)).responses
         rows = [row for row, response in enumerate(responses) if response.token_ids]
-        scores = single_scores(score, [repeated[row] for row in rows], [responses[row].text for row in rows]).tolist()
+        scores = dict(zip(rows, single_scores(score, [repeated[row] for row in rows], [responses[row].text for row in rows]).tolist(), strict=True))
         for start in range(0, len(repeated), samples):
-            scored = [each for each in zip(scores, rows, strict=True) if start <= each[1] < start + samples]
-            (best, chosen), (worst, rejected) = (max(scored), min(scored)) if scored else ((0, 0), (0, 0))
-            if len(scored) < 2 or best == worst:
-                left_out["empty" if len(scored) < 2 else "equal"] += 1
+            order = sorted((row for row in range(start, start + samples) if row in scores), key=scores.__getitem__)
+            if len(order) < 2 or scores[order[0]] == scores[order[-1]]:
+                left_out["empty" if len(order) < 2 else "equal"] += 1
                 continue
+            rejected, chosen = order[0], order[-1]
             # Where the model wrote an end-of-sequence token, with its text.
             ends = [tokenizer.decode(responses[row].token_ids[-1:]) if responses[row].finish == "eos" else "" for row in (chosen, rejected)]
             found.pairs.append(Preference(repeated[start], responses[chosen].text + ends[0], responses[rejected].text + ends[1]))
-            found.margins.append(best - worst)
+            found.margins.append(scores[chosen] - scores[rejected])
     if not found.pairs:
         counts = f"of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} fewer than two responses with a token"
         raise ValueError(f"no prompt has two responses of different reward: {counts}; take more samples, or another reward")
@@ -317,7 +308,7 @@ def train_rl(
     fields = chosen.arguments(model, **sampling, num_train_epochs=1, shuffle_dataset=False, **options)
     settings = {"algorithm": algorithm, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score)}
     settings |= {"prompts_sha256": texts_checksum(prompts), "num_prompts": len(prompts)}
-    config, trainer = (getattr(trl, name) for name in ONLINE[algorithm])
+    config, trainer = (getattr(trl, f"{algorithm.upper()}{part}") for part in ("Config", "Trainer"))
 
     def make_trainer(twin: Any, **common: Any) -> Any:
         eos_ids = eos_tokens(twin, {}) | {tokenizer.eos_token_id}

@@ -53,7 +53,13 @@ class Prompting(Method):
                 raise TypeError(f"{name} must be a text, found {type(text).__name__}")
         if (count := self.template.count(PLACE)) != 1:
             raise ValueError(f"a template must have {PLACE} exactly once, found it {count} times in {self.template!r}")
-        object.__setattr__(self, "examples", tuple(_checked(number, example) for number, example in enumerate(self.examples)))
+        for number, example in enumerate(self.examples):
+            pair = () if isinstance(example, str) else tuple(example)
+            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise ValueError(f"example {number} must be a pair of texts (prompt, response), found {example!r}")
+            if not pair[1].strip():
+                raise ValueError(f"example {number} has a blank response, to the prompt {pair[0][-SHOWN:]!r}")
+        object.__setattr__(self, "examples", tuple(map(tuple, self.examples)))
         if self.template == PLACE and not self.examples:
             raise ValueError("found neither a template nor examples: that is the uncontrolled model")
 
@@ -114,12 +120,3 @@ def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, hea
     if blank:
         raise ValueError(f"the responses {blank} of {rollouts.path}, which are among the best, have no text")
     return [found[index] for index in reversed(chosen)]
-
-
-def _checked(number: int, example: Any) -> tuple[str, str]:
-    pair = () if isinstance(example, str) else tuple(example)
-    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-        raise ValueError(f"example {number} must be a pair of texts (prompt, response), found {example!r}")
-    if not pair[1].strip():
-        raise ValueError(f"example {number} has a blank response, to the prompt {pair[0][-SHOWN:]!r}")
-    return pair[0], pair[1]

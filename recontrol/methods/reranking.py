@@ -2,16 +2,16 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from recontrol.checks import integer, number, several
@@ -29,20 +29,14 @@ from recontrol.value import ValueFunction
 logger = logging.getLogger("recontrol")
 
 
-class TopK(LogitsProcessor):
+def rerank(k: int, bonus: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, scores: Tensor) -> Tensor:
     """score(v) = logit(v) + bonus(v) for the k likeliest next tokens v, minus infinity for all others; before temperature, top-k and top-p.
 
     `bonus` maps (rows, tokens) ids so far and (rows, k) candidates, the likeliest first, to (rows, k).
     """
-
-    def __init__(self, k: int, bonus: Callable[[Tensor, Tensor], Tensor]):
-        self.k, self.bonus = k, bonus
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, tokens) ids so far, (rows, vocabulary) logits -> (rows, vocabulary) scores."""
-        logits, candidates = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
-        bonus = self.bonus(input_ids, candidates).to(device=scores.device, dtype=scores.dtype)
-        return torch.full_like(scores, -torch.inf).scatter(-1, candidates, logits + bonus)
+    logits, candidates = scores.topk(min(k, scores.shape[-1]), dim=-1)
+    added = bonus(input_ids, candidates).to(device=scores.device, dtype=scores.dtype)
+    return torch.full_like(scores, -torch.inf).scatter(-1, candidates, logits + added)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +58,7 @@ class ARGS(Method):
     """
 
     kind = "ARGS"
+    shown: ClassVar = {"w": "w", "k": "k", "weights": "weights"}
     reward: Any
     w: float = 1.0
     k: int = 10
@@ -71,15 +66,10 @@ class ARGS(Method):
 
     def __post_init__(self) -> None:
         weights = None if self.weights is None else tuple(number("weights", weight) for weight in several("weights", self.weights))
-        for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": _checked_k(self.k), "weights": weights}.items():
+        for name, checked in {"reward": as_reward(self.reward), "w": number("w", self.w), "k": integer("k", self.k, 1), "weights": weights}.items():
             object.__setattr__(self, name, checked)
         # Raises, where the reward says how many scores it returns.
         one_score(torch.zeros(0, len(getattr(self.reward, "head_names", None) or weights or [1])), weights, "weights")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Weight of the reward, candidates, and the weights of several scores."""
-        return {"w": self.w, "k": self.k, **({} if self.weights is None else {"weights": self.weights})}
 
     @property
     def identity(self) -> Any:
@@ -87,7 +77,7 @@ class ARGS(Method):
         return reward_name(self.reward)
 
     @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
+    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[Any]]:
         """Yield the processor of one batch."""
         finishing = finishing_tokens(model, tokenizer, dict(options))
         # Positions taken by the prompt, padding included: known at the first call.
@@ -98,21 +88,18 @@ class ARGS(Method):
             width = input_ids.shape[1] if width is None else width
             # Several rows may respond to one prompt.
             samples = len(input_ids) // len(prompts)
-            found: dict[tuple[str, str], int] = {}
-            places = []
+            keys = []
             for row, (ids, tokens) in enumerate(zip(input_ids.tolist(), candidates.tolist(), strict=True)):
                 written, response = ids[:width], ids[width:]
-                for column, token in enumerate([] if response and response[-1] in finishing else tokens):
-                    text = decode_after(tokenizer, written, [*response, token], skip_special_tokens=True)
-                    places.append((row, column, found.setdefault((prompts[row // samples], text), len(found))))
-            added = torch.zeros(candidates.shape)
-            if places:
-                rows, columns, texts = torch.tensor(places).unbind(-1)
-                rewards = one_score(checked_rewards(self.reward, *zip(*found, strict=True)), self.weights, "weights")
-                added[rows, columns] = self.w * rewards.float()[texts]
-            return added
+                going = [] if response and response[-1] in finishing else tokens
+                texts = [decode_after(tokenizer, written, [*response, token], skip_special_tokens=True) for token in going]
+                keys.append([(prompts[row // samples], text) for text in texts])
+            distinct = list(dict.fromkeys(key for row in keys for key in row))
+            rewards = one_score(checked_rewards(self.reward, *zip(*distinct, strict=True)), self.weights, "weights").tolist() if distinct else []
+            score = dict(zip(distinct, rewards, strict=True))
+            return self.w * torch.tensor([[score[key] for key in row] or [0.0] * candidates.shape[1] for row in keys])
 
-        yield [TopK(self.k, bonus)]
+        yield [functools.partial(rerank, self.k, bonus)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +124,7 @@ class PrefixScorer(Method):
     """
 
     kind = "prefix scorer"
+    shown: ClassVar = {"strength": "strength", "k": "k", "head_weights": "weights"}
     value: ValueFunction
     strength: float = 1.0
     k: int = 10
@@ -146,13 +134,8 @@ class PrefixScorer(Method):
 
     def __post_init__(self) -> None:
         head_weights = Control(self.value, head_weights=self.head_weights).head_weights
-        for name, checked in {"strength": number("strength", self.strength), "k": _checked_k(self.k), "head_weights": head_weights}.items():
+        for name, checked in {"strength": number("strength", self.strength), "k": integer("k", self.k, 1), "head_weights": head_weights}.items():
             object.__setattr__(self, name, checked)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Strength, candidates, and the weights of several heads."""
-        return {"strength": self.strength, "k": self.k, **({} if self.head_weights is None else {"weights": self.head_weights})}
 
     @property
     def identity(self) -> str:
@@ -165,13 +148,13 @@ class PrefixScorer(Method):
         return self.trained or training_of(self.value)
 
     @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
+    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[Any]]:
         """Observe the forward calls inside the block and yield the processor of one batch."""
         ending = torch.tensor(sorted(eos_tokens(model, dict(options))), dtype=torch.int64)
 
         def values(states: Any) -> Tensor:
             heads = self.value(states)
-            return heads[..., 0] if self.head_weights is None else heads @ heads.new_tensor(self.head_weights)
+            return heads @ heads.new_tensor(self.head_weights or [1.0])
 
         @torch.no_grad()
         def bonus(input_ids: Tensor, candidates: Tensor) -> Tensor:
@@ -180,13 +163,7 @@ class PrefixScorer(Method):
 
         with CandidateStates(model) as states:
             check_fit(states, self.value, self.allow_other_model)
-            yield [TopK(self.k, bonus)]
-
-
-def _checked_k(k: int) -> int:
-    if integer("k", k) < 1:
-        raise ValueError(f"k must be 1 or more, found {k!r}")
-    return int(k)
+            yield [functools.partial(rerank, self.k, bonus)]
 
 
 class CandidateStates(Attachment):

@@ -1,10 +1,9 @@
 """Static representation editing: one vector is added to every state that is read to sample a token, and how to find such a vector."""
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from recontrol.checks import number
 from recontrol.data.rollouts import Rollouts
@@ -226,53 +224,31 @@ class StaticEditing(Method):
 
     def edit(self, states: Tensor) -> Tensor:
         """(rows, hidden_size) -> o_t + strength * d, in the dtype of the states."""
-        return _moved(states, self._edit_of(states))
+        return (states + self.strength * self.direction.vector.to(states.device)).to(states.dtype)
 
     def attach(self, model: Any) -> "StaticHandle":
         """Edit what `model` reads until the end of a `with` block; the direction must fit the model, and nothing else that edits may be attached."""
         return StaticHandle(self, model)
 
-    @contextlib.contextmanager
-    def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[LogitsProcessor]]:
-        """Attach the hook inside the block."""
-        with self.attach(model):
-            yield []
-
-    def _edit_of(self, states: Tensor) -> Tensor:
-        return (self.strength * self.direction.vector).to(states.device)
-
 
 class StaticHandle(Editing):
-    """The hook of static editing on one model, made by `StaticEditing.attach`; `detach` or leaving its `with` block removes it.
-
-    Args:
-        editing: what to add.
-        model: the model.
-
-    Raises TypeError, ValueError, RuntimeError: as `StaticEditing.attach`.
-    """
+    """The hook of static editing on one model, made by `StaticEditing.attach`; `detach` or leaving its `with` block removes it."""
 
     def __init__(self, editing: StaticEditing, model: Any):
         super().__init__(model)
-        self.editing = editing
-        direction, kind = editing.direction, type(self.owner).__name__
-        width = input_width(self.owner, self.embedding)
+        direction, width = editing.direction, input_width(self.owner, self.embedding)
         if direction.hidden_size != width:
-            raise ValueError(f"the direction is for hidden states of size {direction.hidden_size}, the output embedding of this {kind} reads size {width}")
+            found = f"the output embedding of this {type(self.owner).__name__} reads size {width}"
+            raise ValueError(f"the direction is for hidden states of size {direction.hidden_size}, {found}")
         recorded = direction.provenance.get("base_model")
         other = difference(recorded, self.model) if isinstance(recorded, dict) and not editing.allow_other_model else None
         if other is not None:
             raise ValueError(f"the direction was found in the states of another model: {other}; attach it anyway with allow_other_model=True")
         weight = getattr(self.embedding, "weight", direction.vector)
         # Moved once, so that a decode step copies nothing.
-        self._edit = editing._edit_of(direction.vector if weight.is_meta else weight)
+        self._added = editing.strength * direction.vector.to("cpu" if weight.is_meta else weight.device)
         self.attach()
 
-    def edit(self, hidden: Tensor, rows: Any) -> Tensor | None:
-        """The states moved by the constant."""
-        return None if self.editing.strength == 0 else _moved(hidden, self._edit)
-
-
-def _moved(states: Tensor, edit: Tensor) -> Tensor:
-    """The sum, rounded once to the dtype of the states."""
-    return (states + edit).to(states.dtype)
+    def edit(self, hidden: Tensor, rows: Any) -> Tensor:
+        """The states moved by the constant, rounded once."""
+        return (hidden + self._added).to(hidden.dtype)

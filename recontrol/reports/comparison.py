@@ -12,29 +12,22 @@ from recontrol.evaluation.metrics import bootstrap_difference
 from recontrol.evaluation.results import Result, by_prompt
 from recontrol.evaluation.win_rate import WinRate
 
-# Of the intervals that say which row is the best.
-CHANCE = 0.05
 # Divergences at which rows are compared, and how far below the largest the smallest may be.
-MOST_LEVELS = 6
-RANGE = 1000
+MOST_LEVELS, RANGE = 6, 1000
 
 
 @dataclass
 class Findings:
-    """What a study found: the results on the test prompts, the uncontrolled model's first, and on what their settings were chosen."""
+    """What a study found: results on the test `prompts`, with a name and perhaps a win rate each, the uncontrolled model's first, without a win rate."""
 
     results: list[Result]
-    # Of the rows, one a result.
     names: list[str]
-    # The test prompts.
     prompts: list[str]
-    # On the validation prompts: the uncontrolled model, then all settings of all rows; empty where nothing was chosen.
+    # On the validation prompts, the uncontrolled model and all settings; by the name of a row, which of these are its own; labels of the chosen ones.
     validation: list[Result] = field(default_factory=list)
-    # By the name of a row, which results of `validation` are its settings.
     groups: dict[str, list[int]] = field(default_factory=dict)
-    # Labels of the chosen methods.
     chosen: list[str] = field(default_factory=list)
-    # One a result; None for the uncontrolled model itself, empty without a judge; and what they compare with.
+    # Empty without a judge; and what they compare with.
     wins: list[WinRate | None] = field(default_factory=list)
     against: str | None = None
 
@@ -105,7 +98,7 @@ def not_told_apart(numbers: Sequence[Sequence[float] | None], seeds: int) -> tup
     if len(means) < 2:
         return None
     best = max(means, key=lambda place: float(means[place].mean()))
-    level = 1 - CHANCE / (len(means) - 1)
+    level = 1 - 0.05 / (len(means) - 1)
     return best, [place for place, mean in means.items() if place != best and bootstrap_difference(means[best], mean, level)[0] <= 0]
 
 
@@ -124,17 +117,14 @@ def equal_kl(findings: Findings) -> EqualKL | None:
     """The rows at equal divergence; None where no row's was measured."""
     base, groups = sweep(findings)
     # Estimates of a divergence that is 0 may be below it by rounding or sampling.
-    measured: dict[str, list[Any]] = {
-        name: [replace(point, kl=max(0.0, point.kl)) for point in points if point.kl is not None] for name, points in groups.items()
-    }
-    known = {name: points for name, points in measured.items() if points}
+    known: Any = {name: [replace(each, kl=max(0.0, each.kl)) for each in points if each.kl is not None] for name, points in groups.items()}
+    known = {name: points for name, points in known.items() if points}
     levels = kl_levels([max(point.kl for point in points) for points in known.values()])
     if not levels:
         return None
-    best = {name: max(points, key=lambda point: point.reward) for name, points in known.items()}
-    largest = {name: (point.kl, point.reward) for name, point in best.items()}
-    uncontrolled: Any = replace(base, kl=0.0)
-    return EqualKL(levels, at_equal_kl(known, levels, uncontrolled), largest, [name for name in groups if name not in known], bool(findings.validation))
+    largest = {name: max(((each.kl, each.reward) for each in points), key=lambda found: found[1]) for name, points in known.items()}
+    rewards, unknown = at_equal_kl(known, levels, replace(base, kl=0.0)), [name for name in groups if name not in known]
+    return EqualKL(levels, rewards, largest, unknown, bool(findings.validation))
 
 
 def kl_levels(largest: Sequence[float]) -> list[float]:
@@ -142,10 +132,9 @@ def kl_levels(largest: Sequence[float]) -> list[float]:
     reached = sorted((kl for kl in largest if kl > 0), reverse=True)
     if not reached:
         return []
-    limit = reached[min(1, len(reached) - 1)]
+    limit = reached[:2][-1]
     least = max(limit / RANGE, min(reached[-1], limit / 10))
-    powers = range(math.floor(math.log10(limit / RANGE)), math.floor(math.log10(limit)) + 1)
-    nice = [float(f"{first}e{power}") for power in powers for first in (1, 2, 5)]
+    nice = [float(f"{first}e{power}") for power in range(math.floor(math.log10(limit / RANGE)), math.ceil(math.log10(limit)) + 1) for first in (1, 2, 5)]
     begin = max((level for level in nice if level <= least), default=least)
     kept = [level for level in nice if begin <= level <= limit]
     # As evenly as the list allows.

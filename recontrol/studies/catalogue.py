@@ -28,11 +28,9 @@ class Entry:
 
     def methods(self, run: Run) -> list[methods.Method]:
         """One method for each choice; what has to be trained for them is trained, or read where it was before."""
-        made = []
-        for chosen in self.settings:
-            parts = [KINDS[kind].make(run, {name: given for name, given in chosen.items() if KINDS[kind].takes(name)}) for kind in self.kinds]
-            made.append(parts[0] if len(parts) == 1 else methods.Together(parts))
-        return made
+        kinds = [KINDS[kind] for kind in self.kinds]
+        made = [[kind.make(run, {name: given for name, given in chosen.items() if kind.takes(name)}) for kind in kinds] for chosen in self.settings]
+        return [parts[0] if len(parts) == 1 else methods.Together(parts) for parts in made]
 
 
 @dataclass(frozen=True)
@@ -53,41 +51,28 @@ def read_entries(entries: Sequence[Any], where: str = "methods") -> list[Entry]:
     """Check the entries of a study, before any work is done; ValueError names an unknown method or setting, one that is missing, or two rows of one name."""
     found: list[Entry] = []
     for number, entry in enumerate(entries):
-        place = f"{where}[{number}]"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
-            raise ValueError(f"{place} must be a mapping with a method, found {entry!r:.80}")
-        kinds = tuple(part.strip() for part in entry["method"].split("+"))
-        settings = {name: given for name, given in entry.items() if name not in ("method", "name")}
-        lists = _lists(entry["method"], kinds, settings, place)
-        name = str(entry.get("name", entry["method"]))
-        if any(other.name == name for other in found):
-            raise ValueError(f"{place}: two rows are called {name!r}; give one of them a name")
+            raise ValueError(f"{where}[{number}] must be a mapping with a method, found {entry!r:.80}")
+        method, name = entry["method"], str(entry.get("name", entry["method"]))
+        settings = {setting: given for setting, given in entry.items() if setting not in ("method", "name")}
+        names = tuple(part.strip() for part in method.split("+"))
+        kinds = [KINDS[kind] for kind in names if kind in KINDS]
+        known = [setting for kind in kinds for setting in (*kind.strengths, *kind.options)]
+        strengths = [setting for kind in kinds for setting in kind.strengths if setting in settings]
+        lists = {setting: settings[setting] if isinstance(settings[setting], list) else [settings[setting]] for setting in strengths}
+        for wrong, message in (
+            ([kind for kind in names if kind not in KINDS], f"found the method '{{}}', wanted one of {', '.join(KINDS)}, or several with + between them"),
+            (names if len(names) > 1 and "best-of-n" in names else (), "best-of-n chooses between responses on its own and goes with no other method"),
+            ([each for each in settings if not any(kind.takes(each) for kind in kinds)], f"{method} has no setting '{{}}', only {', '.join(known) or 'none'}"),
+            ([each for kind in kinds for each in kind.needed if each not in settings], f"{method} must have {{}}"),
+            ([each for each, choices in lists.items() if not choices], "{} must have at least one number, found an empty list"),
+            ([other.name for other in found if other.name == name], "two rows are called '{}'; give one of them a name"),
+        ):
+            if wrong:
+                raise ValueError(f"{where}[{number}]: {message.format(', '.join(map(str, wrong)))}")
         choices = tuple({**settings, **dict(zip(lists, chosen, strict=True))} for chosen in itertools.product(*lists.values()))
-        found.append(Entry(name, kinds, choices))
+        found.append(Entry(name, names, choices))
     return found
-
-
-def _lists(method: str, kinds: tuple[str, ...], settings: dict[str, Any], place: str) -> dict[str, list[Any]]:
-    """The settings to choose among, each as a list."""
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise ValueError(f"{place}: found the method {unknown[0]!r}, wanted one of {', '.join(KINDS)}, or several with + between them")
-    if len(kinds) > 1 and "best-of-n" in kinds:
-        raise ValueError(f"{place}: best-of-n chooses between responses on its own and goes with no other method")
-    found = [KINDS[kind] for kind in kinds]
-    strange = [name for name in settings if not any(kind.takes(name) for kind in found)]
-    if strange:
-        known = [name for kind in found for name in (*kind.strengths, *kind.options)]
-        raise ValueError(f"{place}: {method} has no setting {strange[0]!r}, only {', '.join(known) or 'none'}")
-    missing = [name for kind in found for name in kind.needed if name not in settings]
-    if missing:
-        raise ValueError(f"{place}: {method} must have {', '.join(missing)}")
-    strengths = [name for kind in found for name in kind.strengths if name in settings]
-    lists = {name: settings[name] if isinstance(settings[name], list) else [settings[name]] for name in strengths}
-    empty = [name for name, choices in lists.items() if not choices]
-    if empty:
-        raise ValueError(f"{place}: {empty[0]} must have at least one number, found an empty list")
-    return lists
 
 
 # The settings of an ascent, in a study as in the paper.
@@ -107,31 +92,31 @@ def _single_reward(run: Run) -> Reward:
     return weighted
 
 
-def _head_weights(run: Run, settings: dict[str, Any]) -> Any:
-    return settings.get("head_weights", run.study.reward.head_weights if run.value.num_heads > 1 else None)
+def _weighted(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the weights of the heads, those of the study where an entry has none of its own."""
+    return {"head_weights": run.study.reward.head_weights if run.value.num_heads > 1 else None, **settings}
 
 
 def _re_control(run: Run, settings: dict[str, Any]) -> methods.Method:
-    of_control = {CONTROL[name]: given for name, given in settings.items() if name in CONTROL}
-    control = Control(run.value, **{**of_control, "head_weights": _head_weights(run, settings)})
+    control = Control(run.value, **{CONTROL[name]: given for name, given in _weighted(run, settings).items() if name in CONTROL})
     return methods.ReControl(control, trained=run.trained, **{name: given for name, given in settings.items() if name not in CONTROL})
 
 
 def _prefix_scorer(run: Run, settings: dict[str, Any]) -> methods.Method:
-    return methods.PrefixScorer(run.value, settings["strength"], settings.get("k", 10), head_weights=_head_weights(run, settings), trained=run.trained)
+    return methods.PrefixScorer(run.value, trained=run.trained, **_weighted(run, settings))
 
 
 def _prompting(run: Run, settings: dict[str, Any]) -> methods.Method:
-    examples = settings.get("examples", [])
+    others = dict(settings)
+    examples = others.pop("examples", [])
     if isinstance(examples, int):
         examples = methods.best_examples(run.rollouts, examples, head_weights=run.study.reward.head_weights)
     pairs = [tuple(pair) for pair in examples]
     if "goal" in settings:
-        if others := sorted(settings.keys() & {"template", "separator", "called"}):
-            raise ValueError(f"prompting: {', '.join(others)} have no use beside goal, which has its own")
+        if beside := sorted(settings.keys() & {"template", "separator", "called"}):
+            raise ValueError(f"prompting: {', '.join(beside)} have no use beside goal, which has its own")
         return methods.Prompting.for_dialogues(settings["goal"], pairs)
-    keywords = {name: settings[name] for name in ("separator",) if name in settings}
-    return methods.Prompting(settings.get("template", "{prompt}"), pairs, name=settings.get("called"), **keywords)
+    return methods.Prompting(examples=pairs, name=others.pop("called", None), **others)
 
 
 def _static_editing(run: Run, settings: dict[str, Any]) -> methods.Method:
@@ -147,8 +132,7 @@ def _static_editing(run: Run, settings: dict[str, Any]) -> methods.Method:
 
 
 def _best_of_n(run: Run, settings: dict[str, Any]) -> methods.Method:
-    options = {name: given for name, given in settings.items() if name != "n"}
-    return methods.BestOfN(settings["n"], run.reward, head_weights=run.study.reward.head_weights, **options)
+    return methods.BestOfN(reward=run.reward, head_weights=run.study.reward.head_weights, **settings)
 
 
 def _fine_tuned(algorithm: str, run: Run, settings: dict[str, Any]) -> methods.Method:
@@ -172,10 +156,6 @@ def _fine_tuned(algorithm: str, run: Run, settings: dict[str, Any]) -> methods.M
     return methods.FineTuned(folder)
 
 
-def _adapter(algorithm: str) -> Kind:
-    return Kind(partial(_fine_tuned, algorithm), ("beta", "learning_rate"), ("beta",), ("*",))
-
-
 STEERING = tuple(name for name in CONTROL if name != "head_weights")
 KINDS: dict[str, Kind] = {
     "prompting": Kind(_prompting, (), (), ("template", "examples", "separator", "goal", "called")),
@@ -184,5 +164,5 @@ KINDS: dict[str, Kind] = {
     "static editing": Kind(_static_editing, ("strength",), ("strength",), ("direction",)),
     "args": Kind(lambda run, given: methods.ARGS(run.reward, given["w"], given.get("k", 10), weights=run.study.reward.head_weights), ("w",), ("w",), ("k",)),
     "best-of-n": Kind(_best_of_n, ("n",), ("n",), ("rows_at_once", "sampling")),
-    **{algorithm: _adapter(algorithm) for algorithm in ("dpo", "rloo", "grpo")},
+    **{name: Kind(partial(_fine_tuned, name), ("beta", "learning_rate"), ("beta",), ("*",)) for name in ("dpo", "rloo", "grpo")},
 }

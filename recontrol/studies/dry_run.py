@@ -18,24 +18,24 @@ from recontrol.studies.study import ModelSection, RewardSection, SourceSection, 
 TEXT = "the a my one people film story question answer help think say make want know good bad fair kind honest why how when who not never very"
 WORDS = TEXT.split()
 # Prompts of each part, tokens of a response, and units of a hidden layer.
-COUNTS = {"train": 24, "validation": 6, "test": 8}
-NEW_TOKENS = 8
-WIDTH = 32
+COUNTS, NEW_TOKENS, WIDTH = {"train": 24, "validation": 6, "test": 8}, 8, 32
+# Of the tokenizer.
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 # What fine-tuning is cut down to.
 FINE_TUNING = {"batch_size": 4, "epochs": 1, "rank": 2, "micro_batch_size": None}
 
 
 def small(study: Study, out: Path) -> Study:
-    """The same study, with everything that is large or far away replaced by what is made in a folder.
-
-    Architectures, the columns of the data, the methods and their settings stay. Coherence and win rate, which ask for models that are not here, are left out.
-    """
+    """The same study, with models and data made in a folder; architectures, columns, methods and settings stay, coherence and win rate are left out."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     # A study with a value function of its own has no prompts for training.
     sources = {"train": study.prompts.train or study.prompts.test, "validation": study.prompts.validation, "test": study.prompts.test}
     files: dict[str, Any] = {name: source and _source(source, out, name) for name, source in sources.items()}
-    tokenizer = _tokenizer()
+    made = ByteLevelBPETokenizer()
+    # Without a bar, which it would print.
+    made.train_from_iterator([TEXT] * 4, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     rewards = [_save_reward(name, tokenizer, out / f"reward-{number}") for number, name in enumerate(study.reward.names)]
     return dataclasses.replace(
         study,
@@ -54,8 +54,7 @@ def small(study: Study, out: Path) -> Study:
 def _small_method(entry: dict[str, Any]) -> dict[str, Any]:
     """Training is cut short; a list of settings is cut to two, which is enough to choose."""
     cut = {name: given[:2] if isinstance(given, list) and name not in ("head_weights", "examples") else given for name, given in entry.items()}
-    trained = entry.get("method") in ("dpo", "rloo", "grpo")
-    return {**cut, **FINE_TUNING} if trained else cut
+    return {**cut, **(FINE_TUNING if entry.get("method") in ("dpo", "rloo", "grpo") else {})}
 
 
 def _source(source: SourceSection, out: Path, name: str) -> SourceSection:
@@ -80,38 +79,24 @@ def _source(source: SourceSection, out: Path, name: str) -> SourceSection:
     return SourceSection(str(path), "train", None)
 
 
-def _tokenizer() -> Any:
-    """Byte-level, trained on the words of the prompts."""
-    made = ByteLevelBPETokenizer()
-    # Without a bar, which it would print.
-    made.train_from_iterator([TEXT] * 4, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-
-
 def _save_model(name: str, tokenizer: Any, path: Path) -> str:
     """A model of the architecture that the name says: Falcon's, else Llama's, whose own Vicuna and Llama 3 are."""
-    shared: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1, **_sizes(tokenizer)}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
     if "falcon" in name.lower():
-        config: Any = AutoConfig.for_model("falcon", **shared, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
+        config: Any = AutoConfig.for_model("falcon", **sizes, **TOKENS, multi_query=True, parallel_attn=True, new_decoder_architecture=False)
     else:
-        config = LlamaConfig(**shared, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
-    return _saved(AutoModelForCausalLM.from_config(config), tokenizer, path)
+        config = LlamaConfig(**sizes, **TOKENS, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 def _save_reward(name: str, tokenizer: Any, path: Path) -> str:
     """UltraRM's architecture, else a sequence classifier."""
     layers: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
-    config = LlamaConfig(**layers, **_sizes(tokenizer), max_position_embeddings=1024)
+    config = LlamaConfig(**layers, **TOKENS, vocab_size=len(tokenizer), max_position_embeddings=1024)
     model = LlamaForSequenceClassification(config)
     weights = {weight.replace("score", HEAD) if "ultrarm" in name.lower() else weight: tensor for weight, tensor in model.state_dict().items()}
-    return _saved(model, tokenizer, path, state_dict=weights)
-
-
-def _sizes(tokenizer: Any) -> dict[str, Any]:
-    return {"vocab_size": len(tokenizer), "pad_token_id": 1}
-
-
-def _saved(model: Any, tokenizer: Any, path: Path, **options: Any) -> str:
-    model.save_pretrained(path, **options)
+    model.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
     return str(path)

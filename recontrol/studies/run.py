@@ -33,13 +33,11 @@ from recontrol.value import ValueFunction
 logger = logging.getLogger(__name__)
 
 
-def run_study(study: Study, out: str | os.PathLike, *, progress: bool = True) -> Findings:
-    """Do all that a study says in a folder, and nothing that was done there before; what cannot be is a ValueError or FileNotFoundError before any work."""
-    return StudyRun(study, out, progress=progress).findings()
-
-
 class StudyRun:
-    """The steps of a study: each is done when its result is first asked for, and read where it was done before in the same folder; errors as `run_study`."""
+    """The steps of a study: each is done when its result is first asked for, and read where it was done before in the same folder.
+
+    What cannot be is a ValueError or FileNotFoundError before any work.
+    """
 
     def __init__(self, study: Study, out: str | os.PathLike, *, progress: bool = True):
         self.study, self.folder, self.progress = study, Path(out), progress
@@ -69,21 +67,21 @@ class StudyRun:
         what = (self.model, self.tokenizer, self.train_prompts, self.reward, self.folder / "rollouts")
         return timed(self.folder, "collect", lambda: collect(*what, decoding=decoding, collection=collection, progress=self.progress))[0]
 
-    @cached_property
+    @property
     def value(self) -> ValueFunction:
         """The value function that was given, or one trained on the rollouts."""
-        return load_value_function(self.study.value, self.model) if self.study.value is not None else self._trained[0]
+        return self._trained[0]
 
     @property
     def trained(self) -> Training | None:
-        """What the training of the value function took; None for one that was given."""
-        return None if self.study.value is not None else self._trained[1]
+        """What the training of the value function took, without the rollouts, which other methods need as well; None for one that was given."""
+        return self._trained[1]
 
     @cached_property
-    def _trained(self) -> tuple[ValueFunction, Training]:
-        """The collection of the rollouts, which other methods need as well, is not part of what training took."""
-        device, rollouts = self.model.get_output_embeddings().weight.device, self.rollouts
-        folder = self.folder / "value"
+    def _trained(self) -> tuple[ValueFunction, Training | None]:
+        if self.study.value is not None:
+            return load_value_function(self.study.value, self.model), None
+        device, rollouts, folder = self.model.get_output_embeddings().weight.device, self.rollouts, self.folder / "value"
         options = {"seed": self.study.seed, "device": device, "progress": self.progress, **self.study.train}
         with PeakMemory(device) as peak:
             (value, _), seconds = timed(self.folder, "train", lambda: train(rollouts, out=folder, **options))
@@ -129,31 +127,20 @@ class StudyRun:
 
     def _evaluate(self, name: str, part: int, prompts: list[str], methods: Sequence[Method], seeds: int = 1) -> list[Result]:
         # Whether or not a method has asked for it, a value function that is there is recorded along responses.
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            value=self.value if self.study.value is not None else self.__dict__.get("value"),
-            methods=methods,
-            reward=self.reward,
-            encoder=self.encoder,
-            head_weights=self.study.reward.head_weights,
-            seeds=seeds,
-            out=self.folder / name,
-            progress=self.progress,
-            decoding=self.study.decoding(part),
-        )
+        value = self.value if self.study.value is not None or "_trained" in vars(self) else None
+        measured: dict[str, Any] = {"reward": self.reward, "encoder": self.encoder, "head_weights": self.study.reward.head_weights, "value": value}
+        options: dict[str, Any] = {"out": self.folder / name, "progress": self.progress, "decoding": self.study.decoding(part), "seeds": seeds}
+        return evaluate(self.model, self.tokenizer, prompts, methods=methods, **measured, **options)
 
     def _read(self, source: SourceSection | None, *, preferred: bool = False) -> list[str]:
         """The prompts of a source, or the preferred responses to them: each distinct prompt once, since data sets of comparisons repeat them."""
         if source is None:
             return []
         chosen = self.study.prompts
-        keywords: dict[str, Any] = {"human": chosen.human, "chat_template": chosen.chat_template, "max_prompt_tokens": chosen.max_tokens}
-        if preferred:
-            prompts, wanted = load_prompts_with_preferred(source.source, source.split, tokenizer=self.tokenizer, **keywords)
-        else:
-            wanted = prompts = load_prompts(source.source, source.split, tokenizer=self.tokenizer, **keywords)
+        written: dict[str, Any] = {"human": chosen.human, "chat_template": chosen.chat_template, "max_prompt_tokens": chosen.max_tokens}
+        load = load_prompts_with_preferred if preferred else load_prompts
+        found: Any = load(source.source, source.split, tokenizer=self.tokenizer, **written)
+        prompts, wanted = found if preferred else (found, found)
         first = dict(zip(reversed(prompts), reversed(wanted), strict=True))
         return [first[prompt] for prompt in dict.fromkeys(prompts)][: source.limit]
 
@@ -162,16 +149,16 @@ def timed(folder: Path, name: str, work: Callable[[], Any]) -> tuple[Any, float]
     """(result of a step of a study, seconds that it took when it was done): earlier tries that were stopped count, reading what is finished does not."""
     path = folder / "seconds.json"
     known = read_json(path) if path.exists() else {}
-    done = known.get(name, {"seconds": 0.0, "finished": False})
-    began, finished = time.perf_counter(), False
+    done = known.setdefault(name, {"seconds": 0.0, "finished": False})
+    began, finished = time.perf_counter(), done["finished"]
     try:
         result = work()
         finished = True
     finally:
         if not done["finished"]:
-            known[name] = {"seconds": done["seconds"] + time.perf_counter() - began, "finished": finished}
+            done.update(seconds=done["seconds"] + time.perf_counter() - began, finished=finished)
             write_json(path, known)
-    return result, known[name]["seconds"]
+    return result, done["seconds"]
 
 
 def _best(rule: str | dict[str, float], results: Sequence[Result]) -> Result:

@@ -116,15 +116,8 @@ class RewardSection:
 
     def load(self, names: list[str] | None = None) -> Reward:
         """The reward, or that of other names used in the same way."""
-        return load_reward(
-            names or self.names,
-            batch_size=self.batch_size,
-            template=self.template,
-            device=device_of(self.device),
-            dtype=self.dtype,
-            judge_range=self.judge.range,
-            judge=self.judge.server,
-        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("batch_size", "template", "dtype")}
+        return load_reward(names or self.names, **options, device=device_of(self.device), judge_range=self.judge.range, judge=self.judge.server)
 
 
 @dataclass(frozen=True)
@@ -192,10 +185,9 @@ class Study:
 
     def collected(self) -> tuple[Decoding, Collection]:
         """How rollouts are decoded, and how they are kept."""
-        of_collection = {each.name for each in dataclasses.fields(Collection)}
-        keywords = {name: given for name, given in self.collect.items() if name not in of_collection}
-        kept = {name: given for name, given in self.collect.items() if name in of_collection}
-        return Decoding.of(self.decoding(), **keywords), from_mapping(Collection, kept, "collect")
+        decoded = dict(self.collect)
+        kept = {each.name: decoded.pop(each.name) for each in dataclasses.fields(Collection) if each.name in decoded}
+        return Decoding.of(self.decoding(), **decoded), from_mapping(Collection, kept, "collect")
 
     def decoding(self, part: int = 0) -> Decoding:
         """How responses of a part of the study are decoded: 0 are the rollouts, 1 is the validation, 2 the test."""
@@ -214,18 +206,15 @@ class _NoRepeats(yaml.SafeLoader):
 
 def load_study(source: str | os.PathLike) -> Study:
     """Read a study: a YAML file, or the name of one of the package; FileNotFoundError or ValueError where there is none, or what it says is wrong."""
-    path = Path(source)
-    if path.is_file():
-        text, where = path.read_text(encoding="utf-8"), str(path)
-    elif str(source) in study_names():
-        text, where = (SETTINGS / f"{source}.yaml").read_text(encoding="utf-8"), str(source)
-    else:
-        raise FileNotFoundError(f"no study at {str(source)!r}: there is no such file; the package has {', '.join(study_names())}")
+    path: Any = Path(source)
+    if not path.is_file():
+        path = SETTINGS / f"{source}.yaml"
+        if str(source) not in study_names():
+            raise FileNotFoundError(f"no study at {str(source)!r}: there is no such file; the package has {', '.join(study_names())}")
     try:
-        content = yaml.load(text, _NoRepeats)
+        return make_study(yaml.load(path.read_text(encoding="utf-8"), _NoRepeats), str(source))
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {error}") from error
-    return make_study(content, where)
+        raise ValueError(f"{source} is no YAML: {error}") from error
 
 
 def study_names() -> list[str]:

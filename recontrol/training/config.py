@@ -17,24 +17,19 @@ CHOICES = {"schedule": ("constant", "cosine"), "kernel": ("auto", *KERNELS)}
 OLD_OBJECTIVES = {"reference": "released"}
 OLD_KEYS = {"passes": "epochs", "train_reference_loss": "train_released_loss"}
 
-Limit = tuple[Callable[[Any], bool], str]
-AT_LEAST_0: Limit = (lambda given: 0 <= given < math.inf, "finite and at least 0")
-ABOVE_0: Limit = (lambda given: 0 < given < math.inf, "finite and above 0")
-COUNT: Limit = (lambda given: type(given) is int and given >= 1, "an integer of at least 1")
-INTEGER: Limit = (lambda given: type(given) is int and 0 <= given < 2**63, "an integer of at least 0 and below 2**63")
-# What a setting must be: a test and its words.
-LIMITS: dict[str, Limit] = {
-    "td_lambda": (lambda given: 0 <= given <= 1, "between 0 and 1"),
-    **dict.fromkeys(("preference_regression", "preference_regulariser", "weight_decay"), AT_LEAST_0),
-    "learning_rate": ABOVE_0,
-    **dict.fromkeys(("warmup_steps", "seed"), INTEGER),
-    "max_gradient_norm": (ABOVE_0[0], f"{ABOVE_0[1]}, or None"),
-    "ema_decay": (lambda given: 0 < given < 1, "between 0 and 1, or None"),
-    **dict.fromkeys(("batch_size", "epochs", "patience"), COUNT),
-    "validation_fraction": (lambda given: 0 <= given < 1, "at least 0 and below 1"),
-    "dtype": (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates"),
-    "compute_dtype": (lambda given: given == "bfloat16", "bfloat16, or None for that of the weights"),
-}
+# What settings must be: a test, its words, and the names.
+LIMITS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (lambda given: 0 <= given <= 1, "between 0 and 1", ("td_lambda",)),
+    (lambda given: 0 <= given < math.inf, "finite and at least 0", ("preference_regression", "preference_regulariser", "weight_decay")),
+    (lambda given: 0 < given < math.inf, "finite and above 0", ("learning_rate",)),
+    (lambda given: 0 < given < math.inf, "finite and above 0, or None", ("max_gradient_norm",)),
+    (lambda given: 0 < given < 1, "between 0 and 1, or None", ("ema_decay",)),
+    (lambda given: 0 <= given < 1, "at least 0 and below 1", ("validation_fraction",)),
+    (lambda given: type(given) is int and 0 <= given < 2**63, "an integer of at least 0 and below 2**63", ("warmup_steps", "seed")),
+    (lambda given: type(given) is int and given >= 1, "an integer of at least 1", ("batch_size", "epochs", "patience")),
+    (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates", ("dtype",)),
+    (lambda given: given == "bfloat16", "bfloat16, or None for that of the weights", ("compute_dtype",)),
+)
 # Settings that may be None.
 OPTIONAL = ("max_gradient_norm", "ema_decay", "batch_size", "patience", "compute_dtype")
 
@@ -47,14 +42,10 @@ class TrainConfig:
         objective: "td", the paper's; "td-lambda", with some of the final reward in the targets; "mc", regression of the final reward at
             every token; "preference", which orders pairs of responses to a prompt; or "released", the released code's loss with its
             mistakes, for comparison only. By default "td", or "td-lambda" where td_lambda is above 0.
-        td_lambda: for "td-lambda": mixes the final reward into the targets, from 0, the value of the next state only, as in the paper, to 1,
-            the final reward only, which is "mc". Values such as 0.95 need far fewer epochs on small data.
-        preference_regression: for "preference": weight of the TD(lambda) loss, in the unit of the reward, over all tokens of the responses that
-            the model itself generated, or of all responses where there are none.
-        preference_regulariser: for "preference": weight of the mean of (V(generated) - V(chosen))^2 on last tokens. With both weights 1 the
-            three terms are those of Pref-CTRL (Ashrafi et al. 2026).
-        normalise_rewards: leave V in standard deviations from the mean reward of the training data and store both in it
-            (`ValueFunction.to_reward`), instead of scaling V back to the unit of the reward.
+        td_lambda: share of the final reward in the targets, from 0, the paper's next value only, to 1, "mc". 0.95 needs far fewer epochs on small data.
+        preference_regression: for "preference": weight of the TD(lambda) loss, in the unit of the reward, on the model's own responses, else on all.
+        preference_regulariser: for "preference": weight of the mean of (V(generated) - V(chosen))^2 on last tokens. Both weights are 1 in Pref-CTRL.
+        normalise_rewards: leave V in standard deviations from the mean reward of the training data, both stored in it (`ValueFunction.to_reward`).
         hidden_dims: widths of the hidden layers; 4096 is the paper's "two linear layers".
         learning_rate: of Adam, the largest of the schedule.
         weight_decay: of AdamW; 0 is Adam.
@@ -66,8 +57,7 @@ class TrainConfig:
             the paper's 512. Several processes share it. A mini-batch of `OnlineRollouts` is one of its batches.
         epochs: passes over the training data at most; each pass over `OnlineRollouts` samples new responses.
         patience: stop after so many epochs without a better one; without it training never stops early.
-        validation_fraction: share of the prompts held out, below 1, at least one prompt; 0 trains on all, without early stopping, and keeps
-            the last weights. `OnlineRollouts` hold out none.
+        validation_fraction: share of the prompts held out, at least one prompt; 0 trains on all and keeps the last weights. `OnlineRollouts` hold out none.
         seed: of the first weights, the split and the order of responses.
         dtype: of the weights: "float32" or "float64", or that of torch.
         compute_dtype: "bfloat16" for the products of the hidden layers in training; weights, the optimiser and validation keep their dtype.
@@ -100,16 +90,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.hidden_dims, Sequence) or any(type(width) is not int or width < 1 for width in self.hidden_dims):
             raise ValueError(f"hidden_dims must be a sequence of positive integers such as (4096,), found {self.hidden_dims!r}")
-        self._set("hidden_dims", tuple(self.hidden_dims))
-        for name in ("dtype", "compute_dtype"):
-            if isinstance(given := getattr(self, name), torch.dtype):
-                self._set(name, dtype_name(given))
-        if self.compute_dtype == self.dtype:
-            self._set("compute_dtype", None)
         if self.objective in OLD_OBJECTIVES:
             renamed(f"objective={self.objective!r}", repr(OLD_OBJECTIVES[self.objective]))
-            self._set("objective", OLD_OBJECTIVES[self.objective])
-        for name, (fits, wanted) in LIMITS.items():
+        given = {**vars(self), "hidden_dims": tuple(self.hidden_dims), "objective": OLD_OBJECTIVES.get(str(self.objective), self.objective)}
+        given |= {name: dtype_name(dtype) for name, dtype in given.items() if isinstance(dtype, torch.dtype)}
+        vars(self).update(given, compute_dtype=None if given["compute_dtype"] == given["dtype"] else given["compute_dtype"])
+        for name, fits, wanted in ((name, fits, wanted) for fits, wanted, names in LIMITS for name in names):
             given = getattr(self, name)
             if not (given is None and name in OPTIONAL) and not fits(given):
                 raise ValueError(f"{name} must be {wanted}, found {given!r}")
@@ -138,9 +124,6 @@ class TrainConfig:
         objective = self.new_objective()
         own = {name: getattr(objective, name) for name in objective.takes}
         return {**dataclasses.asdict(self), **own, "objective": objective.name, "hidden_dims": list(self.hidden_dims)}
-
-    def _set(self, name: str, setting: Any) -> None:
-        object.__setattr__(self, name, setting)
 
 
 def config_of(config: Any, seed: int | None, settings: Mapping[str, Any]) -> TrainConfig:

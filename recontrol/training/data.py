@@ -20,18 +20,16 @@ logger = logging.getLogger(__name__)
 # Tokens in one forward call. It bounds memory, and splits a mini-batch between responses without changing its gradient.
 TOKENS_AT_ONCE = 8192
 # The paper's batch; small data get smaller ones, or one pass over them would be a handful of updates.
-LARGEST_BATCH = 512
-MINIBATCHES = 20
+LARGEST_BATCH, MINIBATCHES = 512, 20
 # From the number of a batch to its responses.
 Make = Callable[[int], ScoredResponses]
 
 
 @dataclass
 class TrainingData:
-    """What to train on: `stored` rollouts, or those that `make` samples with the settings `online`.
+    """What to train on, `held_in` of `rollouts`, or the batches `held_in` of what `make` samples with the settings `online`; `held_out` of `rollouts` validate.
 
-    `held_in` are the responses (of `online` rollouts the batches) to train on, `held_out` the responses of `rollouts` to validate on. `rewards`,
-    (responses, num_heads), in the dtype of the weights, say in what unit V counts; with `normalise_rewards` it stays in that unit. `no_states`
+    `rewards`, (responses, num_heads), in the dtype of the weights, say in what unit V counts; with `normalise_rewards` it stays in that unit. `no_states`
     are (0, hidden_size), of the dtype of states.
     """
 
@@ -46,17 +44,9 @@ class TrainingData:
     online: dict[str, Any] | None = None
     make: Make | None = None
 
-    def units(self, epoch: int) -> Tensor:
-        """What an epoch takes: responses, or batches by the numbers of this pass over the prompts."""
-        return self.held_in if self.online is None else self.held_in + epoch * len(self.held_in)
-
-    def batch_size(self, asked: int | None, units: int) -> int:
-        """Units in a mini-batch."""
-        if self.online is None:
-            return asked or max(1, min(LARGEST_BATCH, units // MINIBATCHES))
-        if asked is not None:
-            raise ValueError(f"a mini-batch is a batch of OnlineRollouts, whose batch_size says how many prompts it has; found batch_size={asked!r} here too")
-        return 1
+    def in_epoch(self, epoch: int, units: Tensor) -> Tensor:
+        """The numbers of responses, prompts or batches in an epoch, which is a pass over the prompts: each has other batches."""
+        return units if self.online is None else units + epoch * len(units)
 
     def fetch(self, batch: Tensor) -> tuple[Rollouts, Tensor]:
         """Where the responses of a mini-batch are, and their indices there."""
@@ -159,13 +149,12 @@ def check_rewards(rollouts: Rollouts) -> None:
 
 def check_states(rollouts: Rollouts) -> None:
     """Read everything once before training, and name responses whose states are not finite: a NaN found in epoch 50 would be found too late."""
-    bad = []
+    bad: list[int] = []
     for part in parts(torch.arange(len(rollouts)), rollouts.lengths):
         states, lengths, _ = rollouts.batch(part)
-        if not (finite := states.isfinite().all(1)).all():
-            bad.append(part.repeat_interleave(lengths)[~finite].unique())
+        bad += part.repeat_interleave(lengths)[~states.isfinite().all(1)].unique().tolist()
     if bad:
-        raise ValueError(f"hidden states must be finite, found NaN or infinite ones in responses {first_few(torch.cat(bad).tolist())} of {rollouts.path}")
+        raise ValueError(f"hidden states must be finite, found NaN or infinite ones in responses {first_few(bad)} of {rollouts.path}")
 
 
 def digest(rollouts: Rollouts, *tables: Tensor) -> str:

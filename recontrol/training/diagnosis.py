@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,34 +15,26 @@ from recontrol.files import write_aside, write_json
 from recontrol.training.data import parts
 from recontrol.value import ValueFunction
 
-FORMAT = "recontrol.diagnosis"
 # Okabe and Ito's palette, which readers who cannot see red and green can distinguish.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """V along responses, by relative position: bin i of n holds the tokens t of T with i <= n (t + 1/2) / T < i + 1.
-
-    Args:
-        responses: how many there were.
-        tokens: in each bin.
-        correlation: in each bin, of V(s_t) with the final reward over tokens; None where one of them does not vary.
-        explained_variance: in each bin, 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward; None where rewards do not vary.
-        best_third: in each bin, the mean of V(s_t) over the third of the responses with the largest rewards.
-        worst_third: the same over the third with the smallest.
-        calibration: (mean V, mean reward, tokens) in bins of V with as many tokens each; a calibrated V has the same in both.
-        movement: root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward: 0 where V stays what it was after
-            the prompt; None where rewards do not vary.
-    """
+    """V along responses; bin i of n, by relative position, holds the tokens t of T with i <= n (t + 1/2) / T < i + 1. None is what cannot be said."""
 
     responses: int
     tokens: list[int]
+    # Of V(s_t) with the final reward over tokens.
     correlation: list[float | None]
+    # 1 - mean (V(s_t) - r)^2 / Var(r): 0 for the mean reward.
     explained_variance: list[float | None]
+    # Means of V(s_t) over the third of the responses with the largest rewards, and the smallest.
     best_third: list[float | None]
     worst_third: list[float | None]
+    # (mean V, mean reward, tokens) in bins of V with as many tokens each; a calibrated V has the same in both.
     calibration: list[tuple[float, float, int]]
+    # Root mean square of V(s_t) - V(s_0) over tokens, in standard deviations of the reward.
     movement: float | None
 
 
@@ -66,46 +59,40 @@ def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor |
     if not 0 <= head < value.num_heads:
         raise ValueError(f"head must be one of {value.num_heads}, found head={head!r}")
     read = (rollouts.batch(part).states.to(value.device) for part in parts(responses, rollouts.lengths))
-    predicted = [torch.empty(0), *(value.to_reward(value(states))[:, head].double().cpu() for states in read)]
-    return _compare(torch.cat(predicted).numpy(), rollouts.lengths[responses].numpy(), rollouts.rewards[responses, head].double().numpy(), bins)
+    predicted = torch.cat([torch.empty(0), *(value.to_reward(value(states))[:, head].double().cpu() for states in read)])
+    along = [values.numpy() for values in predicted.split(rollouts.lengths[responses].tolist())]
+    return diagnose_values(along, rollouts.rewards[responses, head].tolist(), bins=bins)
 
 
-def diagnose_values(values: Sequence[Sequence[float]], rewards: Sequence[float], *, bins: int = 10) -> Diagnosis:
-    """The same of V(s_t) for each token of each response, as an evaluation records them, and one reward a response.
-
-    Values are in the unit of the reward; responses without a token are left out. ValueError for fewer than three others.
-    """
+def diagnose_values(values: Sequence[Any], rewards: Sequence[float], *, bins: int = 10) -> Diagnosis:
+    """The same of V(s_t), in the unit of the reward, for each token of each response, as an evaluation records them; responses without a token are left out."""
     if len(values) != len(rewards):
         raise ValueError(f"found {len(rewards)} rewards for the values along {len(values)} responses, wanted one each")
     lengths = np.array([len(along) for along in values], dtype=int)
-    v = np.fromiter((number for along in values for number in along), dtype=float)
-    return _compare(v, lengths[lengths > 0], np.asarray(rewards, dtype=float)[lengths > 0], bins)
-
-
-def _compare(v: np.ndarray, lengths: np.ndarray, rewards: np.ndarray, bins: int) -> Diagnosis:
-    """(tokens,) of all responses in turn, (responses,) and (responses,)."""
+    final, lengths = np.array(rewards, dtype=float)[lengths > 0], lengths[lengths > 0]
     if len(lengths) < 3:
         raise ValueError(f"found {len(lengths)} responses with tokens to diagnose a value function on, wanted at least 3")
     if type(bins) is not int or bins < 1:
         raise ValueError(f"bins must be an integer of at least 1, found bins={bins!r}")
-    r, starts = np.repeat(rewards, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
+    v = np.concatenate([np.asarray(along, dtype=float) for along in values])
+    r, starts = np.repeat(final, lengths), np.repeat(lengths.cumsum() - lengths, lengths)
     place = np.minimum(((np.arange(len(v)) - starts + 0.5) / np.repeat(lengths, lengths) * bins).astype(int), bins - 1)
-    low, high = np.quantile(rewards, [1 / 3, 2 / 3])
+    low, high = np.quantile(final, [1 / 3, 2 / 3])
     inside = [place == number for number in range(bins)]
 
     def each(measure: Callable[[np.ndarray, np.ndarray], float | None]) -> list[float | None]:
         return [measure(v[rows], r[rows]) for rows in inside]
 
-    calibration = [(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in np.array_split(np.argsort(v, kind="stable"), bins) if len(rows)]
+    by_value = np.array_split(np.argsort(v, kind="stable"), bins)
     return Diagnosis(
-        responses=len(rewards),
+        responses=len(final),
         tokens=[int(rows.sum()) for rows in inside],
         correlation=each(lambda v, r: float(np.corrcoef(v, r)[0, 1]) if _varies(v) and _varies(r) else None),
         explained_variance=each(lambda v, r: float(1 - np.square(v - r).mean() / r.var()) if _varies(r) else None),
         best_third=each(lambda v, r: float(v[r >= high].mean()) if (r >= high).any() else None),
         worst_third=each(lambda v, r: float(v[r <= low].mean()) if (r <= low).any() else None),
-        calibration=calibration,
-        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / rewards.std()) if _varies(rewards) else None,
+        calibration=[(float(v[rows].mean()), float(r[rows].mean()), len(rows)) for rows in by_value if len(rows)],
+        movement=float(np.sqrt(np.square(v - v[starts]).mean()) / final.std()) if _varies(final) else None,
     )
 
 
@@ -117,7 +104,7 @@ def table(diagnoses: Mapping[str, Diagnosis]) -> str:
     """Correlation and explained variance along the response, a line for each value function, as aligned plain text."""
     lines, bins = [], len(next(iter(diagnoses.values())).tokens)
     for title, attribute in (("correlation of V with the final reward", "correlation"), ("explained variance", "explained_variance")):
-        lines.append(f"{title}, by tenth of the response:" if bins == 10 else f"{title}, along the response:")
+        lines.append(f"{title}, {'by tenth of' if bins == 10 else 'along'} the response:")
         for name, found in diagnoses.items():
             cells = ["   -  " if number is None else f"{number:6.2f}" for number in getattr(found, attribute)]
             moves = "-" if found.movement is None else f"{found.movement:.2f}"
@@ -152,4 +139,4 @@ def save_diagnosis(out: str | os.PathLike, diagnoses: Mapping[str, Diagnosis]) -
     folder.mkdir(parents=True, exist_ok=True)
     with write_aside(folder / "diagnosis.png") as aside:
         figure.savefig(aside, format="png", dpi=130)
-    write_json(folder / "diagnosis.json", {"format": FORMAT, "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})
+    write_json(folder / "diagnosis.json", {"format": "recontrol.diagnosis", "value_functions": {name: asdict(found) for name, found in diagnoses.items()}})

@@ -15,18 +15,16 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 class Processes:
-    """The processes that `accelerate launch` started, or this one alone, which needs no accelerate unless something is tracked.
+    """The processes that `accelerate launch` started, `count` of them, or this one alone, which needs no accelerate unless something is tracked.
 
-    All hold the same weights. Each computes the gradient of its share of a mini-batch; the gradients are added up, and all take the
-    same step. The main one alone writes files. `count` is how many there are, and `is_main` whether this is the main one.
+    Each adds the gradient of its share of a mini-batch, and all take the same step. The main one alone writes files.
     """
 
     def __init__(self, log_with: Any = None, logging_dir: str | os.PathLike | None = None):
         self.count, self.is_main, self._tracked = 1, True, False
         self._accelerator: Any = None
         if log_with is not None or any(int(os.environ.get(name) or 1) > 1 for name in SIZES):
-            folder = None if logging_dir is None else os.fspath(logging_dir)
-            self._accelerator = required("accelerate", "train").Accelerator(log_with=log_with, project_dir=folder)
+            self._accelerator = required("accelerate", "train").Accelerator(log_with=log_with, project_dir=logging_dir and os.fspath(logging_dir))
             self.count, self.is_main = self._accelerator.num_processes, self._accelerator.is_main_process
         if log_with is not None:
             asked, found = list(log_with) if isinstance(log_with, list | tuple) else [log_with], self._accelerator.log_with

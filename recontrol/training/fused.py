@@ -29,14 +29,12 @@ def evaluation(value: ValueFunction, kernel: str, compute_dtype: str | None) -> 
 
 
 def low_precision_values(value: ValueFunction, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """V with the products of its hidden layers in `dtype`; weights and gradients stay as they are.
-
-    The last layer is computed in the dtype of the weights: a TD error is the difference of two values close together.
-    """
+    """V with the products of its hidden layers in `dtype`; weights and gradients stay as they are."""
     weights, biases = value.parameters_by_kind
     activations = hidden.to(dtype)
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         activations = torch.relu(linear(activations, weight.to(dtype), bias.to(dtype)))
+    # In the dtype of the weights: a TD error is the difference of two values close together.
     return linear(activations.to(value.dtype), weights[-1], biases[-1])
 
 
@@ -51,11 +49,7 @@ def chosen_kernel(kernel: str, value: ValueFunction, hidden: Tensor) -> str:
 
 
 def fused_values(value: ValueFunction, hidden: Tensor, kernel: str = "triton") -> Tensor:
-    """V for two linear layers with a mask kept for the gradient, which reaches the weights, not the hidden states.
-
-    "triton" are the kernels, in float32; "closed-form" is plain PyTorch for one head, a block of tokens at a time: on a CPU it takes somewhat less
-    time than autograd and a fraction of the memory, since only the activations of one block exist.
-    """
+    """V for two linear layers, by the Triton kernels or block by block, with a mask kept for the gradient, which reaches the weights, not the states."""
     chosen_kernel(kernel, value, hidden)
     forward, backward = blockwise_forward, blockwise_backward
     if kernel == "triton":
@@ -68,24 +62,22 @@ def fused_values(value: ValueFunction, hidden: Tensor, kernel: str = "triton") -
 
 def why_not(value: ValueFunction, hidden: Tensor, kernel: str = "triton") -> str | None:
     """Why the Triton kernels, or the closed form, cannot evaluate this value function on these states, or None when they can."""
-    layers = len(value.hidden_dims) + 1
-    if kernel == "closed-form":
-        # With more heads it needs a product for each.
-        if layers != 2:
-            return f"the closed form is for two linear layers, this value function has {layers}"
-        return None if value.num_heads == 1 else f"the closed form is for one head, this value function has {value.num_heads}"
+    layers, closed = len(value.hidden_dims) + 1, kernel == "closed-form"
     if layers != 2:
-        return f"it has kernels for two linear layers, this value function has {layers}"
-    if value.dtype != torch.float32:
-        return f"it needs float32 weights, these are {dtype_name(value.dtype)}"
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it reads float32, bfloat16 and float16 hidden states, these are {dtype_name(hidden.dtype)}"
-    if hidden.dim() != 2 or hidden.shape[1] != value.hidden_size:
-        return f"it needs hidden states of shape (tokens, {value.hidden_size}), found {tuple(hidden.shape)}"
-    if hidden.device != value.device:
-        return f"the hidden states are on {hidden.device}, the weights on {value.device}"
-    if importlib.util.find_spec("triton") is None:
-        return 'triton is not installed (pip install "recontrol[triton]")'
+        return f"{'the closed form is' if closed else 'it has kernels'} for two linear layers, this value function has {layers}"
+    if closed:
+        # With more heads it needs a product for each.
+        return None if value.num_heads == 1 else f"the closed form is for one head, this value function has {value.num_heads}"
+    readable, wanted = (torch.float32, torch.bfloat16, torch.float16), value.hidden_size
+    for fits, reason in (
+        (value.dtype == torch.float32, f"it needs float32 weights, these are {dtype_name(value.dtype)}"),
+        (hidden.dtype in readable, f"it reads float32, bfloat16 and float16 hidden states, these are {dtype_name(hidden.dtype)}"),
+        (hidden.dim() == 2 and hidden.shape[1] == wanted, f"it needs hidden states of shape (tokens, {wanted}), found {tuple(hidden.shape)}"),
+        (hidden.device == value.device, f"the hidden states are on {hidden.device}, the weights on {value.device}"),
+        (importlib.util.find_spec("triton") is not None, 'triton is not installed (pip install "recontrol[triton]")'),
+    ):
+        if not fits:
+            return reason
     from recontrol.kernels import value_training
 
     if hidden.device.type != "cuda" and not value_training.INTERPRETED:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,12 +13,11 @@ from recontrol.checks import renamed
 from recontrol.data.online import OnlineRollouts
 from recontrol.data.rollouts import Rollouts
 from recontrol.decoding.fingerprint import difference
-from recontrol.training.checkpoint import Progress, RunFolder
 from recontrol.training.config import TrainConfig, config_of
-from recontrol.training.data import Make, Standardisation, TrainingData, check_rewards, check_states, origin, stored
+from recontrol.training.data import LARGEST_BATCH, MINIBATCHES, Make, Standardisation, TrainingData, check_rewards, check_states, origin, stored
 from recontrol.training.distributed import Processes
 from recontrol.training.fused import chosen_kernel, evaluation
-from recontrol.training.loop import Learner, run
+from recontrol.training.loop import Learner, Progress, RunFolder, run
 from recontrol.value import ValueFunction
 from recontrol.version import __version__
 
@@ -45,25 +44,21 @@ def train(
 
         loss = mean over tokens of (V(s_t) - target_t)^2,    target_t = V(s_{t+1}) without gradient,    target_T = r
 
-    That is the paper's objective, "td"; `TrainConfig` says which others there are. Adam, on mini-batches of whole responses read from disk
-    as they are needed; a few thousand states at a time are in memory. Early stopping and the choice of the best epoch go by the Monte Carlo
-    error on prompts held out, not by the TD error, which is nearly as small for a V that has learned nothing.
-
-    V starts as the mean reward of the training data for every state. Inside, rewards are counted in standard deviations from that mean, for
-    each head; at the end V is in the unit of the reward. The objective has no discount, so this changes no solution, only what Adam's learning
-    rate is relative to.
+    That is the paper's objective, "td", without discount; `TrainConfig` says which others there are. Adam, on mini-batches of whole responses read
+    from disk as they are needed. The best epoch is that of the least Monte Carlo error on prompts held out, not of the least TD error, which is
+    nearly as small for a V that has learned nothing. V starts as the mean reward of the training data, from which rewards are counted in standard
+    deviations for each head; that changes no solution, only what the learning rate is relative to. At the end V is in the unit of the reward.
 
     Started by `accelerate launch`, several processes share each mini-batch and add up their gradients: the same result within rounding.
-    The first of them writes. On `OnlineRollouts` each samples the whole batch, which saves no time.
+    On `OnlineRollouts` each samples the whole batch, which saves no time.
 
     Args:
         rollouts: what `collect` made, or its folder; or `OnlineRollouts`, which sample other responses in every epoch and write nothing.
         config: all settings that decide the result; or the widths of the hidden layers, `hidden_dims`, alone.
         seed: replaces that of the config.
-        validation: for `OnlineRollouts`: rollouts of other prompts, by which the best epoch is chosen and rewards are standardised. None keeps
-            the last weights, and standardises by the rewards of the first batch.
-        out: folder for the value function, `history.json` and, until the run is finished, a checkpoint, from which the same call goes on, with the
-            same result, bit for bit on the CPU with as many threads; it returns the result of a finished run. None writes nothing.
+        validation: for `OnlineRollouts`: rollouts of other prompts, for the choice of the epoch and the unit of V; else the last one and the first batch.
+        out: folder for the value function, `history.json` and, until the end, a checkpoint, from which the same call goes on, with the same result,
+            bit for bit on the CPU with as many threads; it returns the result of a finished run. None writes nothing.
         device: where to train; None is a GPU if there is one, and with several processes the one that each was given.
         log_with: trackers of accelerate that get the history, such as "tensorboard", which writes into `out`.
         progress: show a progress bar.
@@ -71,17 +66,16 @@ def train(
         **settings: fields of `TrainConfig` that replace those of `config`, for example `td_lambda=0.95`.
 
     Returns:
-        The value function of the best epoch, on `device`, and the history: one dict an epoch with epoch (from 0), train_td_loss (of "released"
-        train_released_loss) and, with validation, validation_td_loss, validation_mc_error, validation_explained_variance and
-        validation_correlation, losses in squared units of the reward. "preference" has train_preference_loss and validation_preference_loss, in
-        nats, by which the best epoch is chosen, and validation_preference_accuracy; the above, and a V that means a reward, only with regression.
+        The value function of the best epoch, on `device`, and the history, one dict an epoch: epoch (from 0), train_td_loss (or train_released_loss)
+        and, with validation, validation_td_loss, validation_mc_error, validation_explained_variance and validation_correlation, losses in squared
+        units of the reward. "preference" has train_preference_loss, validation_preference_loss (nats; the best epoch has the least) and
+        validation_preference_accuracy; the above, and a V that means a reward, only with regression.
 
     Raises:
         TypeError, ValueError: settings that cannot be, rollouts that cannot be trained on (the responses are named), or an `out` of another run.
         RuntimeError: `kernel` is one that cannot run here, or another run is writing into `out`.
         ImportError: `log_with` names a tracker that is not installed.
-        FloatingPointError: training diverged.
-        OSError: the disk is full; the checkpoint before it stays.
+        FloatingPointError, OSError: training diverged, or the disk is full; the checkpoint before it stays.
 
     Source: Kong et al. 2024, section 4.2 and appendix (training of the value function).
     """
@@ -89,10 +83,11 @@ def train(
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer of at least 1, found {checkpoint_every!r}")
     processes, objective = Processes(log_with, out), config.new_objective()
-    with _opened(rollouts, validation, config, processes) as data:
+    with rollouts.opened() if isinstance(rollouts, OnlineRollouts) else contextlib.nullcontext() as make:
+        data = _training_data(rollouts, make, validation, config, processes)
         objective.bind(data)
-        units = len(objective.units(0))
-        batch_size = data.batch_size(config.batch_size, units)
+        units = len(objective.units)
+        batch_size = config.batch_size or (max(1, min(LARGEST_BATCH, units // MINIBATCHES)) if data.online is None else 1)
         value = initial_value(data, config).to(device=processes.device(device), dtype=getattr(torch, config.dtype))
         # A low precision has only one kernel.
         kernel: Any = "torch" if config.compute_dtype else chosen_kernel(config.kernel, value, data.no_states.to(value.device))
@@ -113,7 +108,7 @@ def train(
         value.reward_mean, value.reward_std = tuple(objective.standardisation.mean.tolist()), tuple(objective.standardisation.scale.tolist())
     else:
         scale_back(value, objective.standardisation)
-    value.provenance = {**data.provenance, "objective": objective.describe(), "training": decisive}
+    value.provenance = {**data.provenance, "objective": objective.description.format(objective), "training": decisive}
     value.provenance |= {"best_epoch": state.history[state.best_epoch], "history": list(state.history)}
     value.provenance["made_with"] = {"recontrol": __version__, "torch": torch.__version__}
     if processes.is_main:
@@ -141,34 +136,27 @@ def train_online(online: OnlineRollouts, hidden_dims: Sequence[int] = (4096,), s
     return train(online, hidden_dims, seed, **{"epochs": passes, "kernel": "torch", **options})
 
 
-@contextlib.contextmanager
-def _opened(rollouts: Stored | OnlineRollouts, validation: Stored | None, config: TrainConfig, processes: Processes) -> Iterator[TrainingData]:
-    """What to train on; inside the block, the model of `OnlineRollouts` is ready."""
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "normalise_rewards": config.normalise_rewards}
-    if isinstance(rollouts, OnlineRollouts):
-        if not config.new_objective().online:
-            raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
-        with rollouts.opened() as make:
-            judged = validation if validation is None or isinstance(validation, Rollouts) else Rollouts(validation)
-            yield _sampled(rollouts, make, judged, processes, **options)
-    elif validation is not None:
-        raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
-    else:
-        found = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
-        yield stored(found, processes, config.validation_fraction, config.seed, **options)
-
-
-def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, processes: Processes, dtype: torch.dtype, normalise_rewards: bool) -> TrainingData:
-    """`OnlineRollouts`, whose batches are the mini-batches and `make` samples them; `judged` rollouts, if any, are held out.
-
-    Rewards are standardised by those of `judged`, or without it by those of the first batch, which is sampled once more for that.
-    """
+def _training_data(rollouts: Stored | OnlineRollouts, make: Make | None, validation: Stored | None, config: TrainConfig, processes: Processes) -> TrainingData:
+    """What to train on; of `OnlineRollouts` batches are the mini-batches, and rewards are standardised by those of the validation, or of the first batch."""
+    source: Any = Rollouts(rollouts) if isinstance(rollouts, str | os.PathLike) else rollouts
+    judged = Rollouts(validation) if isinstance(validation, str | os.PathLike) else validation
+    dtype = getattr(torch, config.dtype)
+    if make is None:
+        if judged is not None:
+            raise ValueError("validation is for OnlineRollouts; of stored rollouts a share of the prompts is held out, validation_fraction")
+        return stored(source, processes, config.validation_fraction, config.seed, dtype, config.normalise_rewards)
+    online: OnlineRollouts = source
+    if not config.new_objective().online:
+        raise ValueError(f"OnlineRollouts give responses one by one, and the objective {config.objective!r} needs pairs: collect them, and train on those")
+    if config.batch_size is not None:
+        raise ValueError(f"a mini-batch is a batch of OnlineRollouts, whose batch_size says how many prompts it has; found {config.batch_size!r} here too")
     if judged is not None:
         check_rewards(judged)
         recorded = judged.manifest.get("base_model")
         if recorded and (other := difference(recorded, online.model)):
             raise ValueError(f"{judged.path} holds rollouts of another model: {other}")
-        for name, wanted in {"hidden_size": online.hidden_size, **{name: online.settings[name] for name in ("reward", "tokenizer_sha256")}}.items():
+        for name in ("hidden_size", "reward", "tokenizer_sha256"):
+            wanted = {"hidden_size": online.hidden_size, **online.settings}[name]
             if (found := judged.manifest.get(name)) not in (None, wanted):
                 raise ValueError(f"{judged.path} has another {name} than what is trained on: found {found!r}, wanted {wanted!r}")
     # How many heads there are shows in the rewards only.
@@ -177,7 +165,8 @@ def _sampled(online: OnlineRollouts, make: Make, judged: Rollouts | None, proces
         raise ValueError("there are no rewards to begin with: stop strings cut the responses of the first batch to nothing, or validation has none")
     held_in, held_out = torch.arange(len(online)), torch.arange(0 if judged is None else len(judged))
     provenance, no_states = origin(online.settings), torch.empty(0, online.hidden_size, dtype=online.dtype)
-    return TrainingData(processes, cast(Rollouts, judged), held_in, held_out, rewards, normalise_rewards, no_states, provenance, online.settings, make)
+    where = processes, cast(Rollouts, judged), held_in, held_out, rewards
+    return TrainingData(*where, config.normalise_rewards, no_states, provenance, online.settings, make)
 
 
 def initial_value(data: TrainingData, config: TrainConfig) -> ValueFunction:

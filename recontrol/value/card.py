@@ -39,6 +39,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     config, tensors = read_value(Path(folder))
     size = f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,} parameters, {dtype_name(next(iter(tensors.values())).dtype)}"
     provenance = config.get("provenance") or {}
+    known = {name: entry if isinstance(entry := provenance.get(name), Mapping) else {} for name in ("training", "rollouts", "data", "made_with")}
     recorded = provenance.get("base_model")
     base = recorded if isinstance(recorded, Mapping) else {"name": recorded}
     base_name = str(base.get("name") or "")
@@ -47,29 +48,27 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     shown = _without_folders(base_name) or "the language model it was trained with"
     weights = "" if config["num_heads"] == 1 else f", head_weights={[1.0] * config['num_heads']}"
     widths = " -> ".join(map(str, (config["hidden_size"], *config["hidden_dims"], config["num_heads"])))
-    fingerprint = [("fingerprint of the base model, SHA-256", _code(fingerprint_hash(dict(base))))] if "samples" in base else []
-    identity = [("base model", _code(shown)), *fingerprint, ("network", f"ReLU perceptron {widths}, {size}")]
+    fingerprint = _code(fingerprint_hash(dict(base))) if "samples" in base else None
+    identity: list[tuple[str, Any]] = [("base model", _code(shown)), ("fingerprint of the base model, SHA-256", fingerprint)]
+    identity.append(("network", f"ReLU perceptron {widths}, {size}"))
     names, mean, std = names_of_heads(provenance.get("reward"), config["num_heads"]), config.get("reward_mean"), config.get("reward_std")
     for head, name in enumerate(names):
         identity.append(("reward" if len(names) == 1 else f"reward of head {head}", _code(_without_folders(name))))
         if mean is not None and std is not None:
             identity.append(("unit of V", f"standard deviations of {std[head]:.6g} from a mean reward of {mean[head]:.6g}"))
-    made_with = ", ".join(f"{name} {version}" for name, version in _mapping(provenance.get("made_with")).items())
-    identity += [("made with", made_with)] if made_with else []
+    identity.append(("made with", known["made_with"] or None))
     sections = [
         f"# {repo_id or 'Value function'}",
         f"A value function for RE-Control ([arXiv 2406.05954](https://arxiv.org/abs/2406.05954)): it predicts the final reward of a response from the last "
         f"hidden states of {_code(shown)}, and its gradient steers that model while it decodes. It is of use with this model alone.",
         USAGE.format(value=repo_id or "path/to/this/folder", model=base_name if on_hub else "path/to/the/model", weights=weights),
     ]
-    sections += ["## What it is", _table(("", ""), identity)]
-    settings = _mapping(provenance.get("training"))
     # The provenance describes the objective, the settings only name it. The checksums under "Data" identify the rollouts better.
-    training = {"objective": None, **settings} | {"objective": provenance.get("objective", settings.get("objective")), "rollouts": None}
-    rollouts = _mapping(provenance.get("rollouts"))
-    data_rows = {**_mapping(provenance.get("data")), **{name: rollouts[name] for name in rollouts if name in ROLLOUTS}}
-    for title, content in (("Data", data_rows), ("Training", training)):
-        rows = [(name.replace("_", " "), entry) for name, entry in content.items() if entry is not None]
+    objective = provenance.get("objective", known["training"].get("objective"))
+    training = {"objective": None, **known["training"]} | {"objective": objective, "rollouts": None}
+    data_rows = {**known["data"], **{name: entry for name, entry in known["rollouts"].items() if name in ROLLOUTS}}
+    for title, content in (("What it is", identity), ("Data", data_rows.items()), ("Training", training.items())):
+        rows = [(name.replace("_", " "), entry) for name, entry in content if entry is not None]
         sections += [f"## {title}", _table(("", ""), rows)] if rows else []
     curve = _curve(provenance.get("history"), provenance.get("best_epoch"))
     sections += ["## Learning curve", curve] if curve else []
@@ -83,8 +82,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
 
 def _curve(history: Any, best: Any) -> str:
     """The learning curve as a table; empty without one."""
-    listed = history if isinstance(history, list) else []
-    epochs = [entry for entry in listed if isinstance(entry, Mapping) and entry] or ([best] if isinstance(best, Mapping) and best else [])
+    epochs = [entry for entry in (history if history and isinstance(history, list) else [best]) if isinstance(entry, Mapping) and entry]
     if not epochs:
         return ""
     best_at = epochs.index(best) if best in epochs else -1
@@ -114,7 +112,3 @@ def _without_folders(text: str) -> str:
 
 def _code(text: str) -> str:
     return "`" + text.replace("`", "'") + "`"
-
-
-def _mapping(entry: Any) -> Mapping[str, Any]:
-    return entry if isinstance(entry, Mapping) else {}

@@ -11,8 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from recontrol.data.rollouts import Rollouts
 from recontrol.training.data import Standardisation, TrainingData, parts, read
-from recontrol.training.objectives.base import Objective, Values
-from recontrol.training.objectives.tokens import held_out_error, td_loss
+from recontrol.training.objectives.tokens import Objective, Values, held_out_error, td_loss
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -28,14 +27,10 @@ def order_scores(chosen: Tensor, rejected: Tensor) -> dict[str, float | None]:
 
 
 def preference_pairs(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the pairs in rollouts, whose prompts are in rising order.
+    """(chosen, rejected, head of V) of the margin and (generated, chosen, head) of the anchor, both (pairs, 3), int64, and (responses,), bool: generated.
 
-    Where lines of a prompt say `"preference": "chosen"` or `"rejected"`, as those of `collect_pairs` do, the two with the same number `pair`
-    are a pair, for every head; the prompt's other responses are the model's own. Where none says so, all are the model's own, and any two
-    with different rewards are a pair, for each head by its own reward; the one with the lower reward is the generated one in the anchor.
-
-    Returns the margin, (pairs, 3), int64: indices of the chosen and the rejected response, and the head of V that orders them; the anchor,
-    (pairs, 3): a response that the model itself generated, a chosen one, and the head; and (responses,), bool: whether the model generated it.
+    The labels of a prompt's lines, as `collect_pairs` writes them, say what is chosen; its other responses are the model's own. Without labels all
+    are, and any two with different rewards are a pair, for each head by its own reward, the lower one the generated one of the anchor.
     """
     labelled, rewards, heads = _labelled_pairs(rollouts), rollouts.rewards.tolist(), range(rollouts.num_heads)
     generated = torch.ones(len(rollouts), dtype=torch.bool)
@@ -56,10 +51,8 @@ def preference_pairs(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
                 margin.append((chosen, rejected, head))
                 anchor.append((rejected, chosen, head))
     if not margin:
-        raise ValueError(
-            f"{rollouts.path} has no pair to learn a preference from: no responses are labelled chosen and rejected, and no two responses to one prompt "
-            "have different rewards; collect several responses a prompt (num_samples), or from texts with preferences"
-        )
+        missing = "no responses are labelled chosen and rejected, and no two responses to one prompt have different rewards"
+        raise ValueError(f"{rollouts.path} has no pair to learn a preference from: {missing}; collect several a prompt, or texts with preferences")
     return torch.tensor(margin), torch.tensor(anchor, dtype=torch.int64).reshape(-1, 3), generated
 
 
@@ -82,15 +75,10 @@ def _labelled_pairs(rollouts: Rollouts) -> dict[int, list[tuple[int, int]]]:
 
 
 class Preference(Objective):
-    """The terms of Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543).
-
-    Only last tokens matter to the margin, `preference_loss`, and to the regulariser, the mean of (V(generated) - V(chosen))^2, which keeps the
-    margin from growing without end. The regression is on all tokens of the model's own responses.
-    """
+    """The terms of Ashrafi et al. 2026 (Pref-CTRL, arXiv 2604.23543): margin and regulariser on last tokens, regression on the model's own responses."""
 
     name, loss_name, online = "preference", "train_preference_loss", False
     takes = ("td_lambda", "preference_regression", "preference_regulariser")
-    td_lambda: float
     preference_regression: float
     preference_regulariser: float
 
@@ -99,31 +87,26 @@ class Preference(Objective):
         self.predicts_reward = self.preference_regression > 0
         if self.td_lambda and not self.preference_regression:
             raise ValueError(f"the objective 'preference' without preference_regression has no td_lambda, found {self.td_lambda!r}")
-
-    def describe(self) -> str:
-        """As `Objective.describe`."""
-        terms = ["preference margin -log sigmoid(V(chosen) - V(rejected)) on last tokens"]
+        self.description = "preference margin -log sigmoid(V(chosen) - V(rejected)) on last tokens"
         if self.preference_regression:
-            terms.append(f"{self.preference_regression:g} times semi-gradient TD({self.td_lambda:g}), reward at the last token, no discount")
+            self.description += " + {0.preference_regression:g} times semi-gradient TD({0.td_lambda:g}), reward at the last token, no discount"
         if self.preference_regulariser:
-            terms.append(f"{self.preference_regulariser:g} times the squared gap between generated and chosen responses")
-        return " + ".join(terms)
+            self.description += " + {0.preference_regulariser:g} times the squared gap between generated and chosen responses"
 
     def bind(self, data: TrainingData) -> None:
         """As `Objective.bind`: find the pairs on both sides of the split, and the responses to regress on."""
         rollouts, self.data = data.rollouts, data
         self.margin, self.anchor, generated = preference_pairs(rollouts)
         if self.preference_regulariser and not len(self.anchor):
-            raise ValueError(
-                f"preference_regulariser draws the model's own responses to the chosen ones, and {rollouts.path} has no responses to prompts with pairs "
-                "beside those labelled chosen and rejected"
-            )
+            missing = f"{rollouts.path} has no responses to prompts with pairs beside those labelled chosen and rejected"
+            raise ValueError(f"preference_regulariser draws the model's own responses to the chosen ones, and {missing}")
         self.labels = tuple(self._of(self.margin, rollouts.groups[side]) for side in (data.held_in, data.held_out))
-        self.trained_on, self.held_out = (rollouts.groups[margin[:, 0]].unique() for margin in self.labels)
+        # Prompts.
+        self.units, self.held_out = (rollouts.groups[margin[:, 0]].unique() for margin in self.labels)
         self.regressed = generated if generated.any() else ~generated
         own = self.regressed[data.held_in]
         for fits, missing in (
-            (len(self.trained_on), "trained on have no pair"),
+            (len(self.units), "trained on have no pair"),
             (len(self.held_out) or not len(data.held_out), "held out have no pair"),
             (own.any() or not self.preference_regression, "trained on have no response for preference_regression"),
         ):
@@ -135,10 +118,6 @@ class Preference(Objective):
         if self.preference_regression:
             self.standardisation = Standardisation.of(data.rewards[own])
             self.unit = self.unit if data.normalise_rewards else self.standardisation.scale
-
-    def units(self, epoch: int) -> Tensor:
-        """As `Objective.units`: prompts."""
-        return self.trained_on
 
     def backward(self, values_of: Values, batch: Tensor) -> tuple[float, int]:
         """As `Objective.backward`: the mean of the margin loss is over pairs."""
