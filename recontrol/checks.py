@@ -1,11 +1,12 @@
 """Checks of arguments and words for messages, shared by every room."""
 
+import contextlib
 import importlib
 import math
 import numbers
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +62,26 @@ def dtype_name(dtype: torch.dtype) -> str:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What numbers of this dtype are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device; a ValueError where torch cannot use it on this machine."""
+    try:
+        return torch.empty(0, device=device).device
+    # A build without the device's library has an AssertionError for it.
+    except Exception as error:
+        raise ValueError(f"the device {str(device)!r} cannot be used here: {str(error).partition(chr(10))[0]}") from error
+
+
+@contextlib.contextmanager
+def loading(name: Any) -> Iterator[None]:
+    """Make errors that say nothing of what is loaded, as of damaged files, a ValueError that does."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, MemoryError)):
+            raise
+        raise ValueError(f"{name} cannot be loaded, are its files whole and no pointers of git-lfs? {type(error).__name__}: {error}") from error
 
 
 def required(module: str, extra: str) -> ModuleType:

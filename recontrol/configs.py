@@ -137,10 +137,14 @@ def _reader(kind: Any) -> Callable[[str], Any]:
     """From the text of a flag to a value of this type."""
     if (typing.get_origin(kind) or kind) not in (tuple, list, Sequence):
         return kind
-    inner = typing.get_args(kind)[0]
+    return listed(typing.get_args(kind)[0])
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Comma-separated entries of one kind."""
 
     def read(text: str) -> tuple[Any, ...]:
-        return tuple(inner(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
 
-    read.__name__ = f"list of {inner.__name__}"
+    read.__name__ = f"list of {kind.__name__}"
     return read

@@ -1,11 +1,13 @@
 """Writing files whole or not at all, reading JSON, and one run at a time in a folder."""
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -27,26 +29,56 @@ _open: set[str] = set()
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success move it over `path`, on any error remove it.
+    """Yield a temporary path beside `path`; on success move it over `path`, on any error (an OSError names `path`) remove it.
 
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the message names `path`.
+    Of a link the file that it leads to is replaced, with its permissions. A device or a pipe is written to as it is: `path` itself is yielded.
     """
-    path = Path(path)
-    # Numbered, because several threads may write the same file.
-    aside = path.with_name(f".{path.name}.{next(_numbers)}.{os.getpid()}.part")
+    target, aside = _places(path)
     _open.add(aside.name)
     try:
         yield aside
-        os.replace(aside, path)
+        if aside != target:
+            if target.exists():
+                shutil.copymode(target, aside)
+            os.replace(aside, target)
     except OSError as error:
-        _remove(aside)
+        _remove(aside, target)
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; the previous file, if any, is untouched") from error
     except BaseException:
-        _remove(aside)
+        _remove(aside, target)
         raise
     finally:
         _open.discard(aside.name)
+
+
+def _places(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The file that a path leads to, and the temporary one beside it; twice the path itself where nothing can be moved over it."""
+    given, target = Path(path), Path(os.path.realpath(path))
+    if given.is_block_device():
+        raise OSError(errno.EINVAL, f"could not write {path}: it is a disk")
+    # What /dev/stdout leads to may be a file, which others write too.
+    stream = re.match(r"/(proc/|dev/fd/|dev/std\w+$)", os.path.abspath(path))
+    if stream or (given.exists() and not (given.is_file() or given.is_dir())):
+        return given, given
+    # Numbered, because several threads may write the same file.
+    return target, target.with_name(f".{target.name}.{next(_numbers)}.{os.getpid()}.part")
+
+
+def check_output(path: str | os.PathLike, *, folder: bool = False) -> Path:
+    """The path of a file or folder that is to be written; what stands in the way is an OSError now, rather than after the work. The folder is made."""
+    path = target = aside = Path(path)
+    try:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target, aside = _places(path / "output" if folder else path)
+        if aside != target:
+            aside.write_bytes(bytes(4096))
+            aside.unlink()
+    except OSError as error:
+        _remove(aside, target)
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}; nothing was done") from error
+    return path
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -78,10 +110,11 @@ def interrupts_wait() -> Iterator[None]:
         before(*caught[0])
 
 
-def _remove(part: Path) -> None:
+def _remove(aside: Path, target: Path) -> None:
     # Where it cannot even be removed, the error that led here says more.
     with contextlib.suppress(OSError):
-        part.unlink()
+        if aside != target:
+            aside.unlink()
 
 
 def _alive(process: int) -> bool:
@@ -154,7 +187,7 @@ def writing_lock(folder: Path, first: bool = True) -> Iterator[Callable[[], None
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; rollouts are written into a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder, folder=True)
     if fcntl is None:
         logger.warning("this system has no flock: nothing keeps two runs from writing into %s at once", folder)
         yield lambda: None

@@ -302,7 +302,7 @@ def one_line(capsys):
         (["train", "--rollouts", "missing", "--out", "OUT"], "missing is no rollout folder: manifest.json is missing"),
         (["train", "--rollouts", "ROLLOUTS", "--out", "PROMPTS"], "prompts.jsonl is a file; training writes into a folder"),
         (["train", "--rollouts", "ROLLOUTS", "--out", "VALUE"], "config.json, model.safetensors but no history.json"),
-        (["train", "--rollouts", "ROLLOUTS", "--out", "OUT", "--seed", "-1"], "seed must be an integer of at least 0, found -1"),
+        (["train", "--rollouts", "ROLLOUTS", "--out", "OUT", "--seed", "-1"], "seed must be an integer of at least 0 and below 2**63, found -1"),
         (["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "PROMPTS"], "File exists"),
         (
             ["evaluate", *MODEL, *REWARD, "--value", "VALUE", "--dataset", "PROMPTS", "--out", "OUT", "--validation-prompts", "PROMPTS"],
@@ -333,11 +333,13 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, prompt_file, val
         ([*TRAIN, "--learning-rate", "inf"], "learning_rate must be finite and above 0, found inf"),
         (["train", "--kernel", "cuda"], "--kernel: invalid choice: 'cuda'"),
         ([*TRAIN, "--objective", "ppo"], "unknown objective 'ppo'; choose one of 'td'"),
-        ([*TRAIN, "--warmup-steps", "-1"], "warmup_steps must be an integer of at least 0, found -1"),
+        ([*TRAIN, "--warmup-steps", "-1"], "warmup_steps must be an integer of at least 0 and below 2**63, found -1"),
         ([*TRAIN, "--weight-decay", "nan"], "weight_decay must be finite and at least 0, found nan"),
         ([*TRAIN, "--ema-decay", "1"], "ema_decay must be between 0 and 1, or None, found 1.0"),
         (["generate", *MODEL, "--stop", ""], "must not be empty"),
         (["generate", *MODEL, "--dtype", "int8"], "invalid choice: 'int8'"),
+        ([*TRAIN, "--seed", str(10**30)], "seed must be an integer of at least 0 and below 2**63"),
+        (["generate", "--model", "m", "--prompt", "I", "--seed", str(10**30)], "seed must be below 2**63"),
         (["collect"], "the following arguments are required: --out, --model, --dataset"),
     ],
 )

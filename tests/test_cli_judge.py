@@ -122,7 +122,7 @@ def test_prompts_that_were_written_otherwise(folder, capsys):
         ([*RESPONSES, "--judge", "m"], "give what to compare with"),
         ([*RESPONSES, *PREFERRED, "--against", "uncontrolled", "--judge", "m"], "give what to compare with"),
         ([*RESPONSES, "--against", "steered", "--judge", "m"], "--method and --against are both 'steered'"),
-        ([*RESPONSES, *PREFERRED, "--reward-model", "r", "--estimate"], "--estimate is for --judge"),
+        ([*RESPONSES, *PREFERRED, "--reward-model", "r", "--estimate"], "--estimate: found without --judge"),
         ([*RESPONSES[:2], *PREFERRED, "--judge", "m"], "its methods are 'steered', 'uncontrolled'"),
         ([*RESPONSES, "--against", "other", "--judge", "m"], "no responses of the method 'other': its methods are 'steered', 'uncontrolled'"),
         (["--responses", "none.jsonl", *PREFERRED, "--judge", "m"], "none.jsonl"),

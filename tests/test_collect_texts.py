@@ -85,7 +85,7 @@ def test_logits_are_made_at_one_position_only(model, tokenizer, tmp_path):
     assert widths == [1, 1]
 
 
-def test_long_responses_are_cut_and_the_cut_text_is_scored(model, tokenizer, tmp_path):
+def test_long_responses_are_cut_and_the_cut_text_is_scored(model, tokenizer, tmp_path, caplog):
     cut = collect_texts(model, tokenizer, PROMPTS, RESPONSES, tmp_path / "r", reward=lengths_of, max_new_tokens=4, progress=False)
     for (record, _, ids), text in zip(responses_of(cut), RESPONSES, strict=True):
         whole = [*tokenizer(text, add_special_tokens=False).input_ids, EOS]
@@ -93,6 +93,8 @@ def test_long_responses_are_cut_and_the_cut_text_is_scored(model, tokenizer, tmp
         assert record["finish"] == ("eos" if len(whole) <= 4 else "length")
         assert text.startswith(record["response"]) and record["reward"] == [float(len(record["response"]))]
     assert [record["response"] for record in cut.records()] != RESPONSES
+    longer = sum(len(tokenizer(text, add_special_tokens=False).input_ids) + 1 > 4 for text in RESPONSES)
+    assert f"{longer} of {len(RESPONSES)} responses are longer than max_new_tokens, 4, and are cut there" in caplog.text
 
 
 def test_batches_are_packed_and_a_run_is_resumed(model, tokenizer, tmp_path):

@@ -224,12 +224,31 @@ def test_nothing_is_left_on_the_model_after_an_error(model, tokenizer, prompts, 
         ({"reward": lambda prompts, responses: [1.0]}, "found 1, wanted 2"),
         ({"num_return_sequences": 2, "do_sample": True}, "found 4 responses to 2 prompts"),
         ({"max_length": 20}, "use max_new_tokens"),
+        ({"controller_options": {"radius": 1.0}, "value": ...}, "controller_options are for settings"),
     ],
 )
 def test_bad_input_is_refused(model, tokenizer, prompts, value, keywords, message):
     keywords = {"reward": letters, "max_new_tokens": 2, "progress": False, **{key: value if given is ... else given for key, given in keywords.items()}}
     with pytest.raises(ValueError, match=message):
         evaluate(model, tokenizer, prompts[:2], **keywords)
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(model, tokenizer, prompts, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("before")
+    keywords = {"reward": letters, "max_new_tokens": 2, "progress": False}
+    with pytest.raises(OSError, match="file"):
+        evaluate(model, tokenizer, prompts[:2], out=tmp_path / "file" / "o", **keywords)
+    done = evaluate(model, tokenizer, prompts[:2], out=tmp_path / "o", **keywords)
+
+    def refuse(*_, **__):
+        raise OSError("could not write: a full disk")
+
+    monkeypatch.setattr("recontrol.evaluation.evaluate.check_output", refuse)
+    # What is finished is read.
+    assert evaluate(model, tokenizer, prompts[:2], out=tmp_path / "o", **keywords) == done
+    monkeypatch.setattr(recontrol.methods.base, "generate_batch", refuse)
+    with pytest.raises(OSError, match="a full disk"):
+        evaluate(model, tokenizer, prompts[:2], out=tmp_path / "o", seeds=2, **keywords)
 
 
 def test_a_reward_that_cannot_be_used_says_so_before_the_work(model, tokenizer, prompts, monkeypatch):

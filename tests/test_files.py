@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from recontrol import files
-from recontrol.files import interrupts_wait, read_json, remove_leftovers, write_aside, write_json
+from recontrol.files import check_output, interrupts_wait, read_json, remove_leftovers, write_aside, write_json
 
 OLD, NEW = "what was there before", "what comes now"
 
@@ -174,6 +175,94 @@ with files.write_aside(sys.argv[2]) as aside:
         assert len(names(target.parent)) == len(before) + 1 and (not before or target.read_text() == OLD)
         remove_leftovers(target.parent)
         assert names(target.parent) == before and (not before or target.read_text() == OLD)
+
+
+class TestLinksAndDevices:
+    def test_the_file_that_a_link_leads_to_is_replaced(self, tmp_path):
+        """Also by a chain of links, into another folder, and where there is no file yet; with its permissions."""
+        (tmp_path / "there").mkdir()
+        file, link, second = tmp_path / "there" / "report.json", tmp_path / "link.json", tmp_path / "second.json"
+        link.symlink_to("there/report.json")
+        second.symlink_to(link)
+        for path, content in ((link, "1"), (second, "2"), (tmp_path / "there" / ".." / "second.json", "3")):
+            with write_aside(path) as aside:
+                assert aside.parent == tmp_path / "there"
+                aside.write_text(content)
+            assert link.is_symlink() and second.is_symlink() and file.read_text() == content and names(tmp_path / "there") == ["report.json"]
+            file.chmod(0o600)
+        with write_aside(link) as aside:
+            aside.write_text("4")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600 and not file.is_symlink()
+
+    def test_a_link_to_a_folder_that_is_not_there(self, tmp_path):
+        (tmp_path / "link").symlink_to("none/report.json")
+        with pytest.raises(FileNotFoundError, match=f"could not write {tmp_path / 'link'}: No such file"), write_aside(tmp_path / "link") as aside:
+            aside.write_text(NEW)
+        assert (tmp_path / "link").is_symlink()
+
+    def test_a_folder_that_is_a_link(self, tmp_path):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "folder").symlink_to("there")
+        write_json(check_output(tmp_path / "folder", folder=True) / "a.json", 1)
+        assert (tmp_path / "folder").is_symlink() and names(tmp_path / "there") == ["a.json"]
+
+    def test_a_device_is_written_to(self):
+        before = os.lstat("/dev/null")
+        write_json(check_output("/dev/null"), {"a": 1})
+        with pytest.raises(ValueError, match="cut"), write_aside("/dev/null"):
+            raise ValueError("cut")
+        after = os.lstat("/dev/null")
+        assert stat.S_ISCHR(after.st_mode) and after.st_ino == before.st_ino
+
+    def test_a_pipe_is_written_to_and_once_only(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit((tmp_path / "pipe").read_text)
+            write_json(check_output(tmp_path / "pipe"), [1])
+            assert json.loads(read.result(timeout=30)) == [1]
+        assert stat.S_ISFIFO(os.lstat(tmp_path / "pipe").st_mode) and names(tmp_path) == ["pipe"]
+
+    def test_standard_output_that_leads_to_a_file(self, tmp_path):
+        """The file stays the one that the process writes to."""
+        with open(tmp_path / "out", "w") as out:
+            code = CHILD + "files.write_json('/dev/stdout', [1])"
+            subprocess.run([sys.executable, "-I", "-c", code, files.__file__], stdout=out, check=True)
+            assert os.fstat(out.fileno()).st_ino == (tmp_path / "out").stat().st_ino
+        assert read_json(tmp_path / "out") == [1] and names(tmp_path) == ["out"]
+
+    def test_a_disk_is_not_written_to(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(files.Path, "is_block_device", lambda path: path.name == "disk")
+        for attempt in (check_output, lambda path: write_json(path, 1)):
+            with pytest.raises(OSError, match=r"could not write .*disk: it is a disk"):
+                attempt(tmp_path / "disk")
+        assert names(tmp_path) == []
+
+
+class TestCheckOutput:
+    def test_what_can_be_written_leaves_nothing_but_folders(self, tmp_path, target):
+        before = names(target.parent)
+        assert check_output(target) == target and names(target.parent) == before
+        assert check_output(str(tmp_path / "a" / "b" / "x.json")) == tmp_path / "a" / "b" / "x.json" and names(tmp_path / "a" / "b") == []
+        assert check_output(tmp_path / "a" / "c", folder=True) == tmp_path / "a" / "c" and names(tmp_path / "a" / "c") == []
+
+    def test_what_cannot(self, tmp_path):
+        (tmp_path / "file").write_text(OLD)
+        (tmp_path / "folder").mkdir()
+        cases = [(tmp_path / "folder", False), (tmp_path / "file" / "x", False), (tmp_path / "file", True), (tmp_path / "file" / "x", True)]
+        for path, folder in [*cases, (tmp_path / ("x" * 255), False), (tmp_path / ("x" * 300), False), (tmp_path / ("x" * 300), True)]:
+            with pytest.raises(OSError, match=f"could not write {path}: .*; nothing was done"):
+                check_output(path, folder=folder)
+        assert names(tmp_path) == ["file", "folder"] and (tmp_path / "file").read_text() == OLD
+
+    def test_a_disk_that_fills_up(self, tmp_path, monkeypatch):
+        def half(path, content):
+            path.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(files.Path, "write_bytes", half)
+        with pytest.raises(OSError, match=r"could not write .*x: No space left on device; nothing was done"):
+            check_output(tmp_path / "x")
+        assert names(tmp_path) == []
 
 
 class TestRemoveLeftovers:

@@ -76,6 +76,17 @@ def test_a_copy_with_new_rewards(rollouts, tmp_path):
     assert step["checksums_before"] == rollouts.manifest["checksums_sha256"]
 
 
+def test_rollouts_whose_files_are_links(rollouts, tmp_path):
+    """As in a cache of the hub: the copy has files, and the links stay."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in rollouts.path.iterdir():
+        (linked / path.name).symlink_to(os.path.relpath(path, linked))
+    new = rc.relabel(linked, length, tmp_path / "deep" / "new", progress=False)
+    assert_only_rewards_differ(new, rollouts, LENGTHS)
+    assert not any(path.is_symlink() for path in new.path.iterdir()) and (linked / "manifest.json").is_symlink()
+
+
 def test_the_copy_outlives_the_old_folder(rollouts, tmp_path):
     old = content(rollouts.path)["shard-00000.safetensors"]
     new = rc.relabel(rollouts, length, tmp_path / "new", progress=False)

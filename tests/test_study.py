@@ -9,7 +9,7 @@ import yaml
 from recontrol.decoding.config import Decoding
 from recontrol.reports.report_files import as_yaml
 from recontrol.studies.catalogue import read_entries
-from recontrol.studies.study import load_study, make_study, study_names
+from recontrol.studies.study import SourceSection, load_study, make_study, study_names
 
 SMALL = {
     "model": {"name": "some/model"},
@@ -158,3 +158,34 @@ def test_entries_are_all_combinations_of_their_lists():
 def test_what_an_entry_may_not_say(entries, message):
     with pytest.raises(ValueError, match=message):
         read_entries(entries)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": {"test": {"source": "t", "limit": 0}, "train": {"source": "t"}}}, "limit must be at least 1, found 0"),
+        ({"prompts": {"test": {"source": "t"}, "train": {"source": "t"}, "chat_template": True, "human": "User"}}, "human has no use with chat_template"),
+        ({"reward": {"names": ["r"], "judge": {"cache": "c"}}}, "the settings of a judge have no use"),
+        ({"reward": {"names": ["judge:gpt"], "template": "{prompt}{response}"}}, "template has no use"),
+        ({"wins": {"judge": "a/reward", "cache": "c"}}, "cache and url are of a judge:NAME"),
+        ({"seeds_apart": -1}, "seed must be 0 or more"),
+    ],
+)
+def test_settings_without_use_are_refused(change, message):
+    study = {
+        "model": {"name": "m"},
+        "prompts": {"test": {"source": "t"}, "train": {"source": "t"}},
+        "reward": {"names": ["r"]},
+        "methods": [],
+    }
+    make_study(study)
+    with pytest.raises(ValueError, match=message):
+        make_study({**study, **change})
+
+
+def test_a_part_of_a_file_is_refused(tmp_path):
+    """It would be all of it: a file has no splits."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "I"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl is a file and has no splits, found train\[:5\]"):
+        SourceSection(str(tmp_path / "p.jsonl"), "train[:5]")
+    SourceSection(str(tmp_path / "p.jsonl"), "test")

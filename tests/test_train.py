@@ -382,7 +382,7 @@ def test_one_prompt_cannot_be_split(tmp_path):
         ({"epochs": None}, "epochs must be an integer of at least 1, found None"),
         *(({"td_lambda": number}, f"td_lambda must be between 0 and 1, found {number}") for number in (-0.1, 1.5, float("nan"))),
         *(({"validation_fraction": number}, "validation_fraction must be at least 0 and below 1") for number in (-0.1, 1.0, float("nan"))),
-        ({"seed": -1}, "seed must be an integer of at least 0, found -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0 and below"),
         ({"dtype": torch.bfloat16}, r"dtype must be float32 or float64, since smaller ones lose Adam's updates, found 'bfloat16'"),
         ({"hidden_dims": (8, 0)}, r"must be a sequence of positive integers such as \(4096,\), found \(8, 0\)"),
         ({"hidden_dims": 64}, r"hidden_dims must be a sequence of positive integers such as \(4096,\), found 64"),

@@ -25,9 +25,12 @@ def run(options: argparse.Namespace) -> None:
     from recontrol.data.collect import collect, collect_pairs
     from recontrol.data.prompts import load_pairs
     from recontrol.data.settings import Collection
+    from recontrol.files import check_output
 
     if options.reward_model is None and not options.pairs:
         raise ValueError("--reward-model is needed, except with --pairs, where chosen responses get reward 1 and rejected ones 0")
+    # Better found before a model is loaded than after it.
+    check_output(options.out, folder=True)
     model, tokenizer = shared.load_model(options)
     if options.pairs:
         how = {name: getattr(options, name) for name in ("limit", "chat_template", "human", "max_prompt_tokens", "skip_equal")}

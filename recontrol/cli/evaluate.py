@@ -20,7 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run a study, print its tables, and write its report."""
-    from recontrol.reports.report_files import save_findings
+    from recontrol.files import check_output
+    from recontrol.reports.report_files import FILES, save_findings
     from recontrol.reports.table import rule_in_words, table
     from recontrol.studies.dry_run import small
     from recontrol.studies.run import StudyRun
@@ -29,7 +30,9 @@ def run(options: argparse.Namespace) -> None:
     # A missing package or a folder that cannot be written is better found before the work than after it.
     for package in ("jinja2", "matplotlib"):
         required(package, "report")
-    out.mkdir(parents=True, exist_ok=True)
+    check_output(out, folder=True)
+    for name in FILES:
+        check_output(out / name)
     if options.dry_run:
         study = small(study, out / "made-up")
     study_run, rule = StudyRun(study, out), rule_in_words(study.choose)
@@ -51,8 +54,9 @@ def _study(options: argparse.Namespace) -> "Study":
     needed = {"--model": options.model, "--value": options.value, "--dataset": options.dataset, "--reward-model": options.reward_model}
     given = [name for name, option in needed.items() if option is not None]
     if options.config is not None:
-        if given:
-            raise ValueError(f"--config says what to do; found {', '.join(given)} beside it")
+        beside = sorted(f"--{name.replace('_', '-')}" for name in options.given - {"config", "out", "dry_run", "verbose", "debug"})
+        if beside:
+            raise ValueError(f"--config says what to do; found {', '.join(beside)} beside it")
         return load_study(options.config)
     if options.dry_run:
         raise ValueError("--dry-run goes with --config")
@@ -63,8 +67,8 @@ def _study(options: argparse.Namespace) -> "Study":
         source, split = options.validation_prompts or options.dataset, options.validation_split or "validation"
         validation = SourceSection(source, split, options.validation_limit)
     test = SourceSection(options.dataset, options.split, options.limit)
-    beside = {name: getattr(options, field) for name, field in CONTROL.items() if getattr(options, field, None) is not None}
-    control = {**beside, "alpha": list(options.step_sizes), "n": list(options.steps), "backend": options.backend}
+    of_control = {name: getattr(options, field) for name, field in CONTROL.items() if getattr(options, field, None) is not None}
+    control = {**of_control, "alpha": list(options.step_sizes), "n": list(options.steps), "backend": options.backend}
     control |= {"allow_other_model": True} if options.allow_other_model else {}
     return Study(
         model=ModelSection(options.model, options.dtype, options.device),

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recontrol.cli import options as shared
@@ -33,12 +32,14 @@ def run(options: argparse.Namespace) -> None:
         print(_plan(options))
         return
     from recontrol.decoding.loading import load_value_function
-    from recontrol.files import write_aside
+    from recontrol.files import check_output, write_aside
     from recontrol.generation.generate import generate
 
     decoding = shared.decoding(options)
+    if options.out:
+        check_output(options.out)
     model, tokenizer = shared.load_model(options)
-    prompts = options.prompt or shared.load_prompts(options, tokenizer)
+    prompts = shared.load_prompts(options, tokenizer)
     control = from_flags(Control, options, value=load_value_function(options.value, model)) if options.value else None
     how = {name: getattr(options, name) for name in ("batching", "cache_budget", "backend", "allow_other_model")}
     if not options.out:
@@ -49,9 +50,7 @@ def run(options: argparse.Namespace) -> None:
     for prompt, response in zip(prompts, responses, strict=True):
         trace = {} if response.trace is None else {"trace": dataclasses.asdict(response.trace)}
         lines.append(json.dumps({"prompt": prompt, "response": response.text, "finish": response.finish, **trace}, ensure_ascii=False) + "\n")
-    path = Path(options.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
+    with write_aside(options.out) as aside:
         aside.write_text("".join(lines), encoding="utf-8")
 
 
@@ -67,7 +66,7 @@ def _plan(options: argparse.Namespace) -> "Plan":
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = AutoConfig.from_pretrained(options.model)
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.get_text_config().dtype or torch.float32
-    prompts = options.prompt or shared.load_prompts(options, tokenizer)
+    prompts = shared.load_prompts(options, tokenizer)
     lengths = [len(ids) + options.max_new_tokens for ids in token_ids(tokenizer, prompts)]
     return make_plan(config, dtype, lengths, device=device_of(options.device), cache_budget=options.cache_budget, batch_size=options.batch_size)
 

@@ -8,6 +8,8 @@ from recontrol.cli import options as shared
 
 FORMAT = "recontrol.win_rate"
 FORMAT_VERSION = 1
+# What a file need not say of how it was made.
+NOT_DESCRIBED = ("run", "parser", "given", "after_interrupt", "debug", "verbose", "subcommand", "estimate")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +23,13 @@ def run(options: argparse.Namespace) -> None:
     """Judge, or estimate."""
     from recontrol.evaluation.judges import CHARACTERS_PER_TOKEN
     from recontrol.evaluation.win_rate import win_rate
-    from recontrol.files import write_json
+    from recontrol.files import check_output, write_json
     from recontrol.version import __version__
 
     if (options.judge is None) == (options.reward_model is None):
         raise ValueError("give either --judge NAME, a chat model, or --reward-model NAME, a reward held out from training")
-    if options.estimate and options.judge is None:
-        raise ValueError("--estimate is for --judge: a reward model sends no requests")
+    if options.out is not None and not options.estimate:
+        check_output(options.out)
     prompts, responses, others = (column[: options.limit] for column in _pairs(options))
     judge = _judge(options)
     if options.estimate:
@@ -37,16 +39,13 @@ def run(options: argparse.Namespace) -> None:
         answers = f"{counted.output_tokens} of answers ({options.answer_tokens} each)"
         print(f"{len(prompts)} pairs: {counted.requests} requests that the cache does not answer, {questions} and {answers}{cost}")
         return
-    if options.out is not None:
-        # A folder that cannot be written is better found before the work than after it.
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     result = win_rate(prompts, responses, others, judge)
     print(f"{len(prompts)} pairs: {result}")
     if options.out is None:
         return
     content = result.to_dict()
     columns = zip(prompts, responses, others, content.pop("verdicts"), strict=True)
-    about = {name: value for name, value in vars(options).items() if name not in ("run", "after_interrupt", "debug", "verbose", "subcommand", "estimate")}
+    about = {name: value for name, value in vars(options).items() if name not in NOT_DESCRIBED}
     pairs = [dict(zip(("prompt", "response", "other", "verdict"), row, strict=True)) for row in columns]
     made_with = {"recontrol": __version__}
     write_json(options.out, {"format": FORMAT, "version": FORMAT_VERSION, "made_with": made_with, "about": about, **content, "pairs": pairs})

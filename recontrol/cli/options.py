@@ -6,19 +6,23 @@ Heavy imports are inside the functions that need them, so that `--help` answers 
 import argparse
 import importlib.resources
 import json
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from recontrol.ascent import backends
-from recontrol.configs import add_flags
+from recontrol.configs import add_flags, listed
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.control import Control
 
 if TYPE_CHECKING:
     from recontrol.studies.study import JudgeSection, RewardSection
+
+logger = logging.getLogger(__name__)
 
 # What the subcommands say of themselves, and their options by groups.
 COMMANDS = yaml.safe_load((importlib.resources.files("recontrol.cli") / "commands.yaml").read_text(encoding="utf-8"))
@@ -42,20 +46,8 @@ positive_float = _number("positive float", float, "a number above 0", lambda num
 finite_float = _number("finite float", float, "finite", math.isfinite)
 
 
-def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Comma-separated entries of one kind."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        return tuple(kind(entry) for entry in text.split(","))
-
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
-
-
 def escaped(text: str) -> str:
     r"""A text in which \n and \t stand for a line break and a tab."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -101,6 +93,26 @@ def add_options(parser: argparse.ArgumentParser, *groups: str, default: str | No
             add_flags(group, Decoding, leave_out=("batch_size", "stop_strings", "options"), types={"max_new_tokens": positive_int})
 
 
+def check_together(options: argparse.Namespace) -> None:
+    """Refuse options without those that they are of, or beside those that leave no use for them, by the rules in commands.yaml; say which ones are not used."""
+    there = {f"--{name.replace('_', '-')}" for name in options.given}
+    kinds = {name.partition(":")[0] for name in getattr(options, "reward_model", None) or []}
+    there |= {"--reward-model judge:NAME"} if "judge" in kinds else set()
+    there |= {"a classifier as --reward-model"} if kinds - {"judge", "python"} else set()
+    for rule in COMMANDS["together"]["all"] + COMMANDS["together"].get(options.subcommand, []):
+        found = ", ".join(flag for flag in rule["options"] if flag in there)
+        if found and "with" in rule and not there & set(rule["with"]):
+            raise ValueError(f"{found}: found without {' or '.join(rule['with'])}, and has no use then")
+        if found and there & set(rule.get("without", ())):
+            raise ValueError(f"{found}: found beside {' and '.join(there & set(rule['without']))}, and has no use there")
+        if found and there & set(rule.get("unused", ())):
+            logger.warning("not used with %s: %s", " and ".join(there & set(rule["unused"])), found)
+    for split, sources in {"split": ("dataset", "preferred"), "validation_split": ("validation_prompts", "dataset")}.items():
+        source = next((given for name in sources if (given := getattr(options, name, None))), "")
+        if split in options.given and Path(source).is_file():
+            raise ValueError(f"--{split.replace('_', '-')}: {source} is a file and has no splits; --limit takes its first prompts")
+
+
 def decoding(options: argparse.Namespace) -> Decoding:
     """How responses are decoded."""
     return Decoding(options.max_new_tokens, options.batch_size, options.seed, stop_strings(options), generation_options(options))
@@ -131,8 +143,10 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def load_prompts(options: argparse.Namespace, tokenizer: Any) -> list[str]:
     """The prompts, written as the options say."""
-    from recontrol.data.prompts import load_prompts
+    from recontrol.data.prompts import load_prompts, render_prompt
 
+    if given := getattr(options, "prompt", None):
+        return [render_prompt(tokenizer, prompt) for prompt in given] if options.chat_template else given
     how = {name: getattr(options, name) for name in ("limit", "chat_template", "human", "max_prompt_tokens")}
     return load_prompts(options.dataset, options.split, tokenizer=tokenizer, **how)
 
@@ -141,7 +155,7 @@ def judge_section(options: argparse.Namespace) -> "JudgeSection":
     """How a chat model is asked."""
     from recontrol.studies.study import JudgeSection
 
-    return JudgeSection(options.judge_url, options.judge_range, options.judge_cache, options.judge_concurrency, options.judge_request)
+    return JudgeSection(options.judge_url, tuple(options.judge_range), options.judge_cache, options.judge_concurrency, options.judge_request)
 
 
 def reward_section(options: argparse.Namespace, head_weights: list[float] | None = None) -> "RewardSection":

@@ -17,9 +17,11 @@ def run(options: argparse.Namespace) -> None:
     from recontrol.data.relabel import relabel
     from recontrol.data.rewards.checks import names_of_heads
     from recontrol.data.shards import read_manifest
+    from recontrol.files import check_output
 
-    # A folder that is none is better found before a reward model of many gigabytes is loaded.
+    # A folder that is none, or cannot be written, is better found before a reward model of many gigabytes is loaded.
     read_manifest(Path(options.rollouts))
+    check_output(options.out or options.rollouts, folder=True)
     rollouts = relabel(options.rollouts, shared.load_reward(options), options.out, add=options.add)
     if os.environ.get("RANK", "0") != "0":
         return

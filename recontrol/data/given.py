@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from recontrol.decoding.hooks import input_device, output_embedding
 from recontrol.decoding.model_config import context_length
 from recontrol.decoding.packing import Packing
 from recontrol.decoding.responses import decode_after
+
+logger = logging.getLogger(__name__)
 
 
 class GivenResponses:
@@ -128,15 +131,19 @@ class GivenResponses:
         lengths: list[int] = []
         empty: list[int] = []
         equal: list[int] = []
+        cut = 0
         for start in range(0, len(self.prompts), TOKENISED_AT_ONCE):
             rows = range(start, min(start + TOKENISED_AT_ONCE, len(self.prompts)))
-            prompts, new, _ = self._tokens(rows)
+            prompts, new, texts = self._tokens(rows)
             check_tokens(self.model, new, start, "responses")
+            cut += sum(text is not self.responses[row] for row, text in zip(rows, texts, strict=True))
             empty += [row for row, ids in zip(rows, new, strict=True) if not ids]
             # The last token of a row is never read.
             lengths += [len(prompt) + len(ids) - 1 for prompt, ids in zip(prompts, new, strict=True)]
             if self.paired:
                 equal += [rows[place] // 2 for place in range(0, len(rows), 2) if new[place] == new[place + 1]]
+        if cut:
+            logger.warning("%d of %d responses are longer than max_new_tokens, %d, and are cut there", cut, len(self.responses), self.max_new_tokens)
         if empty:
             raise ValueError(f"{len(empty)} responses have no tokens: {first_few(empty)}")
         context = context_length(self.model.config)

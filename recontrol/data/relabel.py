@@ -109,7 +109,7 @@ def _finish(old: Rollouts, target: Path, files: list[Path], manifest: dict[str, 
         for name in [*with_lines(old.shards), *([CHECKSUMS_NAME] if old.manifest.get("checksums_sha256") else [])]:
             with write_aside(target / name) as aside:
                 try:
-                    os.link(old.path / name, aside)
+                    os.link(os.path.realpath(old.path / name), aside)
                 except OSError:
                     shutil.copyfile(old.path / name, aside)
         # Of a copy that an earlier release began.

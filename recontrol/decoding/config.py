@@ -42,6 +42,8 @@ class Decoding:
             if given is not None and integer(name, given) < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, found {given!r}")
         object.__setattr__(self, "seed", integer("seed", self.seed))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, found {self.seed}")
         object.__setattr__(self, "stop_strings", tuple(listed_stop_strings(self.stop_strings)))
         object.__setattr__(self, "options", dict(self.options))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from recontrol.checks import loading
 from recontrol.decoding.editing import states_device
 from recontrol.decoding.hooks import Attachment
 from recontrol.value import ValueFunction
@@ -13,8 +14,9 @@ def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", 
 
     # Only device_map needs no copy of the whole model in main memory.
     keywords = {} if device == "cpu" else {"device_map": device}
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **keywords).eval(), tokenizer
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **keywords).eval(), tokenizer
 
 
 def load_value_function(name: str, model: Any) -> ValueFunction:

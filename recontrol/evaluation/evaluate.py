@@ -16,6 +16,7 @@ from recontrol.decoding.control import Control
 from recontrol.evaluation.measure import Cells, Measure
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, summarise
+from recontrol.files import check_output
 from recontrol.methods.base import Method, Uncontrolled, check_uncontrolled, one_score, tensors_checksum
 from recontrol.methods.control import ReControl
 from recontrol.value import ValueFunction
@@ -86,7 +87,11 @@ def evaluate(
     # Each batch begins with another method.
     turns = [compared[number % len(compared) :] + compared[: number % len(compared)] for number, _ in batches]
     todo = [(method, batch, run, number) for run in runs for number, batch in batches for method in turns[number] if not cells.known(method.label, run, number)]
+    if controller_options and not settings:
+        raise ValueError("controller_options are for settings, found none of these")
     if todo:
+        if out is not None:
+            check_output(out, folder=True)
         measure = dataclasses.replace(measure, encoder=None if encoder is None else load_encoder(encoder))
         # Every method decodes a little: errors of a method or a reward show before the work, and threads and caches are ready.
         few, first = dataclasses.replace(decoding, max_new_tokens=min(WARM_UP_TOKENS, decoding.max_new_tokens), seed=0), batches[0][1]

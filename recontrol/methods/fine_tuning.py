@@ -176,7 +176,7 @@ def make_preference_pairs(
         counts = f"of {len(prompts)} prompts, {left_out['equal']} have equal rewards and {left_out['empty']} fewer than two responses with a token"
         raise ValueError(f"no prompt has two responses of different reward: {counts}; take more samples, or another reward")
     if any(left_out.values()):
-        logger.info("left out %d of %d prompts: %s", sum(left_out.values()), len(prompts), left_out)
+        logger.warning("left out %d of %d prompts: %s", sum(left_out.values()), len(prompts), left_out)
     return found
 
 

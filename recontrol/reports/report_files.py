@@ -27,6 +27,7 @@ from recontrol.reports.table import COST, QUALITY, Cell, Column, interval_digits
 from recontrol.training.diagnosis import Diagnosis, diagnose_values
 from recontrol.version import __version__
 
+FILES = ("responses.jsonl", "report.csv", "report.html", "report.json")
 FORMAT, FORMAT_VERSION = "recontrol.report", 2
 # Responses whose V is written, prompts whose tokens have the colour of V, and how many responses say something about a value function.
 TRACES, COLOURED, FEWEST = 3, 3, 3
@@ -69,11 +70,11 @@ def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None,
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _responses(rows, findings.prompts))
-    for name, text in (("responses.jsonl", lines), ("report.csv", _csv(rows, len(findings.prompts))), ("report.html", page)):
+    for name, text in zip(FILES, (lines, _csv(rows, len(findings.prompts)), page), strict=False):
         with write_aside(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     # Numbers that JSON does not have are null.
-    write_json(folder / "report.json", json.loads(json.dumps(content), parse_constant=lambda name: None))
+    write_json(folder / FILES[-1], json.loads(json.dumps(content), parse_constant=lambda name: None))
 
 
 def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:

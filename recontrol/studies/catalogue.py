@@ -113,6 +113,8 @@ def _prompting(run: Run, settings: dict[str, Any]) -> methods.Method:
         examples = methods.best_examples(run.rollouts, examples, head_weights=run.study.reward.head_weights)
     pairs = [tuple(pair) for pair in examples]
     if "goal" in settings:
+        if beside := sorted(settings.keys() & {"template", "separator", "called"}):
+            raise ValueError(f"prompting: {', '.join(beside)} have no use beside goal, which has its own")
         return methods.Prompting.for_dialogues(settings["goal"], pairs)
     return methods.Prompting(examples=pairs, name=others.pop("called", None), **others)
 

@@ -20,7 +20,7 @@ from recontrol.evaluation.frontier import choose_at_kl
 from recontrol.evaluation.metrics import load_encoder
 from recontrol.evaluation.results import Result, choose
 from recontrol.evaluation.win_rate import win_rate
-from recontrol.files import read_json, write_json
+from recontrol.files import check_output, read_json, write_json
 from recontrol.methods import Method, Training
 from recontrol.methods.control import training_of
 from recontrol.methods.peak_memory import PeakMemory
@@ -42,7 +42,11 @@ class StudyRun:
     def __init__(self, study: Study, out: str | os.PathLike, *, progress: bool = True):
         self.study, self.folder, self.progress = study, Path(out), progress
         self.entries = read_entries(study.methods)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        unused = [f"{name}, since it has a value" for name in ("collect", "train") if study.value is not None and getattr(study, name)]
+        unused += ["choose, since it has no validation prompts"] if study.choose != "paper" and study.prompts.validation is None else []
+        for each in unused:
+            logger.warning("the study does not use its %s", each)
+        check_output(self.folder, folder=True)
         self.reward = study.reward.load()
         self.judge: Any = study.wins and study.wins.load(study.reward)
         # "package:NAME" is an encoder that an installed package carries in it, and names by its `get_model_path`.

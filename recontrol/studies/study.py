@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from recontrol.checks import renamed
+from recontrol.checks import renamed, usable_device
 from recontrol.configs import from_mapping
 from recontrol.data.prompts import turn_marks
 from recontrol.data.rewards import Reward
@@ -50,6 +50,12 @@ class SourceSection:
     split: str = "train"
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, found {self.limit}")
+        if "[" in self.split and Path(self.source).is_file():
+            raise ValueError(f"{self.source} is a file and has no splits, found {self.split}; limit takes its first prompts")
+
 
 @dataclass(frozen=True)
 class PromptsSection:
@@ -61,6 +67,10 @@ class PromptsSection:
     human: str = "Human"
     chat_template: bool = False
     max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.chat_template and self.human != "Human":
+            raise ValueError(f"human has no use with chat_template, which has marks of its own; found {self.human!r}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,11 @@ class RewardSection:
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError("names must have at least one name")
+        kinds = {name.partition(":")[0] for name in self.names}
+        if self.judge != JudgeSection() and "judge" not in kinds:
+            raise ValueError("the settings of a judge have no use: none of names is judge:NAME")
+        if self.template is not None and kinds <= {"judge", "python"}:
+            raise ValueError("template has no use: none of names is a sequence classifier")
 
     def load(self, names: list[str] | None = None) -> Reward:
         """The reward, or that of other names used in the same way."""
@@ -120,6 +135,8 @@ class WinSection:
             object.__setattr__(self, "against", "preferred")
         if self.against not in ("uncontrolled", "preferred"):
             raise ValueError(f"against must be 'uncontrolled' or 'preferred', found {self.against!r}")
+        if (self.cache or self.url) and not self.judge.startswith("judge:"):
+            raise ValueError(f"cache and url are of a judge:NAME, found {self.judge!r}")
 
     def load(self, reward: RewardSection) -> Callable[..., Any]:
         """The judge; a reward is used as that of the study."""
@@ -163,6 +180,8 @@ class Study:
         # Found when the file is read, not after hours of collecting.
         from_mapping(TrainConfig, self.train, "train")
         self.collected()
+        for part in (1, 2):
+            self.decoding(part)
 
     def collected(self) -> tuple[Decoding, Collection]:
         """How rollouts are decoded, and how they are kept."""
@@ -175,6 +194,16 @@ class Study:
         return dataclasses.replace(self.generation, seed=self.seed + part * self.seeds_apart)
 
 
+class _NoRepeats(yaml.SafeLoader):
+    """YAML in which a mapping has each key once: of two the first would be lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        if len(node.value) > len({str(key.value) for key, _ in node.value}):
+            raise yaml.constructor.ConstructorError(None, None, f"found a key twice among {[key.value for key, _ in node.value]}", node.start_mark)
+        return node
+
+
 def load_study(source: str | os.PathLike) -> Study:
     """Read a study: a YAML file, or the name of one of the package; FileNotFoundError or ValueError where there is none, or what it says is wrong."""
     path: Any = Path(source)
@@ -183,7 +212,7 @@ def load_study(source: str | os.PathLike) -> Study:
         if str(source) not in study_names():
             raise FileNotFoundError(f"no study at {str(source)!r}: there is no such file; the package has {', '.join(study_names())}")
     try:
-        return make_study(yaml.safe_load(path.read_text(encoding="utf-8")), str(source))
+        return make_study(yaml.load(path.read_text(encoding="utf-8"), _NoRepeats), str(source))
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is no YAML: {error}") from error
 
@@ -208,4 +237,5 @@ def make_study(content: Any, where: str = "study") -> Study:
 def device_of(given: str | None) -> str:
     """The device asked for, else a GPU, this process's own among several processes, else the CPU."""
     own = os.environ.get("LOCAL_RANK")
-    return given or (("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu")
+    found = given or (("cuda" if own is None else f"cuda:{own}") if torch.cuda.is_available() else "cpu")
+    return found if found == "auto" else str(usable_device(found))

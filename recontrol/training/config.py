@@ -25,7 +25,7 @@ LIMITS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (lambda given: 0 < given < math.inf, "finite and above 0, or None", ("max_gradient_norm",)),
     (lambda given: 0 < given < 1, "between 0 and 1, or None", ("ema_decay",)),
     (lambda given: 0 <= given < 1, "at least 0 and below 1", ("validation_fraction",)),
-    (lambda given: type(given) is int and given >= 0, "an integer of at least 0", ("warmup_steps", "seed")),
+    (lambda given: type(given) is int and 0 <= given < 2**63, "an integer of at least 0 and below 2**63", ("warmup_steps", "seed")),
     (lambda given: type(given) is int and given >= 1, "an integer of at least 1", ("batch_size", "epochs", "patience")),
     (lambda given: given in ("float32", "float64"), "float32 or float64, since smaller ones lose Adam's updates", ("dtype",)),
     (lambda given: given == "bfloat16", "bfloat16, or None for that of the weights", ("compute_dtype",)),

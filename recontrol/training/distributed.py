@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recontrol.checks import required
+from recontrol.checks import required, usable_device
 
 # What tells a process how many there are, by who started it: torchrun and accelerate, and three implementations of MPI.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -35,7 +35,7 @@ class Processes:
     def device(self, wanted: str | torch.device | None) -> torch.device:
         """Where this process computes: what was asked for, or the device that it was given, or a GPU if there is one."""
         if self.count == 1:
-            return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return usable_device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         if wanted is not None and torch.device(wanted).type != self._accelerator.device.type:
             raise ValueError(f"accelerate launch has given {self._accelerator.device} to this process, found device {str(wanted)!r}; leave it out")
         return self._accelerator.device

@@ -76,6 +76,8 @@ class ChatModel:
             self._base = sqlite3.connect(":memory:" if cache is None else cache, timeout=60, check_same_thread=False)
             with self._base:
                 self._base.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+                # Writes: better refused now than when the first answer is paid for.
+                self._base.execute("PRAGMA user_version = 0")
         except sqlite3.Error as error:
             raise ValueError(f"{cache} is not a file of answers of a judge: {error}") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recontrol.checks import loading
 from recontrol.data.rewards.chat import Judge
 from recontrol.data.rewards.checks import Reward, checked_rewards, head_names
 from recontrol.data.rewards.model import RewardModel
@@ -83,7 +84,8 @@ def load_reward(
             return Judge(rest, minimum=judge_range[0], maximum=judge_range[1], **(judge or {}))
         if kind != "python" or not rest:
             where: dict[str, Any] = {"device_map": device} if device == "auto" else {"device": device}
-            return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, dtype=dtype, **where)
+            with loading(name):
+                return RewardModel.from_pretrained(name, batch_size=batch_size, template=template, dtype=dtype, **where)
         module, _, attribute = rest.partition(":")
         if not (module and attribute):
             raise ValueError(f"a function is named MODULE:FUNCTION, found {rest!r}")
