@@ -15,6 +15,7 @@ from recontrol.version import __version__
 
 if TYPE_CHECKING:
     from recontrol.data.collect import collect, collect_pairs, collect_texts
+    from recontrol.data.dialogue import Prompt
     from recontrol.data.join import join_rollouts
     from recontrol.data.online import OnlineRollouts
     from recontrol.data.prompts import load_pairs, load_prompts, load_prompts_with_preferred
@@ -66,6 +67,7 @@ _ON_DEMAND = {
     "join_rollouts": "recontrol.data.join",
     "knee": "recontrol.evaluation.frontier",
     "load_pairs": "recontrol.data.prompts",
+    "Prompt": "recontrol.data.dialogue",
     "load_prompts": "recontrol.data.prompts",
     "load_prompts_with_preferred": "recontrol.data.prompts",
     "model_fingerprint": "recontrol.decoding.fingerprint",
@@ -86,6 +88,7 @@ __all__ = [
     "Judge",
     "OnlineRollouts",
     "PairwiseJudge",
+    "Prompt",
     "Result",
     "RewardJudge",
     "RewardModel",

@@ -113,11 +113,12 @@ def _print(prompts: list[str], tokens: "Iterator[StreamedToken]") -> None:
 
 def _write(out: str, prompts: list[str], responses: "list[Generation]") -> None:
     """Write a line of JSON for each response."""
+    from recontrol.data.dialogue import turns_entry
     from recontrol.files import write_aside
 
     lines = []
     for prompt, response in zip(prompts, responses, strict=True):
-        line: dict[str, Any] = {"prompt": prompt, "response": response.text, "finish": response.finish}
+        line: dict[str, Any] = {"prompt": prompt, **turns_entry(prompt), "response": response.text, "finish": response.finish}
         if response.trace is not None:
             line["trace"] = dataclasses.asdict(response.trace)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """Prompts that keep their turns, so that the language model and each reward model read them in a template of their own."""
 
+import contextlib
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -154,8 +155,13 @@ def readable(prompt: str) -> str:
 
 
 def turns_entry(prompt: str) -> dict[str, Any]:
-    """What a line of JSON says of a prompt beside its text."""
-    return {"turns": prompt.turns, "begun": prompt.begun, "chat_template": prompt.chat_template} if isinstance(prompt, Prompt) else {}
+    """What a line of JSON says of a prompt beside its text: the turns, unless the text tells them."""
+    if not isinstance(prompt, Prompt):
+        return {}
+    with contextlib.suppress(ValueError):
+        if not prompt.chat_template and read_turns(str(prompt)) == (prompt.turns, prompt.begun):
+            return {}
+    return {"turns": prompt.turns, "begun": prompt.begun, "chat_template": prompt.chat_template}
 
 
 def prompt_of(entry: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recontrol.data.dialogue import turns_entry
 from recontrol.evaluation.results import UNCONTROLLED, Result
 from recontrol.files import write_aside, write_json
 from recontrol.reports.columns import COST, QUALITY
@@ -74,7 +75,7 @@ def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> list[dict[str, An
     for row in rows:
         asked = [(seed, index, prompt) for seed in range(row.result.seeds) for index, prompt in enumerate(prompts)]
         for (seed, index, prompt), response, reward in zip(asked, row.result.responses, row.result.rewards, strict=True):
-            lines.append({"method": row.name, "seed": seed, "index": index, "prompt": prompt, "response": response, "reward": reward})
+            lines.append({"method": row.name, "seed": seed, "index": index, "prompt": prompt, **turns_entry(prompt), "response": response, "reward": reward})
     return lines
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from recontrol.data.identity import unknown
 from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json
 from recontrol.training.config import TrainConfig, in_present_names
 from recontrol.value.files import CONFIG_NAME, WEIGHTS_NAME
@@ -120,7 +121,8 @@ class RunFolder:
     def _compare(self, found: dict[str, Any], path: Path) -> None:
         # What a run of an earlier release does not name was not there to be set.
         before = {name: entry for name, entry in TrainConfig(kernel="torch", validation_fraction=0.0).record().items() if name in self.settings}
-        check_same_settings({**before, **in_present_names(found)}, self.settings, f"{path} is of a run with")
+        what = f"{path} is of a run with"
+        check_same_settings({**before, **in_present_names(found)}, self.settings, what, ignored=unknown(found, "reward_sha256"))
 
     def _write_history(self, progress: Progress, *, finished: bool = False) -> None:
         assert self.path is not None

@@ -159,6 +159,11 @@ class RewardModel:
         return name if self.template is None else f"{name}, template {self.template!r}"
 
     @property
+    def identity(self) -> Any:
+        """All that a score depends on."""
+        return [self.model, self.tokenizer, self.template, self.max_length]
+
+    @property
     def head_names(self) -> list[str]:
         """One name a label: that of the model, with several labels followed by the label's."""
         labels = getattr(self.model.config, "id2label", None) or {0: ""}
