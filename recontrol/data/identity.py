@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -31,127 +31,98 @@ def unknown(found: Mapping[str, Any], *names: str) -> set[str]:
     return {name for name in names if name not in found}
 
 
-def tensors_checksum(tensors: Any) -> str:
+def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the bytes of some tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        # What lies elsewhere has no bytes here.
-        digest.update(str(tuple(tensor.shape)).encode() if tensor.is_meta else tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        # What accelerate keeps elsewhere has no bytes here.
+        digest.update(b"" if tensor.is_meta else tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _parts(thing: Any, seen: dict[int, int]) -> Any:
+def _parts(thing: Any, seen: dict[int, Any]) -> Any:
     """The content as nested tuples whose text is the same in every process."""
-    if thing is None or isinstance(thing, bool | int | float | complex | str | bytes):
-        return type(thing).__name__, str(thing) if isinstance(thing, str) else repr(thing)
-    if id(thing) in seen:
-        return "again", seen[id(thing)]
-    seen[id(thing)] = len(seen)
     name = f"{getattr(thing, '__module__', None) or type(thing).__module__}.{getattr(thing, '__qualname__', None) or type(thing).__qualname__}"
-    if isinstance(thing, Tensor | np.ndarray):
-        tensor = torch.as_tensor(thing) if isinstance(thing, Tensor) or thing.dtype.kind in "biufc" else None
-        return (str(thing.dtype), repr(thing)) if tensor is None else (str(tensor.dtype), tuple(tensor.shape), tensors_checksum([tensor]))
-    if isinstance(thing, nn.Module):
-        weights = thing.state_dict()
-        return type(thing).__qualname__, [(key, str(each.dtype), tuple(each.shape)) for key, each in weights.items()], tensors_checksum(weights.values())
+    if thing is None or isinstance(thing, bool | int | float | complex | str | bytes):
+        return name, repr(thing)
+    if id(thing) in seen:
+        return "again", seen[id(thing)][0]
+    # Kept, so that no other object takes its place in memory.
+    seen[id(thing)] = (len(seen), thing)
     if not isinstance(thing, type) and (identity := getattr(thing, "identity", None)) is not None:
         return "identity", _parts(identity, seen)
+    if isinstance(thing, np.ndarray):
+        return name, str(thing.dtype), _parts(thing.tolist(), seen)
+    if isinstance(thing, Tensor | nn.Module):
+        weights = thing.state_dict() if isinstance(thing, nn.Module) else {"": thing}
+        return name, [(key, str(each.dtype), tuple(each.shape)) for key, each in weights.items()], tensors_checksum(weights.values())
     if hasattr(thing, "get_vocab"):
-        return type(thing).__qualname__, _tokenizer(thing)
-    if isinstance(thing, partial):
-        return "partial", _parts(thing.func, seen), _parts(thing.args, seen), _parts(thing.keywords, seen)
+        return name, _tokenizer(thing)
     if isinstance(thing, Mapping):
         return "mapping", sorted((repr(_parts(key, {})), _parts(thing[key], seen)) for key in thing)
     if isinstance(thing, Set):
         return "set", sorted(repr(_parts(each, {})) for each in thing)
     if isinstance(thing, list | tuple):
         return "sequence", [_parts(each, seen) for each in thing]
-    if isinstance(thing, types.ModuleType):
-        return "module", thing.__name__
-    if isinstance(thing, types.MethodType):
-        return "method", _parts(thing.__func__, seen), _parts(thing.__self__, seen)
-    if isinstance(thing, types.FunctionType):
-        return _function(thing, name, seen)
-    if isinstance(thing, type):
-        return _class(thing, seen)
-    if _installed(type(thing).__module__) and not type(thing).__module__.startswith("recontrol."):
+    if isinstance(thing, partial | types.MethodType):
+        inner = (thing.func, thing.args, thing.keywords) if isinstance(thing, partial) else (thing.__func__, thing.__self__)
+        return name, _parts(inner, seen)
+    return _made_by_code(thing, name, seen)
+
+
+def _made_by_code(thing: Any, name: str, seen: dict[int, Any]) -> Any:
+    """The content of a function, a class, a module or an object."""
+    own = isinstance(thing, types.FunctionType | type)
+    module = str(thing.__module__ if own else type(thing).__module__)
+    file, top = getattr(sys.modules.get(module), "__file__", None) or "", module.partition(".")[0]
+    installed = top != "__main__" and ("site-packages" in file or "dist-packages" in file or top in {*sys.stdlib_module_names, "builtins", "recontrol"})
+    if isinstance(thing, types.ModuleType) or (installed and (own or top != "recontrol")):
         # With an address it is a lock, a generator or the like, which has no content.
-        return name, "" if ADDRESS.search(repr(thing)) else repr(thing)
-    changed = {each for function in _methods(type(thing)) if function.__name__ not in ("__init__", "__post_init__") for each in _changed(function.__code__)}
-    kept = {key: each for key, each in getattr(thing, "__dict__", {}).items() if key not in changed}
-    return _parts(type(thing), seen), _parts(kept, seen)
-
-
-def _function(function: types.FunctionType, name: str, seen: dict[int, int]) -> Any:
-    if _installed(function.__module__):
-        return "function", name
-    code, changed = function.__code__, _changed(function.__code__)
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    read = {each: function.__globals__[each] for each in _read(code) if each in function.__globals__}
-    # An empty cell is that of a name which is not set yet.
-    read |= {each: cell.cell_contents for each, cell in cells.items() if cell != types.CellType()}
-    return (
-        "function",
-        _code(code),
-        _parts([function.__defaults__, function.__kwdefaults__, getattr(function, "head_names", None)], seen),
-        [(each, _parts(read[each], seen)) for each in sorted(read.keys() - changed)],
-    )
-
-
-def _class(kind: type, seen: dict[int, int]) -> Any:
-    if _installed(kind.__module__):
-        return "class", f"{kind.__module__}.{kind.__qualname__}"
-    plain = {key: each for key, each in vars(kind).items() if not key.startswith("__") and not callable(each) and not hasattr(each, "__get__")}
-    return "class", kind.__qualname__, [_parts(each, seen) for each in _methods(kind)], _parts(plain, seen), [_parts(base, seen) for base in kind.__bases__]
-
-
-def _methods(kind: type) -> list[types.FunctionType]:
-    """The functions of a class's own body, those inside properties and class methods too."""
-    inner = (getattr(each, "__func__", None) or getattr(each, "fget", None) or each for _, each in sorted(vars(kind).items(), key=lambda item: item[0]))
-    return [each for each in inner if isinstance(each, types.FunctionType)]
-
-
-def _installed(module: str | None) -> bool:
-    """Whether a module is of Python, of an installed package, or of this one."""
-    top = (module or "").partition(".")[0]
-    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return (top in sys.stdlib_module_names and top != "__main__") or top in ("builtins", "recontrol") or "site-packages" in file or "dist-packages" in file
+        return name if own or ADDRESS.search(repr(thing)) or isinstance(thing, types.ModuleType) else (name, repr(thing))
+    if isinstance(thing, types.FunctionType):
+        code, (read, changed) = thing.__code__, _names(thing.__code__)
+        found = {each: thing.__globals__[each] for each in read if each in thing.__globals__}
+        # An empty cell is that of a name which is not set yet.
+        found |= {each: cell.cell_contents for each, cell in zip(code.co_freevars, thing.__closure__ or (), strict=True) if cell != types.CellType()}
+        kept = {each: value for each, value in found.items() if each not in changed}
+        return _code(code), _parts([thing.__defaults__, thing.__kwdefaults__, kept], seen)
+    kind = thing if isinstance(thing, type) else type(thing)
+    bodies = [getattr(each, "__func__", None) or getattr(each, "fget", None) or each for each in vars(kind).values()]
+    functions = [each for each in bodies if isinstance(each, types.FunctionType)]
+    if own:
+        plain = {key: each for key, each in vars(kind).items() if not (key.startswith("__") or callable(each) or hasattr(each, "__get__"))}
+        return name, [_parts(each, seen) for each in (*functions, plain, *kind.__bases__)]
+    changed = {each for body in functions if body.__name__ not in ("__init__", "__post_init__") for each in _names(body.__code__)[1]}
+    return _parts(kind, seen), _parts({key: each for key, each in getattr(thing, "__dict__", {}).items() if key not in changed}, seen)
 
 
 def _code(code: types.CodeType) -> Any:
     """Instructions, constants and names, without the numbers of lines."""
     plain = [sorted(map(repr, each)) if isinstance(each, frozenset) else each for each in code.co_consts]
-    constants = [_code(each) if isinstance(each, types.CodeType) else repr(each) for each in plain]
-    return code.co_code.hex(), constants, code.co_names
+    return code.co_code.hex(), [_code(each) if isinstance(each, types.CodeType) else repr(each) for each in plain], code.co_names
 
 
-def _nested(code: types.CodeType) -> list[types.CodeType]:
-    return [code, *(inner for each in code.co_consts if isinstance(each, types.CodeType) for inner in _nested(each))]
+def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The globals that code reads; the attributes, globals and names of a closure that it sets, or changes by a method or an index."""
+    read, changed = set(), set()
+    loaded: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF"):
+            changed.add(step.argval)
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            changed.update(loaded[-2:])
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in CHANGES:
+            changed.update(loaded[-1:])
+        elif step.opname.startswith("LOAD_") and isinstance(step.argval, str) and step.opname != "LOAD_CONST":
+            loaded.append(step.argval)
+            read.add(step.argval)
+    for inner in (each for each in code.co_consts if isinstance(each, types.CodeType)):
+        for names, more in zip((read, changed), _names(inner), strict=True):
+            names |= more
+    return read, changed
 
 
-def _read(code: types.CodeType) -> set[str]:
-    """The globals that code reads."""
-    return {step.argval for each in _nested(code) for step in dis.get_instructions(each) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-
-
-def _changed(code: types.CodeType) -> set[str]:
-    """The attributes, globals and names of a closure that code sets, or changes by a method or an index."""
-    names: set[str] = set()
-    for each in _nested(code):
-        loaded: list[str] = []
-        for step in dis.get_instructions(each):
-            if step.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF"):
-                names.add(step.argval)
-            elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-                names.update(loaded[-2:])
-            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in CHANGES:
-                names.update(loaded[-1:])
-            elif step.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_DEREF"):
-                loaded.append(step.argval)
-    return names
-
-
-def _tokenizer(tokenizer: Any) -> Any:
+def _tokenizer(tokenizer: Any) -> str:
     """All that it cuts texts by; how the last call padded and cut its rows does not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else {key: rule for key, rule in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
