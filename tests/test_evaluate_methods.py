@@ -177,6 +177,23 @@ def test_a_run_goes_on_where_it_was_stopped(model, tokenizer, prompts, value, tm
     assert added[:3] == rows and added[3].settings == {"factor": 3.0}
 
 
+def test_a_reward_that_changed_scores_again(model, tokenizer, prompts, tmp_path, caplog):
+    def score(prompts, responses):
+        return [1.0] * len(responses)
+
+    keywords = {"methods": [Sharper()], "out": tmp_path, **SAMPLING}
+    first = evaluate(model, tokenizer, prompts, reward=score, **keywords)
+
+    def score(prompts, responses):
+        return [100.0 + len(response) for response in responses]
+
+    again = evaluate(model, tokenizer, prompts, reward=score, **keywords)
+    assert "the reward has changed" in caplog.text
+    for before, row in zip(first, again, strict=True):
+        assert row.responses == before.responses and row.rewards == [100.0 + len(response) for response in row.responses] and set(before.rewards) == {1.0}
+    assert [row.rewards for row in evaluate(model, tokenizer, prompts, reward=score, **keywords)] == [row.rewards for row in again]
+
+
 def test_what_belongs_to_another_evaluation_is_refused(model, tokenizer, prompts, value, tmp_path):
     keywords = {"reward": letters, "out": tmp_path, **SAMPLING}
     evaluate(model, tokenizer, prompts, methods=[ReControl(Control(value, 5.0, 10))], **keywords)

@@ -44,6 +44,10 @@ class Prompt(str):
         prompt.turns, prompt.begun, prompt.chat_template = pairs, begun, chat_template  # type: ignore[assignment]
         return prompt
 
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """For copies and pickles."""
+        return str(self), self.turns, self.begun, self.chat_template
+
     def rewritten(self, text: str) -> "Prompt":
         """Another text for the language model, of the same turns."""
         return Prompt(text, self.turns, self.begun, self.chat_template)
