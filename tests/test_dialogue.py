@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 
 import recontrol as rc
 from recontrol.data.dialogue import Prompt, prompt_of, read_turns, readable, render, render_prompt, turns_entry
+from recontrol.methods import Prompting
 
 TEMPLATE = "Human: {prompt}\nAssistant: {response}"
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [/]{% endfor %}"
-OF_LM = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-ALTERNATING = (
-    "{% for m in messages %}{% if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}{{ raise_exception('roles must alternate') }}{% endif %}"
-)
-ALTERNATING += "[{{ m['role'] }}] {{ m['content'] }} [/]{% endfor %}"
+OF_LM = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+OF_LM += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+ALTERNATING = "{% for m in messages %}{% if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
+ALTERNATING += "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}] {{ m['content'] }} [/]{% endfor %}"
 
 
 def tokenizer_with(template):
@@ -139,5 +139,5 @@ def test_rollouts_and_files_of_responses_keep_turns(lm, tmp_path):
 
 def test_prompting_keeps_the_turns():
     prompt = Prompt("\n\nHuman: Who?\n\nAssistant:")
-    told = rc.methods.Prompting.for_dialogues().write(prompt)
+    told = Prompting.for_dialogues().write(prompt)
     assert told.startswith("Below is") and told.turns == prompt.turns and isinstance(told, Prompt)

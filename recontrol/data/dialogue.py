@@ -21,32 +21,27 @@ class Prompt(str):
 
     Args:
         text: what the language model reads.
-        turns: pairs (role, content), the roles "system", "user" and "assistant", the last turn the one to respond to.
+        turns: pairs (role, content), the roles "system", "user" and "assistant", the last turn the one to respond to; by default those that marks in the
+            text tell.
         begun: the first words of the response where the prompt has them already, with their spaces.
         chat_template: whether the text is written with a chat template; else it is what a person wrote, with words such as "Human:" as marks.
 
     Raises:
-        TypeError, ValueError: turns that are not pairs of texts, or of another role.
+        ValueError: turns that are not pairs of texts, or of another role.
     """
 
-    turns: tuple[tuple[str, str], ...]
-    begun: str
-    chat_template: bool
+    def __new__(cls, text: str, *_: Any, **__: Any) -> "Prompt":
+        """The text."""
+        return super().__new__(cls, text)
 
-    def __new__(cls, text: str, turns: Turns = (), begun: str = "", chat_template: bool = False) -> "Prompt":
-        """The text with its attributes; without turns they are read from its marks."""
-        prompt = super().__new__(cls, text)
+    def __init__(self, text: str, turns: Turns = (), begun: str = "", chat_template: bool = False):
         if not turns:
             turns, begun = read_turns(text)
-        pairs = tuple(tuple(turn.values() if isinstance(turn, Mapping) else turn) for turn in turns)
+        pairs: Any = tuple(tuple(turn.values() if isinstance(turn, Mapping) else turn) for turn in turns)
         if any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) or pair[0] not in ("system", *ROLES.values()) for pair in pairs):
             raise ValueError(f"turns must be pairs (role, content) of the roles system, user and assistant, found {turns!r}")
-        prompt.turns, prompt.begun, prompt.chat_template = pairs, begun, chat_template  # type: ignore[assignment]
-        return prompt
-
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
-        """For copies and pickles."""
-        return str(self), self.turns, self.begun, self.chat_template
+        self.turns: tuple[tuple[str, str], ...] = pairs
+        self.begun, self.chat_template = begun, chat_template
 
     def rewritten(self, text: str) -> "Prompt":
         """Another text for the language model, of the same turns."""
