@@ -97,6 +97,15 @@ def test_a_folder_is_read_as_the_hub_would_be(tmp_path):
         load_prompts(tmp_path, "validation")
 
 
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    for name in ("pa", "p[ab]"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "train.jsonl", [{"prompt": name}])
+    with pytest.raises(ValueError, match="takes for a pattern"):
+        load_prompts(tmp_path / "p[ab]")
+    assert load_prompts(tmp_path / "p[ab]" / "train.jsonl") == ["p[ab]"]
+
+
 def test_names_go_to_the_hub(monkeypatch):
     asked = []
 

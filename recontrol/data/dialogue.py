@@ -43,10 +43,6 @@ class Prompt(str):
         self.turns: tuple[tuple[str, str], ...] = pairs
         self.begun, self.chat_template = begun, chat_template
 
-    def rewritten(self, text: str) -> "Prompt":
-        """Another text for the language model, of the same turns."""
-        return Prompt(text, self.turns, self.begun, self.chat_template)
-
 
 def turns_of(prompt: str) -> tuple[Turns, str]:
     """The turns of a prompt and its begun answer: its own, else those that its marks tell; ValueError where nothing does."""

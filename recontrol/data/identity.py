@@ -1,7 +1,9 @@
 """Identities by content: what a reward, or another object that a run depends on, is made of, whatever it is called."""
 
+import contextlib
 import dis
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -35,8 +37,9 @@ def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the bytes of some tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        # What accelerate keeps elsewhere has no bytes here.
-        digest.update(b"" if tensor.is_meta else tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        # What accelerate keeps elsewhere, or torchao packs, has no bytes here.
+        with contextlib.suppress(RuntimeError, TypeError):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -49,8 +52,9 @@ def _parts(thing: Any, seen: dict[int, Any]) -> Any:
         return "again", seen[id(thing)][0]
     # Kept, so that no other object takes its place in memory.
     seen[id(thing)] = (len(seen), thing)
-    if not isinstance(thing, type) and (identity := getattr(thing, "identity", None)) is not None:
-        return "identity", _parts(identity, seen)
+    # Statically, since some objects have every attribute.
+    if not isinstance(thing, type) and inspect.getattr_static(thing, "identity", None) is not None:
+        return "identity", _parts(thing.identity, seen)
     if isinstance(thing, np.ndarray):
         return name, str(thing.dtype), _parts(thing.tolist(), seen)
     if isinstance(thing, Tensor | nn.Module):

@@ -1,5 +1,6 @@
 """Prompts and preferences from data sets of the hub and from local files. The response that is to be written is never in the prompt."""
 
+import glob
 import gzip
 import json
 import logging
@@ -232,6 +233,8 @@ def load_rows(source: str, split: str) -> tuple[list[str], Iterable[tuple[str, d
     if source.endswith(FILE_ENDINGS):
         raise FileNotFoundError(f"no prompts at {source!r}: there is no such file")
     datasets = required("datasets", "train")
+    if path.is_dir() and glob.has_magic(str(path.resolve())):
+        raise ValueError(f"{path.resolve()} has a *, ? or [ in its path, which `datasets` takes for a pattern: rename the folder, or name a file in it")
     try:
         # A folder by its whole path, since short names are those of readers.
         rows = datasets.load_dataset(str(path.resolve()) if path.is_dir() else source, split=split)

@@ -121,14 +121,9 @@ class SampledResponses:
             left_out["repeated"] = len(rows) - len(distinct)
             rows = sorted(distinct.values())
         records: list[dict[str, Any]] = [
-            {
-                "index": entries[row // samples],
-                "sample": row % samples,
-                "prompt": (prompt := prompts[row // samples]),
-                **turns_entry(prompt),
-                "response": responses[row].text,
-            }
+            {"index": entries[place], "sample": row % samples, "prompt": prompts[place], **turns_entry(prompts[place]), "response": responses[row].text}
             for row in rows
+            for place in [row // samples]
         ]
         if rows:
             rewards = checked_rewards(self.score, *([record[name] for record in records] for name in ("prompt", "response"))).tolist()

@@ -87,7 +87,7 @@ class Prompting(Method):
             before = self._append(before, asked + answered)
             before += "" if before.endswith(self.separator) else self.separator
         written = self._append(before, prompt) + after
-        return prompt.rewritten(written) if isinstance(prompt, Prompt) else written
+        return Prompt(written, prompt.turns, prompt.begun, prompt.chat_template) if isinstance(prompt, Prompt) else written
 
     def _append(self, text: str, more: str) -> str:
         return text + (more.removeprefix(self.separator) if text.endswith(self.separator) else more)

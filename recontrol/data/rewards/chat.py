@@ -119,11 +119,6 @@ class ChatModel:
         counts: list[list[Any]] = [[getattr(usage, name, None) for usage in spent] for name in ("prompt_tokens", "completion_tokens")]
         return [answers[key] for key in keys], Usage(len(spent), *(None if None in tokens else sum(tokens) for tokens in counts))
 
-    @property
-    def identity(self) -> Any:
-        """The server, the model and the fields of each request."""
-        return [str(self._client.base_url), self.model, self.request]
-
     def missing(self, questions: Iterable[str], *, context: Sequence[Any] = ()) -> list[str]:
         """The questions that `ask` would send, each once."""
         keys = {self._key(question, context): question for question in questions}
@@ -237,7 +232,7 @@ class Judge:
     @property
     def identity(self) -> Any:
         """What it is asked, and where."""
-        return [*self._chat.identity, self.instructions, self.minimum, self.maximum, self.declined]
+        return [str(self._chat._client.base_url), self.model, self._chat.request, self.instructions, self.minimum, self.maximum, self.declined]
 
     def _score(self, answer: str | None) -> float:
         text = spoken(answer).removesuffix(".").removesuffix(f"/{self.maximum:g}").strip()
