@@ -17,6 +17,7 @@ from recontrol.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from recontrol.data.collect import collect as collect, collect_pairs as collect_pairs, collect_texts as collect_texts
+    from recontrol.data.dialogue import Prompt as Prompt
     from recontrol.data.join import join_rollouts as join_rollouts
     from recontrol.data.online import OnlineRollouts as OnlineRollouts
     from recontrol.data.prompts import load_pairs as load_pairs, load_prompts as load_prompts, load_prompts_with_preferred as load_prompts_with_preferred
@@ -44,6 +45,7 @@ moved.install()
 # Imported when first asked for: what decodes under control needs neither data sets nor training, nor the second they take to import.
 _ON_DEMAND = {
     "data.collect": ("collect", "collect_pairs", "collect_texts"),
+    "data.dialogue": ("Prompt",),
     "data.join": ("join_rollouts",),
     "data.online": ("OnlineRollouts",),
     "data.prompts": ("load_pairs", "load_prompts", "load_prompts_with_preferred"),

@@ -27,6 +27,10 @@ def lengths_of(prompts, responses):
     return [float(len(response)) for response in responses]
 
 
+# Functions that score alike, whatever else they do, say so.
+lengths_of.identity = "lengths"
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(EXAMPLE / "lm")
@@ -246,6 +250,8 @@ def lengths_of(prompts, responses):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     return [float(len(response)) for response in responses]
 
+lengths_of.identity = "lengths"
+
 replace = os.replace
 
 def replace_or_die(source, target):
@@ -285,7 +291,7 @@ def assert_resumes(folder, uninterrupted, model, tokenizer, prompts):
         scored.extend(prompts)
         return [float(len(response)) for response in responses]
 
-    lengths_of.__qualname__ = "lengths_of"
+    lengths_of.__qualname__, lengths_of.identity = "lengths_of", "lengths"
     collect(model, tokenizer, prompts, lengths_of, folder, **SAMPLING)
     assert first.stat().st_mtime_ns == before
     assert scored == prompts[4:]
@@ -338,7 +344,7 @@ def test_a_folder_that_is_done_is_opened_without_work(model, tokenizer, prompts,
     def lengths_again(prompts, responses):
         raise AssertionError("scored again")
 
-    lengths_again.__qualname__ = "lengths_of"
+    lengths_again.__qualname__, lengths_again.identity = "lengths_of", "lengths"
     assert len(collect(model, tokenizer, prompts[:2], lengths_again, tmp_path / "r", max_new_tokens=2, progress=False)) == 2
 
 
@@ -399,7 +405,7 @@ def test_a_reward_that_breaks_is_named_and_what_was_written_stays(model, tokeniz
         calls.append(len(prompts))
         return scores(len(prompts)) if len(calls) == 2 else lengths_of(prompts, responses)
 
-    breaking.__qualname__ = "lengths_of"
+    breaking.__qualname__, breaking.identity = "lengths_of", "lengths"
     with pytest.raises(ValueError, match=message):
         collect(model, tokenizer, prompts, breaking, tmp_path / "r", **SAMPLING)
     assert_resumes(tmp_path / "r", uninterrupted, model, tokenizer, prompts)

@@ -47,7 +47,7 @@ def test_collecting_and_relabelling_work_without_the_optional_packages(tmp_path)
 @pytest.mark.parametrize(
     ("code", "extra"),
     [
-        ("from recontrol.data.prompts import load_prompts; load_prompts('nothing.jsonl')", "train"),
+        ("from recontrol.data.prompts import load_prompts; load_prompts('nobody/none')", "train"),
         ("from recontrol.data.rewards import Judge; Judge('m')", "judge"),
         ("from recontrol.data.prompts import render_prompt; render_prompt(None, 'a')", "report"),
     ],

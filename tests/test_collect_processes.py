@@ -43,7 +43,7 @@ def work(rank, port, dying):
             os.kill(os.getpid(), signal.SIGKILL)
         return lengths_of(prompts, responses)
 
-    score.__qualname__ = "lengths_of"
+    score.__qualname__, score.identity = "lengths_of", "lengths"
     try:
         rollouts = collect(*model_and_tokenizer(), PROMPTS, score, sys.argv[2], **SAMPLING)
         collected = calls
@@ -68,6 +68,10 @@ for child in children:
 
 def lengths_of(prompts, responses):
     return [float(len(response)) for response in responses]
+
+
+# Functions that score alike, whatever else they do, say so.
+lengths_of.identity = "lengths"
 
 
 def model_and_tokenizer():

@@ -27,6 +27,10 @@ def letters(prompts, responses):
     return [float(response.count("e")) for response in responses]
 
 
+# Functions that score alike, whatever else they do, say so.
+letters.identity = "letters"
+
+
 @dataclass(frozen=True)
 class Sharper(Method):
     """Divides the logits, which is what a temperature does, but as a part of the method."""
@@ -149,7 +153,7 @@ def test_a_run_goes_on_where_it_was_stopped(model, tokenizer, prompts, value, tm
         return letters(prompts, responses)
 
     # Named as the other one, for the reward is one of the settings.
-    counting.__qualname__ = letters.__qualname__
+    counting.__qualname__, counting.identity = letters.__qualname__, letters.identity
     keywords = {"methods": methods, "value": value, "seeds": 2, **SAMPLING}
     whole = evaluate(model, tokenizer, prompts, reward=letters, **keywords)
     with pytest.raises(KeyboardInterrupt):
@@ -166,11 +170,28 @@ def test_a_run_goes_on_where_it_was_stopped(model, tokenizer, prompts, value, tm
     def never(prompts, responses):
         raise AssertionError
 
-    never.__qualname__ = letters.__qualname__
+    never.__qualname__, never.identity = letters.__qualname__, letters.identity
     again = evaluate(model, tokenizer, prompts, reward=never, out=tmp_path, **keywords)
     assert again == rows
     added = evaluate(model, tokenizer, prompts, reward=letters, out=tmp_path, **{**keywords, "methods": [*methods, Sharper(3.0)]})
     assert added[:3] == rows and added[3].settings == {"factor": 3.0}
+
+
+def test_a_reward_that_changed_scores_again(model, tokenizer, prompts, tmp_path, caplog):
+    def score(prompts, responses):
+        return [1.0] * len(responses)
+
+    keywords = {"methods": [Sharper()], "out": tmp_path, **SAMPLING}
+    first = evaluate(model, tokenizer, prompts, reward=score, **keywords)
+
+    def score(prompts, responses):
+        return [100.0 + len(response) for response in responses]
+
+    again = evaluate(model, tokenizer, prompts, reward=score, **keywords)
+    assert "the reward has changed" in caplog.text
+    for before, row in zip(first, again, strict=True):
+        assert row.responses == before.responses and row.rewards == [100.0 + len(response) for response in row.responses] and set(before.rewards) == {1.0}
+    assert [row.rewards for row in evaluate(model, tokenizer, prompts, reward=score, **keywords)] == [row.rewards for row in again]
 
 
 def test_what_belongs_to_another_evaluation_is_refused(model, tokenizer, prompts, value, tmp_path):

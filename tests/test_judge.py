@@ -119,6 +119,34 @@ def test_answers_that_are_none(serve, answer):
     assert len(server.requests) == TRIES
 
 
+@pytest.mark.parametrize("answer", ["<think>3 of 5, so 7.</think>\n\n7", "So 7.</think> 7", "<think></think>7/10"])
+def test_thoughts_are_no_part_of_an_answer(serve, answer):
+    assert Judge("m", base_url=serve(lambda text: answer).url)(["p"], ["r"]) == [7.0]
+
+
+def test_thoughts_without_an_end_are_no_answer(serve):
+    with pytest.raises(ValueError, match="alone, found '<think>I can't say. 7'".replace("'<", "[\"']<").replace("7'", "7[\"']")):
+        Judge("m", base_url=serve(lambda text: "<think>I can't say. 7").url)(["p"], ["r"])
+
+
+@pytest.mark.parametrize("answer", ["I'm sorry, I can't help with that.", "I cannot score this. Call 988.", "As an AI, I won\u2019t."])
+def test_a_declined_answer_has_the_score_that_was_said(serve, answer, caplog):
+    server = serve(lambda text: answer if "bomb" in text else "7")
+    prompts, responses = ["p", "a bomb"], ["r", "s"]
+    assert Judge("m", base_url=server.url)(prompts, responses) == [7.0, 5.5]
+    assert len(server.requests) == 1 + TRIES and "gave no score for 1 of 2 responses: they get 5.5" in caplog.text
+    assert Judge("m", base_url=server.url, declined=2)(prompts, responses) == [7.0, 2.0]
+    with pytest.raises(ValueError, match="declined to score 1 of 2 responses"):
+        Judge("m", base_url=server.url, declined=None)(prompts, responses)
+
+
+def test_a_number_is_the_score_for_whatever_is_no_score(serve):
+    server = serve(lambda text: "no idea")
+    assert Judge("m", base_url=server.url, declined=0)(["p"], ["r"]) == [0.0]
+    with pytest.raises(TypeError, match="declined must be a number, found 'lowest'"):
+        Judge("m", base_url=server.url, declined="lowest")
+
+
 def test_a_nonsense_answer_is_asked_again(serve):
     answers = iter(["I would say 7", "7"])
     server = serve(lambda text: next(answers))

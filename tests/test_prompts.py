@@ -1,6 +1,7 @@
 import copy
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -48,6 +49,23 @@ def test_plain_prompts_are_taken_as_they_are(tmp_path, name):
     assert load_prompts(write_lines(tmp_path / name, [{"prompt": prompt} for prompt in prompts])) == prompts
 
 
+@pytest.mark.parametrize("name", ["p[ab].jsonl", "x[1].json", "a*b?.jsonl", "a::b.jsonl.gz", "p{1,2}.jsonl"])
+def test_a_file_is_read_as_it_is_named(tmp_path, name):
+    write_lines(tmp_path / "pa.jsonl", [{"prompt": "another"}])
+    path = write_lines(tmp_path / name, [{"prompt": "this"}])
+    assert load_prompts(path) == ["this"]
+    # A file of the same age and name with other content is another.
+    status = path.stat()
+    write_lines(path, [{"prompt": "that"}])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert load_prompts(path) == ["that"]
+
+
+def test_a_list_a_byte_order_mark_and_rows_with_other_keys_are_read(tmp_path):
+    (tmp_path / "p.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([{"prompt": "a"}, {"prompt": "b", "y": 2}], indent=1).encode())
+    assert load_prompts(tmp_path / "p.json") == ["a", "b"]
+
+
 def test_the_prompts_of_the_example_model():
     prompts = load_prompts(ROOT / "examples" / "movie_reviews" / "prompts-train.jsonl", limit=3)
     assert prompts == ["I will keep this as short", "I saw this movie with my", "Wow, I can't believe people consider"]
@@ -77,6 +95,15 @@ def test_a_folder_is_read_as_the_hub_would_be(tmp_path):
     assert len(load_prompts(tmp_path, "test")) == 1
     with pytest.raises(ValueError, match="validation"):
         load_prompts(tmp_path, "validation")
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    for name in ("pa", "p[ab]"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "train.jsonl", [{"prompt": name}])
+    with pytest.raises(ValueError, match="takes for a pattern"):
+        load_prompts(tmp_path / "p[ab]")
+    assert load_prompts(tmp_path / "p[ab]" / "train.jsonl") == ["p[ab]"]
 
 
 def test_names_go_to_the_hub(monkeypatch):
@@ -122,10 +149,10 @@ def test_a_template_keeps_its_first_token_where_the_tokenizer_adds_none(tmp_path
 
 def test_long_prompts_are_left_out(tmp_path, tokenizer, caplog):
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "word " * count} for count in (3, 60, 4, 60, 5)])
-    with caplog.at_level("INFO"):
+    with caplog.at_level("WARNING"):
         kept = load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=20)
     assert kept == ["word " * count for count in (3, 4, 5)]
-    assert "left out 2 prompts" in caplog.text
+    assert "left out 2 prompts of 5 in" in caplog.text and "more than 20 tokens" in caplog.text
     assert load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=20, limit=2) == ["word " * 3, "word " * 4]
     exact = len(tokenizer("word " * 3).input_ids)
     assert load_prompts(path, tokenizer=tokenizer, max_prompt_tokens=exact) == ["word " * 3]

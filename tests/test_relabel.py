@@ -22,6 +22,10 @@ def length(prompts, responses):
     return [float(len(response)) for response in responses]
 
 
+# Rewards that score alike, whatever else they do, say so.
+length.identity = "length"
+
+
 def minus(prompts, responses):
     return [-float(len(response)) for response in responses]
 
@@ -38,7 +42,7 @@ def rollouts(tmp_path):
 class Interrupted:
     """A reward that fails at its n-th call, and counts."""
 
-    name = "length"
+    name, identity = "length", "length"
 
     def __init__(self, at, error=RuntimeError):
         self.at, self.error, self.calls = at, error, 0

@@ -83,6 +83,33 @@ def test_a_model_without_padding_token_or_with_another_one_scores_the_same(pair,
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokenizers_own", [None, "<|eos|>"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_without_padding_token_the_last_token_is_read_even_where_it_ends_the_text(pair, tokenizers_own, batch_size):
+    model, tokenizer = small_classifier(1), AutoTokenizer.from_pretrained(REWARD)
+    assert model.config.pad_token_id is None
+    tokenizer.pad_token = tokenizer.eos_token if tokenizers_own else None
+    texts = [f"{prompt}{response}{tokenizer.eos_token}" for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    found = RewardModel(model, tokenizer, batch_size, template="{prompt}{response}" + tokenizer.eos_token)(PROMPTS, RESPONSES)
+    torch.testing.assert_close(torch.tensor(found), one_by_one((model, tokenizer), texts)[:, 0], rtol=1e-5, atol=1e-5)
+    assert model.config.pad_token_id is None
+
+
+def test_what_loads_the_model_loads_the_tokenizer(monkeypatch):
+    asked = {}
+    load = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **keywords: asked.update(keywords) or load(name))
+    RewardModel.from_pretrained(REWARD, revision="main", token=False, local_files_only=True, attn_implementation="eager")
+    assert asked == {"revision": "main", "token": False, "local_files_only": True}
+
+
+def test_a_text_that_is_cut_is_said_once(pair, caplog):
+    reward = RewardModel(*pair, max_length=12)
+    for _ in range(2):
+        reward(PROMPTS[:2], ["good " * 20, ""])
+    assert caplog.text.count("lost their beginning") == 1 and "1 of 2 texts lost their beginning" in caplog.text
+
+
 def test_from_pretrained_keeps_the_dtype_of_the_file():
     reward = RewardModel.from_pretrained(REWARD, batch_size=2)
     assert reward.model.dtype == torch.bfloat16 and reward.batch_size == 2
@@ -138,6 +165,13 @@ def test_scores_in_every_form(scores):
         ([[], [], []], "at least 1"),
         ([1.0, None, 2.0], "must return numbers"),
         (["good", "bad", "good"], "must return numbers"),
+        (["12", "3", "4"], "must return numbers: found '12'"),
+        ([b"12", b"3", b"4"], "must return numbers: found b'12'"),
+        ("123", "found str, wanted 3 scores"),
+        ({"a": 1, "b": 2, "c": 3}, "found dict, wanted 3 scores"),
+        ([{1.0}, {2.0}, {3.0}], "must return numbers"),
+        ([[[1.0]], [[2.0]], [[3.0]]], "must return numbers"),
+        (torch.zeros(3, 1, 1).numpy(), "must return numbers"),
     ],
 )
 def test_broken_scores_are_named(scores, message):

@@ -53,6 +53,9 @@ def test_the_reward_is_the_head_on_the_last_token(parts, checkpoint):
 def test_padding_on_either_side_does_not_change_it(parts, checkpoint):
     reward = RewardModel.from_pretrained(checkpoint)
     ids = reward.tokenizer("A model.").input_ids
+    # A reward model leaves the config of a model without padding token as it is.
+    assert reward.model.config.pad_token_id is None
+    reward.model.config.pad_token_id = 0
     for padded, mask in (([0, 0, *ids], [0, 0] + [1] * len(ids)), ([*ids, 0, 0, 0], [1] * len(ids) + [0] * 3)):
         with torch.no_grad():
             found = reward.model(input_ids=torch.tensor([padded]), attention_mask=torch.tensor([mask])).logits

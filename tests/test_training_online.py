@@ -38,6 +38,10 @@ def prompt_lengths(prompts, responses):
     return [float(len(prompt)) for prompt in prompts]
 
 
+# A function that scores alike, whatever else it does, says so.
+prompt_lengths.identity = "lengths"
+
+
 @pytest.fixture
 def online(model, tokenizer):
     return OnlineRollouts(model, tokenizer, PROMPTS, prompt_lengths, **SAMPLING)
@@ -71,7 +75,7 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(model, tokenizer, online,
             raise KeyboardInterrupt
         return prompt_lengths(prompts, responses)
 
-    interrupted.__qualname__ = "prompt_lengths"
+    interrupted.__qualname__, interrupted.identity = "prompt_lengths", "lengths"
     with pytest.raises(KeyboardInterrupt):
         train(OnlineRollouts(model, tokenizer, PROMPTS, interrupted, **SAMPLING), out=tmp_path / "r", **TRAINING)
     value, again = train(online, out=tmp_path / "r", **TRAINING)

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         print(_plan(options))
         return
+    from recontrol.data.dialogue import turns_entry
     from recontrol.decoding.loading import load_value_function
     from recontrol.files import check_output, write_aside
     from recontrol.generation.generate import generate
@@ -49,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
     responses = generate(model, tokenizer, prompts, control, decoding=decoding, trace=options.trace, progress=True, **how)
     for prompt, response in zip(prompts, responses, strict=True):
         trace = {} if response.trace is None else {"trace": dataclasses.asdict(response.trace)}
-        lines.append(json.dumps({"prompt": prompt, "response": response.text, "finish": response.finish, **trace}, ensure_ascii=False) + "\n")
+        lines.append(
+            json.dumps({"prompt": prompt, **turns_entry(prompt), "response": response.text, "finish": response.finish, **trace}, ensure_ascii=False) + "\n"
+        )
     with write_aside(options.out) as aside:
         aside.write_text("".join(lines), encoding="utf-8")
 

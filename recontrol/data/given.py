@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from recontrol.checks import first_few
 from recontrol.data.batches import ScoredResponses
+from recontrol.data.dialogue import turns_entry
+from recontrol.data.identity import fingerprint
 from recontrol.data.prompts import check_equal
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
@@ -66,6 +68,7 @@ class GivenResponses:
         self.settings = {
             **model_settings(model, tokenizer),
             "reward": ("1 chosen, 0 rejected" if paired else "given") if self.score is None else reward_name(self.score),
+            "reward_sha256": None if self.score is None else fingerprint(self.score),
             "rewards_sha256": None if self.rewards is None else texts_checksum(self.rewards.tolist()),
             "prompts_sha256": texts_checksum(prompts),
             "responses_sha256": texts_checksum(responses),
@@ -102,6 +105,7 @@ class GivenResponses:
             {
                 "index": self.groups[row],
                 "prompt": prompt,
+                **turns_entry(prompt),
                 "response": text,
                 "reward": reward,
                 "finish": "eos" if self.eos is not None and new[-1] == self.eos else "length",

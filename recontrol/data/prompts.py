@@ -1,13 +1,18 @@
 """Prompts and preferences from data sets of the hub and from local files. The response that is to be written is never in the prompt."""
 
+import glob
+import gzip
+import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from recontrol.checks import first_few, renamed, required
+from recontrol.data.dialogue import Prompt, read_turns, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +28,7 @@ COLUMNS = {
 }
 CALLED = ("prompts", "preferred responses", "pairs")
 # The marks between the turns. A bare "Assistant:" or "Human:" inside a turn is text.
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class Preference(NamedTuple):
@@ -58,7 +62,10 @@ def load_prompts(
         tokenizer: the language model's, for `chat_template` and `max_prompt_tokens`.
         chat_template: render the turns of the dialogue with the tokenizer's chat template, ready for the assistant's next turn.
         human: what the user's turns are marked with; a chat template has its own marks.
-        max_prompt_tokens: leave out longer prompts (special tokens count); how many is logged.
+        max_prompt_tokens: leave out longer prompts (special tokens count); a warning says how many.
+
+    Returns:
+        A list of `Prompt`: texts as the language model reads them, with their turns for reward models and judges of another template.
 
     Raises:
         FileNotFoundError, ImportError: the source is neither here nor on the hub, or the package `datasets` (extra `train`) is not installed.
@@ -104,7 +111,7 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
     Args:
         source: as for `load_prompts`.
         split: as for `load_prompts`.
-        skip_equal: leave out pairs of equal responses, which are refused otherwise; how many is logged.
+        skip_equal: leave out pairs of equal responses, which are refused otherwise; a warning says how many.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
 
     Raises:
@@ -126,7 +133,7 @@ def check_equal(where: str, equal: Sequence[Any], others: Sequence[Any], skip_eq
     if not others:
         raise ValueError(f"{where}: no pair of different responses is left")
     if equal:
-        logger.warning("left out %d pairs whose two responses are the same", len(equal))
+        logger.warning("left out %d pairs of %d whose two responses are the same", len(equal), len(equal) + len(others))
 
 
 def turn_marks(source: str | None, human: str = "Human", chat_template: bool = False) -> list[str]:
@@ -152,34 +159,32 @@ def read_entries(
         raise ValueError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; use chat_template=False")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
-    rows = load_rows(str(source), split)
-    names = rows.column_names
+    names, rows = load_rows(str(source), split)
     column = next((name for name in COLUMNS if name in names), None)
     if column is None:
         raise ValueError(f"{source} has no column prompt, chosen or history; found {names}")
     columns = COLUMNS[column][responses]
     if not set(columns) <= set(names):
         raise ValueError(f"{source} has no {CALLED[responses]}: beside {column} it must have the columns {', '.join(columns[1:])}; found {names}")
-    # Lines of a file are counted from 1, as editors do.
-    base, called = (1, "line") if Path(source).is_file() else (0, "row")
     entries: list[tuple[str, ...]] = []
     too_long = 0
-    for number, row in enumerate(rows.select_columns(list(columns)), start=base):
+    for place, row in rows:
         if len(entries) == limit:
             break
-        prompt, *further = _entry(row, columns, responses, "Human" if chat_template else human, f"{source}: {called} {number}")
+        prompt, *further = _entry({name: row.get(name) for name in columns}, columns, responses, "Human" if chat_template else human, f"{source}: {place}")
         if equal is not None and len(set(further)) == 1:
-            equal.append(f"{called} {number}")
+            equal.append(place)
             continue
         if chat_template:
-            prompt = render_prompt(tokenizer, row.get("history", prompt))
+            prompt = render_prompt(tokenizer, prompt)
             further = [response.strip() for response in further]
         if max_prompt_tokens is not None and len(tokenizer(prompt).input_ids) > max_prompt_tokens:
             too_long += 1
             continue
         entries.append((prompt, *further))
     if too_long:
-        logger.info("left out %d prompts of %s with more than %d tokens", too_long, source, max_prompt_tokens)
+        read = too_long + len(entries)
+        logger.warning("left out %d prompts of %d in %s: they have more than %d tokens", too_long, read, source, max_prompt_tokens)
     if not entries and not equal:
         raise ValueError(f"{source} has no prompt" + (f" of at most {max_prompt_tokens} tokens ({too_long} are longer)" if too_long else ""))
     return entries
@@ -194,38 +199,68 @@ def _entry(row: dict[str, Any], columns: Sequence[str], responses: int, human: s
     if not text.strip():
         raise ValueError(f"{where} must have text in its column {columns[0]}, found {text!r}")
     if columns[0] == "prompt":
-        return (rename_user(text, human), *(row[name] for name in columns[1:]))
+        return (_told(text, rename_user(text, human)), *(row[name] for name in columns[1:]))
     if columns[0] == "history":
         if responses and row["labels"] not in (0, 1):
             raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
         # The preferred one first.
         order = ("human_ref_A", "human_ref_B") if row.get("labels") else ("human_ref_B", "human_ref_A")
-        return (f"{human}: {text}\nAssistant:", *(" " + row[name] for name in order[:responses]))
+        return (Prompt(f"{human}: {text}\nAssistant:", [("user", text.strip())]), *(" " + row[name] for name in order[:responses]))
     end = end_of_prompt(text, row.get("rejected", text), where)
-    dialogue = (text[:end], text[end:], row.get("rejected", "")[end:])
-    return tuple(rename_user(part, human) for part in dialogue[: responses + 1])
+    dialogue = (text[end:], row.get("rejected", "")[end:])
+    return (_told(text[:end], rename_user(text[:end], human)), *(rename_user(part, human) for part in dialogue[:responses]))
 
 
-def load_rows(source: str, split: str) -> Any:
-    """The rows of a data set of the hub, of a folder that `datasets` can load, or of a .jsonl, .jsonl.gz or .json file, as a `datasets.Dataset`."""
-    datasets = required("datasets", "train")
-    path = Path(source)
+def _told(text: str, renamed: str) -> str:
+    """A prompt with the turns that its text tells; the text alone where it tells none."""
     try:
-        if path.is_file() and not source.endswith(FILE_ENDINGS):
-            raise ValueError(f"prompts are read from {', '.join(FILE_ENDINGS)}")
-        if path.is_file():
-            return datasets.load_dataset("json", data_files=str(path), split="train")
-        if source.endswith(FILE_ENDINGS):
-            raise FileNotFoundError(f"no prompts at {source!r}: there is no such file")
-        return datasets.load_dataset(source, split=split)
-    # An empty file ends the reader's own iteration; a blank one leaves it without a split.
-    except (StopIteration, ValueError) as error:
-        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
-        raise ValueError(f"{source} is empty: it has no prompt" if empty else f"{source}: {error}") from error
+        return Prompt(renamed, *read_turns(text))
+    except ValueError:
+        return renamed
+
+
+def load_rows(source: str, split: str) -> tuple[list[str], Iterable[tuple[str, dict[str, Any]]]]:
+    """The columns and rows (place, row) of a data set of the hub, of a folder that `datasets` can load, or of a .jsonl, .jsonl.gz or .json file."""
+    path = Path(source)
+    if path.is_file():
+        if not source.endswith(FILE_ENDINGS):
+            raise ValueError(f"{source}: prompts are read from {', '.join(FILE_ENDINGS)}")
+        # Not by `datasets`, which takes names for patterns, and an older copy for a file of the same age.
+        listed = _json_rows(path)
+        if not listed:
+            raise ValueError(f"{source} is empty: it has no prompt")
+        return list(dict.fromkeys(name for _, row in listed for name in row)), listed
+    if source.endswith(FILE_ENDINGS):
+        raise FileNotFoundError(f"no prompts at {source!r}: there is no such file")
+    datasets = required("datasets", "train")
+    if path.is_dir() and glob.has_magic(str(path.resolve())):
+        raise ValueError(f"{path.resolve()} has a *, ? or [ in its path, which `datasets` takes for a pattern: rename the folder, or name a file in it")
+    try:
+        # A folder by its whole path, since short names are those of readers.
+        rows = datasets.load_dataset(str(path.resolve()) if path.is_dir() else source, split=split)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{source} is damaged or not JSON lines: {error.__cause__ or error}") from error
     except ConnectionError as error:
         raise FileNotFoundError(f"no prompts at {source!r}: it is no local file or folder, and the hub did not answer ({error})") from error
+    return rows.column_names, ((f"row {number}", row) for number, row in enumerate(rows))
+
+
+def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines, or of one list, with their places: lines are counted from 1, as editors do."""
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        # Not splitlines, which also splits at characters such as U+2028 inside a text.
+        lines = json.loads(text) if text.lstrip().startswith("[") else [line.strip() and json.loads(line) for line in text.split("\n")]
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or not JSON lines: {error}") from error
+    rows = [(f"line {number}", row) for number, row in enumerate(lines, 1) if row != ""]
+    others = [place for place, row in rows if not isinstance(row, dict)]
+    if others:
+        raise ValueError(f"{path} is damaged or not JSON lines: {others[0]} is no object")
+    return rows
 
 
 def end_of_prompt(dialogue: str, other: str, where: str) -> int:
@@ -241,44 +276,4 @@ def end_of_prompt(dialogue: str, other: str, where: str) -> int:
 
 def rename_user(text: str, human: str) -> str:
     """A dialogue in which the user's turns are marked with another word than "Human"."""
-    return TURN.sub(lambda mark: f"\n\n{human}:" if mark[1] == "Human" else mark[0], text) if human != "Human" else text
-
-
-def messages_of(text: str) -> list[dict[str, str]]:
-    """The turns of a dialogue, or one turn of the user, as messages."""
-    _, *parts = TURN.split(text) if TURN.match(text) else ("", "Human", text)
-    messages: list[dict[str, str]] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        if messages and messages[-1]["role"] == ROLES[speaker]:
-            # Templates want the roles to alternate, and the data have turns that were cut in two.
-            messages[-1]["content"] += "\n\n" + content.strip()
-        else:
-            messages.append({"role": ROLES[speaker], "content": content.strip()})
-    return messages
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
-    """The messages as the tokenizer's chat template writes them, for a text that the tokenizer will read."""
-    required("jinja2", "report")
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    # The tokenizer puts the beginning-of-sequence token there again.
-    if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        rendered = rendered.removeprefix(tokenizer.bos_token)
-    return rendered
-
-
-def render_prompt(tokenizer: Any, text: str) -> str:
-    """A dialogue, or one turn of the user, with the chat template, ready for the assistant's next turn."""
-    messages = messages_of(text)
-    if messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
-    return render(tokenizer, messages, add_generation_prompt=True)
-
-
-def render_response(tokenizer: Any, prompt: str, response: str) -> str:
-    """A dialogue with the response as the assistant's last turn, with the chat template."""
-    messages = messages_of(prompt)
-    if messages[-1]["role"] == "assistant":
-        # The mark of the turn that the response fills, perhaps with its first words.
-        response = f"{messages.pop()['content']} {response.strip()}"
-    return render(tokenizer, [*messages, {"role": "assistant", "content": response.strip()}])
+    return TURN.sub(lambda mark: mark[0].replace("Human", human), text) if human != "Human" else text

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from recontrol.data.dialogue import prompt_of
+from recontrol.data.identity import fingerprint, unknown
 from recontrol.data.processes import writing_together
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.rewards.checks import head_names, names_of_heads
@@ -46,7 +48,10 @@ def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.P
         if work is not None:
             old, manifest = work
             # Scores of another reward, or in another place of the list of relabellings, are not mixed in.
-            scores = target / SCORES_NAME / texts_checksum([manifest["reward"], manifest["relabelled"]])[:16]
+            about = [manifest["reward"], manifest["relabelled"]]
+            before, scores = (target / SCORES_NAME / texts_checksum(each)[:16] for each in (about, [*about, manifest["reward_sha256"]]))
+            # Those of a release that knew rewards by their names alone go on.
+            scores = before if before.exists() else scores
             scores.mkdir(parents=True, exist_ok=True)
             files = [scores / f"shard-{number:05d}.json" for number in range(len(old.shards))]
             peers.make_shards(
@@ -73,10 +78,12 @@ def _set_up(source: Path, target: Path, score: Reward, add: bool) -> tuple[Rollo
         raise ValueError(f"{old.path} has the reward {', '.join(twice)} already; replace the rewards, or give a dictionary with another name for it")
     step = {"reward": new, "before": before, "added": add, "checksums_before": old.manifest.get("checksums_sha256")}
     reward = [*before, *new] if add else reward_name(score)
-    manifest = {**old.manifest, "reward": reward, "relabelled": [*old.manifest.get("relabelled", []), step]}
+    content: Any = [old.manifest.get("reward_sha256"), fingerprint(score)] if add else fingerprint(score)
+    manifest = {**old.manifest, "reward": reward, "reward_sha256": content, "relabelled": [*old.manifest.get("relabelled", []), step]}
     if target != source and (target / MANIFEST_NAME).exists():
         made = {"version", "rewards", "checksums_sha256", "num_heads"}
-        check_same_settings(read_manifest(target), manifest, f"{target} holds rollouts with", ignored=made)
+        found = read_manifest(target)
+        check_same_settings(found, manifest, f"{target} holds rollouts with", ignored=made | unknown(found, "reward_sha256"))
         if all(shard_path(target, number).exists() for number in range(len(old.shards))):
             return None
     return old, manifest
@@ -89,7 +96,7 @@ def _scored(old: Rollouts, number: int, score: Reward, add: bool, files: list[Pa
         return []
     names = head_names(score)
     try:
-        rows = checked_rewards(score, [record["prompt"] for record in records], [record["response"] for record in records]).tolist()
+        rows = checked_rewards(score, list(map(prompt_of, records)), [record["response"] for record in records]).tolist()
         if add and len(rows[0]) != len(names):
             raise ValueError(f"the reward {names[0]} returned {len(rows[0])} scores a response; to be added it must return one, or name them in head_names")
         before = next((len(found[0]) for file in files if file.exists() and (found := read_json(file))), len(rows[0]))

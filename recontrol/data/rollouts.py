@@ -13,6 +13,7 @@ from recontrol.ambient import shielded
 from recontrol.checks import first_few
 from recontrol.data import shards
 from recontrol.data.batches import RolloutBatch
+from recontrol.data.dialogue import turns_entry
 from recontrol.data.shards import MANIFEST_NAME, RolloutWriter
 from recontrol.files import interrupts_wait, writing_lock
 
@@ -182,7 +183,8 @@ class Rollouts:
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:
                 raise ValueError(f"found {len(column)} entries of {name}, wanted {count}, one a response")
-        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        records = [{**row, **turns_entry(row["prompt"])} for row in rows]
         starts = range(0, count, shard_size)
         manifest = {"base_model": base_model, "num_prompts": len(set(columns["index"])), "num_shards": len(starts)}
         with writing_lock(Path(path)):

@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 
 from recontrol.checks import first_few
 from recontrol.data.batches import ScoredResponses
+from recontrol.data.dialogue import turns_entry
+from recontrol.data.identity import fingerprint
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import Collection, model_settings, texts_checksum
 from recontrol.decoding.batches import REFUSED as REFUSED_IN_BATCHES
@@ -70,6 +72,7 @@ class SampledResponses:
         settings = {
             **model_settings(model, tokenizer),
             "reward": reward_name(self.score),
+            "reward_sha256": fingerprint(self.score),
             "generation": self.options,
             "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
             "stop_strings": self.decoding.stop_strings,
@@ -118,7 +121,9 @@ class SampledResponses:
             left_out["repeated"] = len(rows) - len(distinct)
             rows = sorted(distinct.values())
         records: list[dict[str, Any]] = [
-            {"index": entries[row // samples], "sample": row % samples, "prompt": prompts[row // samples], "response": responses[row].text} for row in rows
+            {"index": entries[place], "sample": row % samples, "prompt": prompts[place], **turns_entry(prompts[place]), "response": responses[row].text}
+            for row in rows
+            for place in [row // samples]
         ]
         if rows:
             rewards = checked_rewards(self.score, *([record[name] for record in records] for name in ("prompt", "response"))).tolist()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from recontrol.checks import dtype_name
+from recontrol.data.identity import unknown
 from recontrol.files import check_same_settings, interrupts_wait, read_json, remove_leftovers, write_aside, write_json
 
 FORMAT, REWARDS_FORMAT = "recontrol.rollouts", "recontrol.rewards"
@@ -127,7 +128,7 @@ def with_lines(shards: Sequence[Path]) -> list[str]:
 class RolloutWriter:
     """Writes a rollout folder one shard at a time: its tensors last, so that it exists if and only if they do. Hold `writing_lock` meanwhile."""
 
-    def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Sequence[str] = (), storage: str | None = None, first: bool = True):
+    def __init__(self, path: str | os.PathLike, manifest: dict[str, Any], ignored: Collection[str] = (), storage: str | None = None, first: bool = True):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         # As JSON reads it back: tuples become lists.
@@ -139,7 +140,8 @@ class RolloutWriter:
         has_shards = any(self.path.glob("shard-*.safetensors"))
         if (self.path / MANIFEST_NAME).exists() and (has_shards or not first):
             found = read_manifest(self.path)
-            check_same_settings(found, self.manifest, f"{self.path} holds rollouts with", ignored={*ignored, *MEASURED, "checksums_sha256"})
+            ignored = {*ignored, *MEASURED, "checksums_sha256", *unknown(found, "reward_sha256")}
+            check_same_settings(found, self.manifest, f"{self.path} holds rollouts with", ignored=ignored)
             self.manifest = found
         elif has_shards or not first:
             raise ValueError(f"{self.path} holds shards but no {MANIFEST_NAME}; use another folder")

@@ -1,11 +1,20 @@
 """Language models and value functions by name, as the command line and studies give them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from recontrol.checks import loading
 from recontrol.decoding.editing import states_device
 from recontrol.decoding.hooks import Attachment
 from recontrol.value import ValueFunction
+
+# Arguments of `from_pretrained` that say what is loaded and from where: model, config and tokenizer are of one place.
+PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies", "trust_remote_code", "code_revision", "gguf_file")
+
+
+def loader_arguments(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's `from_pretrained` that its tokenizer needs too."""
+    return {name: keywords[name] for name in PLACE if name in keywords}
 
 
 def load_language_model(name: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:

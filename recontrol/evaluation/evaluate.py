@@ -1,6 +1,7 @@
 """Comparing methods on the same prompts: reward, diversity, coherence, likelihood, divergence, speed and cost."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from recontrol.checks import integer
+from recontrol.data.identity import ADDRESS, fingerprint
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.data.settings import model_settings, texts_checksum
 from recontrol.decoding.batches import check_lengths, check_options
@@ -20,6 +22,8 @@ from recontrol.files import check_output
 from recontrol.methods.base import Method, Uncontrolled, check_uncontrolled, one_score, tensors_checksum
 from recontrol.methods.control import ReControl
 from recontrol.value import ValueFunction
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16
 # Decode steps of the unmeasured generation that comes first: threads start, and the ascent prepares the value function.
@@ -84,6 +88,12 @@ def evaluate(
     # So far apart that no two runs share a batch's seed.
     runs = [decoding.seed + number * max(1000, len(batches)) for number in range(seeds)]
     cells = Cells(out, _about(measure, prompts), compared)
+    stale = [(each.label, run, number) for each in compared for run in runs for number, _ in batches if cells.known(each.label, run, number)]
+    stale = [key for key in stale if cells[key].reward not in (None, measure.reward_sha256)]
+    if stale:
+        logger.warning("the reward has changed since: the responses of %d batches are scored again", len(stale))
+    for key in stale:
+        cells.add(measure.scored(cells[key], batches[key[2]][1]))
     # Each batch begins with another method.
     turns = [compared[number % len(compared) :] + compared[: number % len(compared)] for number, _ in batches]
     todo = [(method, batch, run, number) for run in runs for number, batch in batches for method in turns[number] if not cells.known(method.label, run, number)]
@@ -120,7 +130,10 @@ def _about(measure: Measure, prompts: Sequence[str]) -> dict[str, Any]:
         "encoder": encoder if encoder is None or isinstance(encoder, str) else type(encoder).__name__,
         "value_sha256": None if value is None else tensors_checksum(value.parameters()),
         "head_weights": measure.head_weights,
-        "options": {name: repr(option) for name, option in options.items()},
+        # Where an object lies in memory is no part of what it is.
+        "options": {name: ADDRESS.sub("", repr(option)) for name, option in options.items()},
+        "encoder_sha256": None if encoder is None or isinstance(encoder, str) else fingerprint(encoder),
+        "options_sha256": fingerprint(options),
     }
 
 

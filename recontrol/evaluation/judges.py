@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recontrol.data.dialogue import readable
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
-from recontrol.data.rewards.chat import ChatModel, Usage, marked, quoted
+from recontrol.data.rewards.chat import ChatModel, Usage, marked, quoted, spoken
 from recontrol.data.rewards.checks import check_fields
 
 INSTRUCTIONS = """\
@@ -140,7 +141,7 @@ class PairwiseJudge:
 
     def _questions(self, prompts: Sequence[str], responses: Sequence[str], others: Sequence[str]) -> list[list[str]]:
         """The question in both orders; none for responses that are equal."""
-        stripped = zip(*([text.strip() for text in texts] for texts in (prompts, responses, others)), strict=True)
+        stripped = zip(*([text.strip() for text in texts] for texts in (map(readable, prompts), responses, others)), strict=True)
         orders = [(prompt, () if one == other else ((one, other), (other, one))) for prompt, one, other in stripped]
         return [[self.instructions.format(prompt=prompt, first=first, second=second) for first, second in both] for prompt, both in orders]
 
@@ -180,7 +181,7 @@ class RewardJudge:
 
 def choices(answer: str) -> set[str]:
     """The choices in an answer, "A", "B", "C" or "TIE": by a letter in [[ ]], in a JSON object, or in its first or last line after </think>."""
-    text = answer.rpartition("</think>")[2].strip()
+    text = spoken(answer)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # A small letter counts alone.
     ends = [text.upper()] if len(text) == 1 else [line for line in (*lines[:1], *lines[-1:]) if len(line) <= LONGEST_LINE]

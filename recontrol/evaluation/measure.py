@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from recontrol.data.dialogue import readable
+from recontrol.data.identity import fingerprint, unknown
 from recontrol.data.rewards import checked_rewards
 from recontrol.data.rewards.checks import Reward
 from recontrol.decoding.batches import evaluation_mode
@@ -74,6 +77,8 @@ class Cell:
     peak_bytes: int
     edit_norm: float | None
     answers: list[Answer] = field(repr=False)
+    # The fingerprint of what scored the answers; None where it was not kept.
+    reward: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +107,8 @@ class Measure:
         with evaluation_mode(self.model):
             likely = likelihoods(self.model, self.tokenizer, prompts, ids, recorder if fits else None, batch_size=max(1, len(prompts) // 4))
         scores = checked_rewards(self.reward, prompts, texts).double().tolist()
-        cosines: Sequence[float | None] = [None] * len(texts) if self.encoder is None else similarities(prompts, texts, self.encoder).tolist()
+        asked = list(map(readable, prompts))
+        cosines: Sequence[float | None] = [None] * len(texts) if self.encoder is None else similarities(asked, texts, self.encoder).tolist()
         # (tokens, hidden_size) of each response, the states that were read to sample it.
         rows = [row[: len(kept)] for row, kept in zip(torch.stack(states.steps, 1), ids, strict=False)] if fits else []
         answers = [
@@ -126,7 +132,18 @@ class Measure:
             edited = method.edit(read) if len(read) else None
         # In the precision of the tensors.
         norm = None if edited is None else float(np.float32((edited.float() - read.float()).norm(dim=-1).mean().item()))
-        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers)
+        return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers, self.reward_sha256)
+
+    @cached_property
+    def reward_sha256(self) -> str:
+        """The fingerprint of the reward."""
+        return fingerprint(self.reward)
+
+    def scored(self, cell: Cell, prompts: Sequence[str]) -> Cell:
+        """A cell with the scores of this reward in place of another's."""
+        scores = checked_rewards(self.reward, prompts, [answer.text for answer in cell.answers]).double().tolist()
+        answers = [dataclasses.replace(answer, scores=row) for answer, row in zip(cell.answers, scores, strict=True)]
+        return dataclasses.replace(cell, answers=answers, reward=self.reward_sha256)
 
     @torch.no_grad()
     def _values(self, states: Tensor) -> list[float]:
@@ -219,13 +236,18 @@ class Cells(dict[tuple[str, int, int], Cell]):
 
     def __init__(self, folder: str | os.PathLike | None, settings: dict[str, Any], methods: Sequence[Method]):
         super().__init__()
-        self._folders = {} if folder is None else {method.label: Path(folder) / folder_name(method) for method in methods}
+        self._folders: dict[str, Path] = {}
+        for method in [] if folder is None else methods:
+            before, now = (Path(folder or "") / folder_name(method, *also) for also in ((), (method.content,)))
+            # Where a release before began it, its name says nothing of the content of a reward.
+            self._folders[method.label] = before if before.exists() and not now.exists() else now
         if folder is None:
             return
         wanted = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
         path = Path(folder) / "settings.json"
         if path.exists():
-            check_same_settings(read_json(path), wanted, f"{folder} has an evaluation with")
+            found = read_json(path)
+            check_same_settings(found, wanted, f"{folder} has an evaluation with", ignored=unknown(found, "encoder_sha256", "options_sha256"))
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
         if not path.exists():
@@ -255,10 +277,10 @@ class Cells(dict[tuple[str, int, int], Cell]):
         return self._folders[label] / f"seed-{seed}-batch-{batch:05}.json" if self._folders else None
 
 
-def folder_name(method: Method) -> str:
-    """The label in characters that every file system takes, and a hash of label and identity."""
+def folder_name(method: Method, content: Any = None) -> str:
+    """The label in characters that every file system takes, and a hash of label and identity, and of the content of a reward."""
     readable = re.sub(r"[^a-z0-9.]+", "-", method.label.lower()).strip("-")[:LONGEST_NAME]
-    return f"{readable}-{short_hash([method.label, method.identity])}"
+    return f"{readable}-{short_hash([method.label, method.identity, *([] if content is None else [content])])}"
 
 
 def short_hash(content: Any) -> str:

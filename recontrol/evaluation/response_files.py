@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recontrol.checks import first_few
+from recontrol.data.dialogue import prompt_of
 
 
 class Line(NamedTuple):
@@ -39,7 +40,7 @@ def read_responses(path: str | os.PathLike, method: str | None = None) -> list[L
         if key[1] is not None and seen.setdefault(key, number) != number:
             both = f"lines {seen[key]} and {number} both have index {key[1]} and seed {key[0]}"
             raise ValueError(f"{path}: {both}: a file with the responses of several settings needs a field `method` that tells them apart")
-    return [Line(entry["prompt"], entry["response"], entry.get("seed")) for _, entry in entries]
+    return [Line(prompt_of(entry), entry["response"], entry.get("seed")) for _, entry in entries]
 
 
 def pair_up(lines: Sequence[Line], others: Sequence[Line]) -> tuple[list[str], list[str], list[str]]:

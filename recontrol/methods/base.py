@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from recontrol.checks import number, several
+from recontrol.data.identity import tensors_checksum as tensors_checksum
 from recontrol.decoding.batches import Batch, generate_batch
 from recontrol.decoding.config import Decoding
 from recontrol.decoding.hooks import attachments, output_embedding
@@ -23,14 +23,6 @@ class Training(NamedTuple):
     parameters: int = 0
     seconds: float | None = 0.0
     peak_bytes: int | None = 0
-
-
-def tensors_checksum(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of some tensors, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def one_score(rewards: Tensor, head_weights: Sequence[float] | None, name: str = "head_weights") -> Tensor:
@@ -76,6 +68,10 @@ class Method:
     @property
     def identity(self) -> Any:
         """What else the responses depend on, ready for JSON: a checksum of weights, or texts that have no place in a table."""
+
+    @property
+    def content(self) -> Any:
+        """The fingerprint of a reward that the responses depend on; releases before knew it by its name, in `identity`."""
 
     @property
     def label(self) -> str:
@@ -176,3 +172,9 @@ class Together(Method):
     def identity(self) -> Any:
         """Those of all."""
         return [method.identity for method in self.methods]
+
+    @property
+    def content(self) -> Any:
+        """Those of all, where there are any."""
+        found = [method.content for method in self.methods]
+        return found if any(found) else None

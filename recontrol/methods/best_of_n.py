@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from recontrol.checks import integer
+from recontrol.data.identity import fingerprint
 from recontrol.data.rewards import as_reward, checked_rewards
 from recontrol.decoding.batches import Batch, check_options, effective, greedy_unless_asked
 from recontrol.decoding.config import Decoding
@@ -62,9 +63,14 @@ class BestOfN(Method):
 
     @property
     def identity(self) -> Any:
-        """What else the responses depend on; a reward has no checksum."""
+        """What else the responses depend on."""
         weights, sampling = self.head_weights, self.sampling
         return [self.inner.identity, self.rows_at_once, None if weights is None else list(weights), None if sampling is None else dict(sampling)]
+
+    @property
+    def content(self) -> Any:
+        """The fingerprint of the reward, and that of the inner method's."""
+        return [self.inner.content, fingerprint(self.reward)]
 
     @property
     def divergence(self) -> float | None:

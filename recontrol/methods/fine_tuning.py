@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from recontrol.ambient import shielded
 from recontrol.checks import first_few, required
+from recontrol.data.identity import fingerprint, unknown
 from recontrol.data.prompts import Preference
 from recontrol.data.rewards import Reward, as_reward, checked_rewards, reward_name
 from recontrol.data.sampling import token_counts
@@ -307,18 +308,20 @@ def train_rl(
         # TRL looks for the end-of-sequence token alone: with it as the padding, nothing that comes after a stop string is trained on.
         sampling["generation_kwargs"] = {"stop_strings": stops, "pad_token_id": tokenizer.eos_token_id}
     fields = chosen.arguments(model, **sampling, num_train_epochs=1, shuffle_dataset=False, **options)
-    settings = {"algorithm": algorithm, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score)}
+    settings = {"algorithm": algorithm, "epochs": chosen.epochs, "stop_strings": stops, "reward": reward_name(score), "reward_sha256": fingerprint(score)}
     settings |= {"prompts_sha256": texts_checksum(prompts), "num_prompts": len(prompts)}
     config, trainer = (getattr(trl, f"{algorithm.upper()}{part}") for part in ("Config", "Trainer"))
 
     def make_trainer(twin: Any, **common: Any) -> Any:
-        eos_ids = eos_tokens(twin, {}) | {tokenizer.eos_token_id}
+        eos_ids, own = eos_tokens(twin, {}) | {tokenizer.eos_token_id}, dict(zip(prompts, prompts, strict=True))
         if stops:
             # `generate` needs the tokenizer to find stop strings.
             twin.generate = functools.partial(twin.generate, tokenizer=tokenizer)
 
         def of_tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
             """The reward as TRL calls it; the texts are cut and decoded as everywhere else in recontrol."""
+            # TRL knows texts alone.
+            prompts = [own[prompt] for prompt in prompts]
             before = tokenizer(list(prompts)).input_ids
             responses = [make_response(tokenizer, ids, new, eos_ids, stops) for ids, new in zip(before, completion_ids, strict=True)]
             return single_scores(score, prompts, [response.text for response in responses]).tolist()
@@ -341,7 +344,7 @@ def _fine_tune(
     finished = (out / RECORD_NAME).is_file()
     if finished or (folder / SETTINGS_NAME).is_file():
         found = FineTuningRun.read(out).settings if finished else read_json(folder / SETTINGS_NAME)
-        check_same_settings(found, settings, f"{out if finished else folder} is of a run with", ignored=IGNORED)
+        check_same_settings(found, settings, f"{out if finished else folder} is of a run with", ignored={*IGNORED, *unknown(found, "reward_sha256")})
         if other := difference(found["base_model"], model):
             raise ValueError(f"{out if finished else folder} is of a run on another model: {other}; use another folder")
     if finished:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recontrol.data.dialogue import Prompt
 from recontrol.data.rollouts import Rollouts
 from recontrol.methods.base import Method, one_score
 
@@ -91,7 +92,8 @@ class Prompting(Method):
         for asked, answered in self.examples:
             before = self._append(before, asked + answered)
             before += "" if before.endswith(self.separator) else self.separator
-        return self._append(before, prompt) + after
+        written = self._append(before, prompt) + after
+        return Prompt(written, prompt.turns, prompt.begun, prompt.chat_template) if isinstance(prompt, Prompt) else written
 
     def _append(self, text: str, more: str) -> str:
         return text + (more.removeprefix(self.separator) if text.endswith(self.separator) else more)

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from recontrol.ambient import product_dtype
 from recontrol.checks import integer, number, several
+from recontrol.data.identity import fingerprint
 from recontrol.data.rewards import as_reward, checked_rewards, reward_name
 from recontrol.decoding.batches import eos_tokens
 from recontrol.decoding.control import Control
@@ -76,6 +77,11 @@ class ARGS(Method):
     def identity(self) -> Any:
         """What the reward is called."""
         return reward_name(self.reward)
+
+    @property
+    def content(self) -> Any:
+        """The reward's fingerprint."""
+        return fingerprint(self.reward)
 
     @contextlib.contextmanager
     def applied(self, model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[list[Any]]:

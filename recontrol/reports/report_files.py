@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from recontrol.checks import required
+from recontrol.data.dialogue import turns_entry
 from recontrol.evaluation.measure import Answer
 from recontrol.evaluation.results import UNCONTROLLED, Result
 from recontrol.files import write_aside, write_json
@@ -82,7 +83,15 @@ def _responses(rows: Sequence[Row], prompts: Sequence[str]) -> Iterator[dict[str
     for row in rows:
         for number, (response, reward) in enumerate(zip(row.result.responses, row.result.rewards, strict=True)):
             seed, index = divmod(number, len(prompts))
-            yield {"method": row.name, "seed": seed, "index": index, "prompt": prompts[index], "response": response, "reward": reward}
+            yield {
+                "method": row.name,
+                "seed": seed,
+                "index": index,
+                "prompt": prompts[index],
+                **turns_entry(prompts[index]),
+                "response": response,
+                "reward": reward,
+            }
 
 
 def _summary(result: Result, base: Result) -> dict[str, Any]:

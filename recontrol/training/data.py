@@ -62,8 +62,8 @@ class TrainingData:
         found = digest(self.rollouts, *labels) if self.rollouts is not None else None
         if self.online is None:
             return {"rollouts": found}
-        online = {name: entry for name, entry in self.online.items() if name not in ("base_model", "made_with", "tokenizer")}
-        return {"online": online, "validation": found, "batch_size": None, "validation_fraction": 0.0}
+        online = {name: entry for name, entry in self.online.items() if name not in ("base_model", "made_with", "tokenizer", "reward_sha256")}
+        return {"online": online, "reward_sha256": self.online["reward_sha256"], "validation": found, "batch_size": None, "validation_fraction": 0.0}
 
 
 @shielded()

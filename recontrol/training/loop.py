@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from recontrol.data.identity import unknown
 from recontrol.files import check_same_settings, read_json, remove_leftovers, write_aside, write_json, writing_lock
 from recontrol.training.config import TrainConfig, in_present_names
 from recontrol.training.distributed import Processes
@@ -126,7 +127,7 @@ class RunFolder:
     def _compare(self, found: dict[str, Any], path: Path) -> None:
         # What a run of an earlier release does not name was not there to be set.
         before = {name: entry for name, entry in TrainConfig(kernel="torch", validation_fraction=0.0).record().items() if name in self.settings}
-        check_same_settings({**before, **in_present_names(found)}, self.settings, f"{path} is of a run with")
+        check_same_settings({**before, **in_present_names(found)}, self.settings, f"{path} is of a run with", ignored=unknown(found, "reward_sha256"))
 
     def _write_history(self, progress: Progress, *, finished: bool = False) -> None:
         assert self.path is not None

@@ -1,7 +1,7 @@
 """Calling a reward: what it must return, what it is called, and the fields of the texts that it is asked with."""
 
 import string
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ def checked_rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[
     scores = reward(list(prompts), list(responses))
     if isinstance(scores, Tensor):
         scores = scores.detach().float().cpu().tolist()
-    if not hasattr(scores, "__iter__"):
+    if not hasattr(scores, "__iter__") or isinstance(scores, str | bytes | Mapping | Set):
         raise ValueError(f"the reward must return one score a response: found {type(scores).__name__}, wanted {len(responses)} scores")
     try:
-        rows = [[float(score) for score in (row if hasattr(row, "__len__") and getattr(row, "ndim", None) != 0 else [row])] for row in scores]
+        rows = [[_number(score) for score in (row if isinstance(row, list | tuple) or getattr(row, "ndim", None) else [row])] for row in scores]
     except (TypeError, ValueError) as error:
         raise ValueError(f"the reward must return numbers: {error}") from error
     if len(rows) != len(responses):
@@ -49,6 +49,13 @@ def checked_rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[
     if broken:
         raise ValueError(f"the reward returned NaN or infinity for responses {broken}: {[rows[index] for index in broken[:4]]}")
     return table
+
+
+def _number(score: Any) -> float:
+    """One score; its characters or entries would be others, and a set has no order."""
+    if isinstance(score, str | bytes) or getattr(score, "ndim", None):
+        raise TypeError(f"found {score!r}")
+    return float(score)
 
 
 def check_fields(what: str, template: str, required: Set[str], optional: Set[str] = frozenset()) -> None:

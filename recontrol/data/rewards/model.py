@@ -1,6 +1,7 @@
 """Rewards from a sequence classifier of transformers, UltraRM's architecture included."""
 
 import copy
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recontrol.data.prompts import render_response
+from recontrol.data.dialogue import fill, joined, render, turns_of
 from recontrol.data.rewards.checks import check_fields
+from recontrol.decoding.loading import loader_arguments
 from recontrol.decoding.model_config import context_length, padding_token, set_padding_token, vocabulary_size
+
+logger = logging.getLogger(__name__)
 
 # UltraRM (Cui et al. 2023, UltraFeedback): r(text) = w . o_T, with o_T the last hidden state (after the final norm) of the last token. Such a
 # checkpoint is a sequence classifier of Llama's architecture whose head has this name; its training data were written like this.
@@ -27,8 +31,10 @@ class RewardModel:
         tokenizer: its tokenizer.
         batch_size: texts in one forward call.
         max_length: tokens of a text at most, special tokens included; by default what the model and its tokenizer allow.
-        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response} in it,
-            which is left out where the prompt starts with its first mark already; or "chat", the tokenizer's chat template.
+        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response} in it, whose marks are
+            written before each turn (a prompt that has them already is left as it is); or "chat", the tokenizer's chat template. A prompt that
+            `load_prompts` wrote with the language model's chat template is written again from its turns; None is "chat" then where the tokenizer
+            has a chat template, else the marks of HH-RLHF.
 
     Raises:
         ValueError: `batch_size` or `max_length` is not positive, the template lacks a field, or the tokenizer has no chat template.
@@ -43,16 +49,11 @@ class RewardModel:
             check_fields("template of the reward model", template, {"prompt", "response"})
         self.model, self.batch_size, self.template = model, batch_size, template
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.padding_side = "right"
         self.tokenizer.truncation_side = "left"
+        self._cut = False
         config: Any = model.config
-        padding = padding_token(config)
-        if padding is not None:
-            # The classifier finds the end of a text by its own padding token.
-            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(padding)
-        elif self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        set_padding_token(config, self.tokenizer.pad_token_id)
+        if (padding := padding_token(config)) is not None:
+            set_padding_token(config, padding)
         limits = [context_length(config), self.tokenizer.model_max_length, max_length]
         limit = min(limit for limit in limits if limit is not None)
         # A tokenizer that knows no limit says 1e30.
@@ -73,7 +74,8 @@ class RewardModel:
         r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer, from a folder or the hub.
 
         `device` is where to put the model (by default the CPU), `dtype` that of the weights (by default as saved), `kwargs` go to the model's
-        `from_pretrained`; for UltraRM's architecture the template None is "Human: {prompt}\nAssistant: {response}". Otherwise as for the class.
+        `from_pretrained` and, where they say what to load (revision, token, subfolder, ...), to the tokenizer's; for UltraRM's architecture the
+        template None is "Human: {prompt}\nAssistant: {response}". Otherwise as for the class.
 
         Raises:
             OSError, ValueError: there is no such model, its checkpoint has no head that scores a text, or as for the class.
@@ -96,39 +98,59 @@ class RewardModel:
                 f"{name_or_path} is no reward model: its checkpoint has no weights for {', '.join(sorted(missing)[:4])}, which would be random numbers; "
                 "wanted a sequence classifier, or a Llama model with a regression_head"
             )
-        return cls(model if device is None else model.to(device), AutoTokenizer.from_pretrained(name_or_path), batch_size, max_length, template)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **loader_arguments(kwargs))
+        return cls(model if device is None else model.to(device), tokenizer, batch_size, max_length, template)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float] | list[list[float]]:
         """Score each response together with its prompt: one float a response, or with several labels one list of floats."""
         texts = [self._write(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        device = next(self.model.parameters()).device
-        # On a GPU the embedding would not say what is wrong, and would leave the device unusable.
-        known = vocabulary_size(self.model.config)
-        training = self.model.training
+        # Weights that are kept elsewhere are on no device.
+        device = next((weights.device for weights in self.model.parameters() if not weights.is_meta), torch.device("cpu"))
+        config, training = self.model.config, self.model.training
+        padding = padding_token(config)
         self.model.eval()
         scores: list[Tensor] = []
         try:
             for start in range(0, len(texts), self.batch_size):
-                batch = texts[start : start + self.batch_size]
-                inputs = self.tokenizer(batch, padding=True, truncation=self.max_length is not None, max_length=self.max_length, return_tensors="pt")
-                if isinstance(known, int) and (largest := int(inputs.input_ids.max())) >= known:
-                    raise ValueError(f"the tokenizer of the reward model {self.name} makes token {largest}, the model has {known}: it is another model's")
+                columns = self._tokens(texts[start : start + self.batch_size])
+                if padding is None:
+                    # The classifier reads the last token that is no padding: any token is one that ends no text.
+                    ends = {row[-1] for row in columns["input_ids"] if row}
+                    set_padding_token(config, min(set(range(len(ends) + 1)) - ends))
+                inputs = _padded(columns, padding_token(config))
                 with torch.no_grad():
-                    scores.append(self.model(**inputs.to(device)).logits.float().cpu())
+                    scores.append(self.model(**{name: rows.to(device) for name, rows in inputs.items()}).logits.float().cpu())
         finally:
             self.model.train(training)
+            if padding is None:
+                set_padding_token(config, None)
         table = torch.cat(scores) if scores else torch.empty(0, len(self.head_names), device="cpu")
         return table[:, 0].tolist() if table.shape[1] == 1 else table.tolist()
 
+    def _tokens(self, texts: list[str]) -> Any:
+        """The tokens of some texts, without the beginning of those that are too long; a tokenizer of another model is refused."""
+        columns = self.tokenizer(texts, verbose=False)
+        long = [row for row, ids in enumerate(columns["input_ids"]) if self.max_length is not None and len(ids) > self.max_length]
+        if long:
+            if not self._cut:
+                logger.warning("%d of %d texts lost their beginning: the reward model %s reads %d tokens", len(long), len(texts), self.name, self.max_length)
+            self._cut = True
+            columns = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        # On a GPU the embedding would not say what is wrong, and would leave the device unusable.
+        known, largest = vocabulary_size(self.model.config), max((max(ids, default=0) for ids in columns["input_ids"]), default=0)
+        if isinstance(known, int) and largest >= known:
+            raise ValueError(f"the tokenizer of the reward model {self.name} makes token {largest}, the model has {known}: it is another model's")
+        return columns
+
     def _write(self, prompt: str, response: str) -> str:
         """Prompt and response as the one text that the model reads."""
-        if self.template == "chat":
-            return render_response(self.tokenizer, prompt, response)
-        mark = (self.template or "").split("{prompt}")[0].strip()
-        # The prompts of dialogue data sets carry the marks of the turns already.
-        if self.template is None or (mark and prompt.lstrip().startswith(mark)):
-            return prompt + response
-        return self.template.format(prompt=prompt, response=response.lstrip())
+        template = self.template
+        if template is None and getattr(prompt, "chat_template", False) and getattr(self.tokenizer, "chat_template", None):
+            template = "chat"
+        if template != "chat":
+            return fill(template or "{prompt}{response}", prompt, response)
+        turns, begun = turns_of(prompt)
+        return render(self.tokenizer, joined([*turns, ("assistant", begun + response)]))
 
     @property
     def name(self) -> str:
@@ -137,7 +159,19 @@ class RewardModel:
         return name if self.template is None else f"{name}, template {self.template!r}"
 
     @property
+    def identity(self) -> Any:
+        """All that a score depends on."""
+        return [self.model, self.tokenizer, self.template, self.max_length]
+
+    @property
     def head_names(self) -> list[str]:
         """One name a label: that of the model, with several labels followed by the label's."""
         labels = getattr(self.model.config, "id2label", None) or {0: ""}
         return [f"{self.name}: {labels[key]}" for key in sorted(labels, key=int)] if len(labels) > 1 else [self.name]
+
+
+def _padded(columns: Any, padding: int | None) -> dict[str, Tensor]:
+    """Rows of tokens and what goes with them, (rows, tokens), padded on the right."""
+    width = max(1, *map(len, columns["input_ids"]))
+    filling = {"input_ids": padding}
+    return {name: torch.tensor([[*row, *[filling.get(name, 0)] * (width - len(row))] for row in rows]) for name, rows in columns.items()}
