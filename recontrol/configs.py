@@ -1,7 +1,4 @@
-"""Settings as dataclasses: command-line flags, YAML keys and the documentation of both come from the fields.
-
-The docstring of a config has an `Args:` section with an entry for each field; that text is also the help of its flag.
-"""
+"""Settings as dataclasses: flags, YAML keys and the documentation of both come from the fields and the `Args:` section of the docstring."""
 
 import argparse
 import dataclasses
@@ -34,10 +31,7 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def add_flags(parser: Any, config: type, *, leave_out: Collection[str] = (), types: Mapping[str, Callable[[str], Any]] | None = None) -> None:
-    """A flag for each field of a config, with its default and its documentation: `hidden_dims` is --hidden-dims, a list is comma-separated.
-
-    A boolean that is False by default is a switch; one that is True by default has a --no- form. `types` read the text of some flags more strictly.
-    """
+    """A flag for each field of a config, with its default and documentation; `types` read the text of some flags more strictly."""
     hints, docs = typing.get_type_hints(config), field_docs(config)
     for each in dataclasses.fields(config):
         if each.name in leave_out:
@@ -61,21 +55,13 @@ def add_flags(parser: Any, config: type, *, leave_out: Collection[str] = (), typ
 
 
 def from_flags(config: type[Config], options: argparse.Namespace, **others: Any) -> Config:
-    """The config that parsed flags describe; `others` are fields that have no flag.
-
-    Raises:
-        ValueError: as the config.
-    """
+    """The config that parsed flags describe; `others` are fields that have no flag."""
     names = [each.name for each in dataclasses.fields(config)]  # type: ignore[arg-type]
     return config(**{**{name: getattr(options, name) for name in names if hasattr(options, name)}, **others})
 
 
 def from_mapping(config: type[Config], content: Any, where: str) -> Config:
-    """A config from the mapping of a YAML or JSON file, with the configs inside it.
-
-    Raises:
-        ValueError: a key that is missing, unknown or of the wrong type, or what the config refuses; the place is named.
-    """
+    """A config from the mapping of a YAML or JSON file, with the configs inside it; a ValueError names the place of what is wrong."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping of names to settings, found {type(content).__name__}")
     hints = typing.get_type_hints(config)

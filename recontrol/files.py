@@ -29,10 +29,7 @@ _open: set[str] = set()
 
 @contextlib.contextmanager
 def write_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success move it over `path`, on any error (an OSError names `path`) remove it.
-
-    Of a link the file that it leads to is replaced, with its permissions. A device or a pipe is written to as it is: `path` itself is yielded.
-    """
+    """Yield a temporary path beside `path`, moved over it (a link's target) on success, removed on an error; a device or pipe is written as it is."""
     target, aside = _places(path)
     _open.add(aside.name)
     try:
@@ -91,10 +88,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Let a Ctrl-C take effect at the end of the block, which must be short.
-
-    Around calls into compiled code that turns an interrupt into an error of its own: reading by safetensors does.
-    """
+    """Let a Ctrl-C take effect at the end of the short block, since compiled code such as safetensors turns it into an error of its own."""
     # Only the main thread hears of interrupts, and may say what happens at one.
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -135,11 +129,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON (for example cut in the middle).
-    """
+    """Read a JSON file; a ValueError if it is not JSON, for example cut in the middle."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -148,17 +138,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def check_same_settings(found: dict[str, Any], wanted: dict[str, Any], what: str, *, ignored: Collection[str] = ()) -> None:
-    """Refuse to go on with what was begun with other settings.
-
-    Args:
-        found: the settings that were written.
-        wanted: those of this call, as JSON reads them back.
-        what: the beginning of the message, up to "another".
-        ignored: names that may differ.
-
-    Raises:
-        ValueError: a setting differs; the first, by name, is shown with what was found and wanted.
-    """
+    """Refuse with a ValueError what was begun with other settings; `what` is the beginning of the message, `ignored` are names that may differ."""
     for name in sorted((found.keys() | wanted.keys()) - set(ignored)):
         if found.get(name) != wanted.get(name):
             raise ValueError(
@@ -168,23 +148,7 @@ def check_same_settings(found: dict[str, Any], wanted: dict[str, Any], what: str
 
 @contextlib.contextmanager
 def writing_lock(folder: Path, first: bool = True) -> Iterator[Callable[[], None]]:
-    """Hold a folder's lock inside the block; the system releases it when the process ends, however it ends.
-
-    The first process of a run holds it alone until it calls `share`; the run's other processes join after that. As long as one
-    of them lives, no other run gets in.
-
-    Args:
-        folder: made if absent.
-        first: whether this process starts the run, or joins it.
-
-    Yields:
-        `share`, which lets the other processes of this run in.
-
-    Raises:
-        ValueError: a file is in place of the folder.
-        RuntimeError: another run is writing into the folder.
-        OSError: the folder cannot be made.
-    """
+    """Hold a folder's lock inside the block; the `first` process of a run is alone until it calls the `share` that is yielded, then the others join."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; rollouts are written into a folder")
     check_output(folder, folder=True)

@@ -1,7 +1,4 @@
-"""What the subcommands share: options, what they accept, and how models, prompts and rewards are loaded.
-
-Heavy imports are inside the functions that need them, so that `--help` answers at once.
-"""
+"""What the subcommands share; heavy imports are inside the functions that need them, so that `--help` answers at once."""
 
 import argparse
 import importlib.resources

@@ -19,9 +19,7 @@ SETTINGS = (*(option.name for option in ROW_OPTIONS), "head_weights")
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """What is done to the states of one response: u <- u + alpha * grad V(o_t + u), n times, starting at u = 0.
-
-    `recontrol.generate` takes one for each prompt; `Controller` is one for all rows of a model that it is attached to.
+    """What is done to the states of one response: u <- u + alpha * grad V(o_t + u), n times, starting at u = 0; for `recontrol.generate`.
 
     Args:
         value: the value function to climb, on the model's device; `0.7 * helpful + 0.3 * harmless` is one too.
@@ -30,10 +28,6 @@ class Control:
         radius: cut the edit where its norm reaches this.
         target: climb towards this value instead of upward, in V's own unit: where V is standardised, `value.from_reward` makes it of rewards.
         head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a number that is NaN, infinite or (but for `target` and `head_weights`) negative, `head_weights` missing or of the wrong length.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """

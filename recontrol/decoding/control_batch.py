@@ -33,10 +33,7 @@ class _Group(NamedTuple):
 
 
 class ControlBatch:
-    """Edits states, h <- h + u, each row under its own control, one ascent for each group of rows; no host synchronisation, so CUDA graphs can hold it.
-
-    A row stays unedited if its state is not finite, or its ascent would leave the range of its dtype; a warning says so once, when the count is read.
-    """
+    """Edits states, each row under its own control, without host synchronisation; a row stays unedited, and is warned of, where it would not be finite."""
 
     def __init__(self, backend: str = "auto"):
         self.backend = backend

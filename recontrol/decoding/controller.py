@@ -19,30 +19,22 @@ from recontrol.decoding.hooks import CACHE_NAMES, unfinished_rows
 
 @dataclass(frozen=True, eq=False)
 class Controller(Control):
-    """Adds a control signal to the state that is read to sample each token: y_t ~ softmax(W_lm (o_t + u_t)).
+    """Adds a control signal to the state that is read to sample each token: y_t ~ softmax(W_lm (o_t + u_t)), u_t from `recontrol.ascend` on o_t.
 
-    u_t comes from `recontrol.ascend` on o_t, the hidden state after the final norm at the position whose logits sample y_t; the key/value cache is not
-    touched. Only positions whose logits are computed are edited: with `generate`, one row a sequence, at prefill too.
-
-    Rows that `generate` has finished are not edited; where they cannot be told, as in compiled code, all are, and what they give is thrown away. A row
-    stays unedited, and a warning says so, if its state is not finite or if the edit would leave the range of its dtype.
+    Only positions whose logits are computed are edited, and the key/value cache is not touched. Rows that `generate` has finished are not edited where
+    they can be told. A row stays unedited, and a warning says so, if its state is not finite or if the edit would leave the range of its dtype.
 
     Args:
-        value: the value function to climb, on the model's device; its dtype may be another than the model's.
+        value: as for `Control`, like the next five; its dtype may be another than the model's.
         step_size: alpha >= 0.
         steps: n >= 0; with 0 nothing is edited.
         radius: cut the edit where its norm reaches this.
-        target: climb towards this value instead of upward, in V's own unit: where V is standardised, `value.from_reward` makes it of rewards.
-        head_weights: (num_heads,) numbers, the objective is the weighted sum of the heads; required if there are several.
+        target: climb towards this value instead of upward.
+        head_weights: (num_heads,) numbers, required if there are several heads.
         backend: as for `recontrol.ascend`.
-        stop_token_ids: for loops that know nothing else: at a decode step (one token a row goes in, and the cache is not empty) rows with one of these
-            tokens are finished. By default `generate` is asked which are; `()`: rows are never finished.
+        stop_token_ids: rows with one of these at a decode step are finished; by default `generate` is asked which are, `()`: rows are never finished.
         allow_other_model: attach although `value` was trained on the states of another model.
         self_check: prove at attach, by running the model on one token three times, that edits reach the logits.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an unknown backend, or as for `Control`.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
@@ -61,13 +53,8 @@ class Controller(Control):
     def attach(self, model: Any) -> "Handle":
         """Put the hooks in place; `with controller.attach(model) as handle: model.generate(...)` removes them at the end.
 
-        The model is a causal language model of transformers, compiled or not; for a pipeline, its `model`. Compiled functions are compiled again when they
-        are next called, after attaching and after detaching.
-
-        Raises:
-            TypeError: `model` is no language model, or float64 meets another dtype.
-            ValueError: `value` is for another hidden size, on another device, or trained for another model; a setting is out of the range of its dtype.
-            RuntimeError: a controller is attached already, the backend cannot run here, or edits do not reach the logits.
+        The model is a causal language model of transformers, compiled or not; for a pipeline, its `model`. A TypeError or ValueError says why `value` does
+        not go with it, a RuntimeError that one is attached already, the backend cannot run here, or edits do not reach the logits.
         """
         return Handle(self, model)
 

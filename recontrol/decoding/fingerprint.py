@@ -30,19 +30,12 @@ WRAPPED = ("base_layer", "original_module", "token_adapter", "_orig_mod")
 
 
 def model_fingerprint(model: Any) -> dict[str, Any]:
-    """Describe a language model so that it can be recognised: sizes, and one weight from each of up to 64 matrices; this takes milliseconds.
+    """Describe a language model so that it can be recognised, as JSON: its name and sizes, and one weight from each of up to 64 matrices.
 
     Adapters (LoRA) do not show, unless they are merged into the weights.
 
     Args:
         model: a causal language model of transformers, possibly wrapped.
-
-    Returns:
-        What JSON can hold: `name` (where it was loaded from), `model_type`, `hidden_size`, `vocab_size`, `num_hidden_layers`, and `samples`, from the name
-        of a parameter to weights of it (32 of the output embedding, 1 of others).
-
-    Raises:
-        TypeError, ValueError: `model` is no model with an output embedding.
     """
     owner = embedding_owner(model, output_embedding(model))
     parameters = _parameters(owner)

@@ -49,10 +49,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def unfinished_rows(embedding: nn.Module) -> Tensor | None:
-    """(rows,), which rows are unfinished to the `generate` that now runs the model of this output embedding in this thread; None outside of one.
-
-    Its own variable: no token tells, since a row may say padding, or go on after an end of sequence.
-    """
+    """(rows,), which rows are unfinished to the `generate` that runs this output embedding's model in this thread, by its own variable; None outside of one."""
     frame = sys._getframe(1)
     while frame is not None and "unfinished_sequences" not in frame.f_code.co_varnames:
         frame = frame.f_back  # type: ignore[assignment]

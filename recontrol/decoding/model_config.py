@@ -71,16 +71,7 @@ def context_length(config: Any) -> int | None:
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes that the key/value cache takes for one token of one row: the sum of `(keys + values) * bytes of a number` over its layers.
-
-    Sliding windows are counted as if they had no end. Recurrent layers, and layers that read the cache of others, take nothing.
-
-    Args:
-        config: of the language model.
-        dtype: of the keys and values, the model's own.
-
-    Raises ValueError: the config does not tell the sizes; they are named.
-    """
+    """Bytes of the key/value cache for one token of one row, sliding windows as if they had no end; a ValueError if the config does not tell."""
     numbers = sum(_numbers_per_token(kind, layer) for kind, layer in _layers(text_config(config)))
     if not numbers:
         raise ValueError(f"{_unknown(text_config(config))} no layer that keeps keys and values; use batch_size")

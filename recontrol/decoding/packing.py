@@ -51,10 +51,7 @@ def byte_count(size: int | str) -> int:
 def pack_by_length(
     lengths: Sequence[int], budget: int, bytes_per_token: int, *, rows_per_entry: int = 1, largest: int | None = None, names: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Batches, as places in `lengths`: rows_per_entry * entries of a batch * its longest length * bytes_per_token <= budget, at most `largest` entries.
-
-    The longest come first, so that a budget that is too large fails in the first batch. Entries that do not fit even alone are refused by `names`.
-    """
+    """Batches, as places in `lengths`, the longest first: rows_per_entry * entries * longest length * bytes_per_token <= budget, at most `largest` entries."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     fitting = [budget // (rows_per_entry * lengths[place] * bytes_per_token) for place in order]
     alone = fitting.count(0)

@@ -16,8 +16,7 @@ _recorders: "weakref.WeakValueDictionary[int, HiddenStateRecorder]" = weakref.We
 class HiddenStateRecorder(Attachment):
     """Keeps, in a `with` block, the input of a model's output embedding at the last position of every forward call, compiled or not.
 
-    Time index: `steps[t]`, (batch, hidden_size), a copy in the model's dtype on its device, is the state whose logits sample the new token y_t; `steps[0]`
-    is that of the last prompt position. Prompts must be padded on the left. The states are those before the edit of a `Controller`.
+    `steps[t]`, (batch, hidden_size), is the state, before any edit, whose logits sample the new token y_t. Prompts must be padded on the left.
     """
 
     def __init__(self, model: Any):

@@ -29,23 +29,15 @@ REFUSED = {
 class StaticDecoder:
     """Prepares a language model for the lowest latency per token, with or without a `Controller` attached.
 
-    The key/value cache is allocated once, for `batch_size` rows of `max_tokens` positions, and keeps its place; the decode step is compiled whole and
-    recorded as one CUDA graph, in which the ascent of a controller is one node among others. `generate` of transformers makes a new static cache at each
-    call, for which the graph is recorded again.
-
-    The first call of `generate` compiles, which takes long for a large model, and one of its next tokens records the graph; later calls replay it.
-    Attaching or detaching a controller, and padding where there was none, compile again. One thread at a time. Graph and cache stay in memory until the
-    decoder is gone and `torch.compiler.reset()` was called.
+    The key/value cache is allocated once, for `batch_size` rows of `max_tokens` positions; the decode step is compiled whole and recorded as one CUDA graph.
+    The first call of `generate` compiles, which takes long for a large model, as do attaching and detaching a controller, and the first padding. One thread
+    at a time. Graph and cache stay in memory until the decoder is gone and `torch.compiler.reset()` was called.
 
     Args:
         model: a causal language model of transformers on its device; on the CPU nothing is compiled unless `compile_config` asks for it.
         batch_size: rows, over all sequences of a prompt.
         max_tokens: prompt and new tokens of the longest row.
         compile_config: how the step is compiled; by default whole (`fullgraph`), for fixed shapes, with CUDA graphs.
-
-    Raises:
-        TypeError: `model` is no causal language model, or keeps no key/value cache that a static one can replace.
-        ValueError: `batch_size` or `max_tokens` is not a positive integer, or the model's context is shorter than `max_tokens`.
     """
 
     def __init__(self, model: Any, batch_size: int = 1, max_tokens: int = 1024, compile_config: CompileConfig | None = None):
@@ -70,18 +62,10 @@ class StaticDecoder:
         self.compile_config = chosen
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:
-        """Respond to prompts as `model.generate` does, which says what is returned.
+        """Respond to prompts as `model.generate` does, which says what is returned and which other `options` there are.
 
-        Args:
-            input_ids: (prompts, tokens), padded on the left; with `num_return_sequences` they make `batch_size` rows.
-            attention_mask: (prompts, tokens), 0 at padding; by default nothing is padding.
-            max_new_tokens: length of a response at most.
-            options: of `model.generate`: sampling, stopping, processors of logits.
-
-        Raises:
-            ValueError: other rows than the cache has, more tokens than it holds, tokens that the model does not have, beams, or an option about caches or
-                several tokens a step.
-            RuntimeError: a controller is attached whose backend cannot be part of a CUDA graph, or that has edited no state.
+        `input_ids` and `attention_mask` are (prompts, tokens), padded on the left; with `num_return_sequences` they make `batch_size` rows. What does not fit
+        the cache is a ValueError, a backend that cannot be part of a CUDA graph a RuntimeError.
         """
         check_options(options, REFUSED)
         if (effective(self.model, options, "num_beams") or 1) != 1:

@@ -53,16 +53,9 @@ def generate(
 ) -> Any:
     """Respond to prompts, each under its own control: y_t ~ softmax(W_lm (o_t + u_t)), u_t by the control of the prompt.
 
-    Only the states that are read to sample a new token are edited, never those of prompt positions before the last, and the key/value cache is not
-    touched. What one prompt gets does not depend on its neighbours' controls, and greedy tokens not on the batch, but for rounding of the model's own sums
-    where two tokens are equally likely. Sampled tokens depend on the seed and on the batch.
-
-    Batching is "continuous" (transformers' own, with paged cache: a prompt joins when there are free blocks, and makes room when it is finished) or
-    "static" (padded batches, decoded to the end one after the other); "auto" is continuous where model, options and release of transformers allow it, and
-    logs the reason where not.
-
-    A state stays unedited, and a warning says so once, if it is not finite or if its edit would leave the range of its dtype. The model is left as it was:
-    after an error, after Ctrl-C, and when a stream is closed early. Meanwhile it must not be used elsewhere.
+    Only the states that are read to sample a new token are edited, and the key/value cache is not touched. What one prompt gets does not depend on its
+    neighbours' controls, and greedy tokens not on the batch, but for rounding; sampled tokens depend on the seed and on the batch. A state stays unedited,
+    with a warning, if it is not finite or its edit would leave the range of its dtype. The model is left as it was; meanwhile it must not be used elsewhere.
 
     Args:
         model: a causal language model of transformers, without a `Controller`.
@@ -70,7 +63,7 @@ def generate(
         prompts: texts, or lists of token ids.
         control: for all prompts, or a list with one for each; None leaves a prompt alone.
         decoding: how long responses may be, where they stop, how they are sampled.
-        batching: "auto", "continuous" or "static".
+        batching: "continuous" (paged cache), "static" (padded batches), or "auto", continuous where that can be; the reason where not is logged.
         cache_budget: bytes for the key/value cache, or a text such as "8GiB"; by default half of the memory that is free.
         block_tokens: tokens of a block of paged cache; by default 256 on a GPU, else 16.
         stream: return an iterator that yields a `StreamedToken` whenever there is a token, and one with the response when a prompt is finished.
@@ -79,19 +72,11 @@ def generate(
         backend: of the ascent, as for `recontrol.ascend`.
         allow_other_model: accept value functions that were trained on the states of another model.
         keywords: settings of `Decoding` by name: `max_new_tokens` (128), `stop_strings`, `seed` (the caller's generators are left as they were), `batch_size`
-            (prompts decoded at once at most; by default 32 on the CPU, and on a GPU no limit but the cache). The rest is passed on to transformers, such
-            as do_sample and temperature; without do_sample the model is greedy, whatever its own default.
+            (at most so many at once; by default 32 on the CPU, and on a GPU no limit but the cache). The rest is passed on to transformers; without
+            do_sample the model is greedy, whatever its own default.
 
-    Returns:
-        list[Generation], in the order of the prompts; with `stream`, Iterator[StreamedToken].
-
-    Raises:
-        TypeError: prompts or controls of the wrong kind, or a value function that does not go with the model's dtype.
-        ValueError: prompts without tokens, too long, or with tokens that the model does not have, as many controls as there are not prompts, a value
-            function of another size, device or model, or an option that does not go with batches, or with the batching asked for.
-        RuntimeError: a `Controller` is attached, the backend cannot run here, edits do not reach the logits, or transformers failed.
-
-    Source: Kong et al. 2024, section 4.3 (test-time intervention).
+    Returns list[Generation], in the order of the prompts; with `stream`, Iterator[StreamedToken]. What cannot be is a TypeError or ValueError before any work,
+    and a RuntimeError where the backend cannot run here or edits do not reach the logits. Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
     output_embedding(model)
     ids = token_ids(tokenizer, prompts)

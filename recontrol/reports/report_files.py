@@ -42,10 +42,7 @@ TRIED = (
 
 
 def save_findings(out: str | os.PathLike, findings: Findings, study: Any = None, *, command: str | None = None) -> None:
-    """Write `report.html`, `report.json`, `report.csv` and `responses.jsonl` into a folder, each whole or not at all.
-
-    The study is a dataclass or a mapping ready for JSON; without a `command` the page has that which runs the study as it stands there.
-    """
+    """Write report.html, report.json, report.csv and responses.jsonl into a folder; the study is a dataclass or a mapping ready for JSON."""
     rows = make_rows(findings)
     sections: dict[str, Any] = dataclasses.asdict(study) if dataclasses.is_dataclass(study) and not isinstance(study, type) else dict(study or {})
     values, rewards = [answer.values or [] for answer in rows[0].result.answers], rows[0].result.rewards

@@ -34,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class StudyRun:
-    """The steps of a study: each is done when its result is first asked for, and read where it was done before in the same folder.
-
-    What cannot be is a ValueError or FileNotFoundError before any work.
-    """
+    """The steps of a study, each done when its result is first asked for, or read where it was done before; what cannot be is an error before any work."""
 
     def __init__(self, study: Study, out: str | os.PathLike, *, progress: bool = True):
         self.study, self.folder, self.progress = study, Path(out), progress

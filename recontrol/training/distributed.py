@@ -15,10 +15,7 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 class Processes:
-    """The processes that `accelerate launch` started, `count` of them, or this one alone, which needs no accelerate unless something is tracked.
-
-    Each adds the gradient of its share of a mini-batch, and all take the same step. The main one alone writes files.
-    """
+    """The `count` processes that `accelerate launch` started, or this one alone; each adds the gradient of its share, and the main one alone writes files."""
 
     def __init__(self, log_with: Any = None, logging_dir: str | os.PathLike | None = None):
         self.count, self.is_main, self._tracked = 1, True, False

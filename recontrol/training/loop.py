@@ -47,10 +47,7 @@ class Progress:
 
 
 class RunFolder:
-    """The files of one training run: `history.json`, and a checkpoint, or the value function once it is finished; with no path, none.
-
-    `settings` decide the result; a run with others in the same folder is refused. One of several processes writes.
-    """
+    """The files of a training run: history, checkpoint or value function; with no path, none. A run with other `settings` in the same folder is refused."""
 
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any], *, write: bool = True):
         self.path, self.write = None if path is None else Path(path), write and path is not None

@@ -45,13 +45,8 @@ def train(
 
         loss = mean over tokens of (V(s_t) - target_t)^2,    target_t = V(s_{t+1}) without gradient,    target_T = r
 
-    That is the paper's objective, "td", without discount; `TrainConfig` says which others there are. Adam, on mini-batches of whole responses read
-    from disk as they are needed. The best epoch is that of the least Monte Carlo error on prompts held out, not of the least TD error, which is
-    nearly as small for a V that has learned nothing. V starts as the mean reward of the training data, from which rewards are counted in standard
-    deviations for each head; that changes no solution, only what the learning rate is relative to. At the end V is in the unit of the reward.
-
-    Started by `accelerate launch`, several processes share each mini-batch and add up their gradients: the same result within rounding.
-    On `OnlineRollouts` each samples the whole batch, which saves no time.
+    That is the paper's objective, "td"; `TrainConfig` has others. The best epoch is that of the least Monte Carlo error on prompts held out, not of the
+    least TD error, which is nearly as small for a V that has learned nothing. Processes of `accelerate launch` share each mini-batch.
 
     Args:
         rollouts: what `collect` made, or its folder; or `OnlineRollouts`, which sample other responses in every epoch and write nothing.
@@ -66,19 +61,11 @@ def train(
         checkpoint_every: mini-batches between checkpoints, which is what a kill loses at most.
         **settings: fields of `TrainConfig` that replace those of `config`, for example `td_lambda=0.95`.
 
-    Returns:
-        The value function of the best epoch, on `device`, and the history, one dict an epoch: epoch (from 0), train_td_loss (or train_released_loss)
-        and, with validation, validation_td_loss, validation_mc_error, validation_explained_variance and validation_correlation, losses in squared
-        units of the reward. "preference" has train_preference_loss, validation_preference_loss (nats; the best epoch has the least) and
-        validation_preference_accuracy; the above, and a V that means a reward, only with regression.
-
-    Raises:
-        TypeError, ValueError: settings that cannot be, rollouts that cannot be trained on (the responses are named), or an `out` of another run.
-        RuntimeError: `kernel` is one that cannot run here, or another run is writing into `out`.
-        ImportError: `log_with` names a tracker that is not installed.
-        FloatingPointError, OSError: training diverged, or the disk is full; the checkpoint before it stays.
-
-    Source: Kong et al. 2024, section 4.2 and appendix (training of the value function).
+    Returns the value function of the best epoch, on `device`, and the history, one dict an epoch: epoch (from 0), train_td_loss (or train_released_loss)
+    and, with validation, validation_td_loss, validation_mc_error, validation_explained_variance and validation_correlation, losses in squared units of
+    the reward; "preference" has train_preference_loss, validation_preference_loss (nats) and validation_preference_accuracy. Settings or rollouts that
+    cannot be are a TypeError or ValueError, a kernel that cannot run here a RuntimeError, and divergence a FloatingPointError; the checkpoint before it
+    stays. Source: Kong et al. 2024, section 4.2 and appendix (training of the value function).
     """
     config = config_of(config, seed, settings)
     if type(checkpoint_every) is not int or checkpoint_every < 1:

@@ -27,11 +27,8 @@ from recontrol.version import __version__
 class ValueFunction(nn.Module):
     """Predicts the final reward of a response from the hidden state that is read to sample its next token.
 
-    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L, with `len(hidden_dims)` hidden layers: (..., hidden_size), floating point ->
-    (..., num_heads), dtype of the weights, which is float32 until `to` makes it another.
-
-    V, and `target` and `head_weights` of `Controller`, are in the unit of the reward, or, with `reward_mean` and `reward_std`, in standard
-    deviations from the mean reward: reward = std * V + mean, head by head (`to_reward`, `from_reward`).
+    V(h) = W_L relu(... relu(W_1 h + b_1) ...) + b_L: (..., hidden_size) -> (..., num_heads), in the dtype of the weights, float32 until `to` changes it.
+    V is in the unit of the reward, or, with `reward_mean` and `reward_std`, standardised: reward = std * V + mean, head by head (`to_reward`).
 
     Args:
         hidden_size: width of the language model's last hidden state.
@@ -40,9 +37,6 @@ class ValueFunction(nn.Module):
         reward_mean: (num_heads,), finite, the mean of each head's rewards in training, if V is standardised; else None.
         reward_std: (num_heads,), finite and above 0, their standard deviation; None if and only if `reward_mean` is.
         provenance: where the weights come from (base model, data, reward model), saved beside them.
-
-    Raises:
-        ValueError: a size that is not a positive integer, or statistics that are not one number a head.
 
     Source: Kong et al. 2024, section 4.2 (value function).
     """
@@ -162,16 +156,7 @@ class ValueFunction(nn.Module):
     ) -> str:
         """Upload what `save_pretrained` writes, with a model card made from the provenance, to the hub; the address of the commit or pull request.
 
-        Args:
-            repo_id: `owner/name`, or `name` for your own; the repository is made if there is none.
-            private: whether a new repository is private; by default what the owner's settings say.
-            token: by default the one that `hf auth login` stored.
-            revision: branch to upload to, made if there is none; by default the main branch.
-            commit_message: of the commit.
-            create_pr: open a pull request instead of committing.
-
-        Raises:
-            ValueError, OSError: `repo_id` is no name of a repository; the hub cannot be reached or refuses, and nothing was committed.
+        A repository or branch is made if there is none; `token` is by default the one that `hf auth login` stored. After an error nothing was committed.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
@@ -201,32 +186,16 @@ class ValueFunction(nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> "ValueFunction":
-        """Load what `save_pretrained` wrote, from a folder or from a repository of the hub by name.
+        """Load what `save_pretrained` wrote, from a local folder or, by `owner/name`, a `revision` of a repository of the hub.
 
-        Args:
-            path: a local folder, or `owner/name` on the hub.
-            dtype: convert the weights to this dtype; by default they keep the one they were saved in.
-            device: where to put the weights.
-            revision: branch, tag or commit of the repository on the hub; by default its main branch.
-            token: for a private repository; by default the one that `hf auth login` stored.
-
-        Raises:
-            FileNotFoundError, ValueError: `path` is neither a folder nor on the hub; the files are damaged or foreign; a folder has no revisions.
+        The weights keep their dtype unless `dtype` is given; a FileNotFoundError or ValueError says that there is none, or that its files are damaged.
         """
         folder = files.local_folder(path, revision, token)
         return cls._from_tensors(*files.read_value(folder), folder / WEIGHTS_NAME).to(device=device, dtype=dtype)
 
     @classmethod
     def from_released(cls, path: str | os.PathLike, *, provenance: dict[str, Any] | None = None) -> "ValueFunction":
-        """Load a state dict of the released code: `fc1`, `fc3` (two layers) or `fc1`, `fc2`, `fc3` (three layers).
-
-        Args:
-            path: the `.pth` file; only tensors are unpickled.
-            provenance: recorded in the value function, since the file carries none.
-
-        Raises:
-            FileNotFoundError, ValueError: there is no such file, it is damaged, or its keys are not those of the released code.
-        """
+        """Load a `.pth` file of the released code (only tensors are unpickled), recording `provenance`; a ValueError for keys that are not fc1, (fc2,) fc3."""
         path = Path(path)
         layers = files.read_released(path)
         sizes = [layers[0][0].shape[1], *(weight.shape[0] for weight, _ in layers)]
@@ -272,16 +241,10 @@ class ValueFunction(nn.Module):
 
 
 class WeightedSum(ValueFunction):
-    """V(h) = sum_k weight_k V_k(h), written `0.7 * helpful + 0.3 * harmless`.
-
-    It is one wider value function: climbed by one ascent, and saved, loaded and served like any other. Its unit is that of the sum: where the V_k
-    are standardised, the weights count standard deviations. It is a copy: when one of the V_k has changed, make the sum again.
+    """V(h) = sum_k weight_k V_k(h), written `0.7 * helpful + 0.3 * harmless`: one wider value function, a copy, in the unit of the sum.
 
     Args:
         terms: (weight, value function), all of the same depth, hidden size, heads, dtype and device; sums are replaced by their own terms.
-
-    Raises:
-        TypeError, ValueError: no terms, a weight that is not a finite number, or terms that are not value functions of the same kind.
 
     Source: Kong et al. 2024, section 4.3, for a sum in the place of V.
     """

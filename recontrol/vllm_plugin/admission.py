@@ -15,9 +15,8 @@ REQUESTS = (
 
 
 def install(settings: Settings) -> None:
-    """Check the control of every request where vLLM checks its other sampling parameters (HTTP 400), and once more where it enters the engine.
+    """Check the control of every request where vLLM checks its sampling parameters (HTTP 400), and once more where it enters the engine.
 
-    The second is for requests that did not come through this release's front end; vLLM ends such a request with an error and goes on with the others.
     In the process of the HTTP server it is checked before the answer begins, too: a stream that has begun has status 200 whatever comes.
     """
     from vllm.sampling_params import SamplingParams

@@ -78,10 +78,7 @@ def as_json(given: Any) -> str:
 
 
 def parse_control(given: Any, bank: Mapping[str, ValueFunction]) -> Control | None:
-    """The control of a request: None, a mapping with the fields of `Control`, where `value` is a name of the bank, or the same as JSON.
-
-    JSON, because `vllm_xargs` of the OpenAI-compatible server holds no mapping. The value functions of the bank may lack weights.
-    """
+    """The control of a request: None, a mapping with the fields of `Control`, where `value` is a name of the bank, or the same as JSON (`vllm_xargs`)."""
     try:
         given = json.loads(as_json(given))
     except (ValueError, TypeError, AttributeError, RecursionError):

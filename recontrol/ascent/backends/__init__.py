@@ -65,12 +65,7 @@ def choose(name: str, arguments: AscentArguments, prepared: Prepared) -> Backend
 
 
 def backend_info() -> dict[str, Any]:
-    """What is built, what "auto" uses on this machine, and why not the others.
-
-    Returns:
-        a dictionary with `versions`, `auto` (the backend used for float32 input, two linear layers, on the CPU),
-        and for each backend `available`, `reason` when it is not, and details of its build.
-    """
+    """What is built (`versions`), what "auto" uses on this CPU, and for each of `backends` whether it is `available` and the `reason` where not."""
     statuses = {name: backend.status() for name, backend in BACKENDS.items()}
     return {
         "versions": {"recontrol": __version__, "torch": torch.__version__},
