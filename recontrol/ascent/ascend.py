@@ -28,14 +28,12 @@ def ascend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Climb V from each hidden state by plain gradient steps, u <- u + alpha * grad V(h + u), starting at u = 0.
 
-    `hidden` is the state at the position whose logits sample the next token; the result takes its place as the input of
-    the output embedding. A row's result does not depend, to the bit, on the other rows or on how many there are. No
-    gradient flows through.
+    `hidden` is the state at the position whose logits sample the next token; the result takes its place as the input of the output embedding. A row's
+    result does not depend, to the bit, on the other rows or on how many there are. No gradient flows through.
 
     Args:
-        hidden: (rows, hidden_size), float32, bfloat16, float16 or float64; rows may be strided.
-        value: the value function, on the device of `hidden`; its weights may be of another dtype, except that float64
-            goes with float64 only. Half-precision input accumulates in float32.
+        hidden: (rows, hidden_size), float32, bfloat16, float16 or float64; half precision accumulates in float32; rows may be strided.
+        value: the value function, on the device of `hidden`; its weights may be of another dtype, except that float64 goes with float64 only.
         step_size: alpha >= 0, a float or (rows,).
         steps: n >= 0, an int or (rows,); a row with 0 steps comes back bit-identical.
         mask: (rows,), bool, True where the row is live; other rows come back bit-identical and cost nothing.
@@ -43,17 +41,14 @@ def ascend(
         target: climb -(V - target)^2 instead of V, that is, scale each step by 2 (target - V). A float or (rows,).
         head_weights: (num_heads,), the objective is the weighted sum of the heads; required if there are several.
         return_trace: also return V(h + u) after 0, 1, ... steps; a row that ends early keeps its last value.
-        backend: "auto", "cpu" (C++), "torch" (closed form), "cuda" (CUDA kernels), "triton" (two linear layers on a GPU), or
-            "oracle" (autograd loop). A backend asked for by name runs or raises; "auto" takes the one that was measured to be the
-            quickest.
+        backend: "auto", "cpu" (C++), "torch" (closed form), "cuda" (CUDA kernels), "triton" (two linear layers on a GPU), or "oracle" (autograd loop). A
+            backend asked for by name runs or raises; "auto" takes the one that was measured to be the quickest.
 
     Returns:
         (rows, hidden_size), dtype of `hidden`; with `return_trace` also (rows, max steps + 1), float32 (float64 for float64).
 
     Raises:
-        TypeError: wrong types or a mixture of dtypes that is not supported.
-        ValueError: wrong shapes or devices, NaN or infinite hidden states (rows are named), negative or NaN step size,
-            negative steps, an unknown backend.
+        TypeError, ValueError: wrong types, dtypes, shapes, devices or numbers; hidden states that are NaN or infinite are named by row.
         RuntimeError: the backend asked for cannot run here, with the reason.
 
     Source: Kong et al. 2024, section 4.3 (test-time intervention).

@@ -26,9 +26,6 @@ class Decoding:
         seed: of sampling; batch b is decoded with `seed + b`.
         stop_strings: strings at which a response ends; it is cut before the first token that touches one.
         options: of `model.generate`, as {"do_sample": True, "temperature": 1.0}; without do_sample the model is greedy, whatever its own default.
-
-    Raises:
-        TypeError, ValueError: a number that is not a positive integer (the seed: a negative one), or an empty stop string.
     """
 
     max_new_tokens: int = 128

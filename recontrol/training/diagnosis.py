@@ -49,9 +49,6 @@ def diagnose(value: ValueFunction, rollouts: Rollouts, responses: torch.Tensor |
         responses: (n,), indices of the responses to take, at least 3; None takes all.
         bins: of relative position, and of V for the calibration.
         head: of V.
-
-    Raises:
-        ValueError: fewer than three responses, states of another width, or a head or number of bins that cannot be.
     """
     responses = torch.arange(len(rollouts)) if responses is None else responses
     if (rollouts.hidden_size, rollouts.num_heads) != (value.hidden_size, value.num_heads):

@@ -65,10 +65,9 @@ class Prepared:
 
 
 class PreparedCache:
-    """Holds the `Prepared` of one value function until a weight changes.
+    """Holds the `Prepared` of one value function until a weight changes, seen by its address, layout, dtype, device, version or a `torch.optim` step.
 
-    A change is seen by the tensor's address, layout, dtype, device or version counter, and after any `torch.optim` step on the weights. In-place
-    changes through `.data` or another library's view of the memory bump no counter; call `clear` after one.
+    In-place changes through `.data` or another library's view of the memory show in none of these; call `clear` after one.
     """
 
     def __init__(self) -> None:
