@@ -57,8 +57,7 @@ CHARACTERS_PER_TOKEN = 4
 class Judgement:
     """Verdicts, one a pair of responses: 1 the response is better, 0 the other one is, 0.5 neither, also where an answer is `unreadable`.
 
-    `position_bias` is the share of the pairs with both answers that the order decided: both name the same place. `usage` has requests and tokens, and `cost`
-    is their price; None for what is not known.
+    `position_bias` is the share, of the pairs with both answers, whose answers both name the same place; it, `usage` and `cost` are None where not known.
     """
 
     verdicts: Sequence[float]

@@ -14,8 +14,7 @@ from recontrol.evaluation.metrics import bootstrap_interval
 class WinRate:
     """How often responses win against others: rate = (wins + ties / 2) / pairs, and its 95 % percentile bootstrap interval (low, high) over prompts.
 
-    The pairs of one prompt are drawn together. `verdicts` are as in `Judgement`, as are `position_bias`, `unreadable` and `cost`. Requests and tokens are
-    those of this run, None where the judge or its server does not say.
+    The pairs of one prompt are drawn together. The rest is as in `Judgement`; requests and tokens are those of this run, None where the server does not say.
     """
 
     rate: float

@@ -24,8 +24,8 @@ CONFIG_NAME = "adapter_config.json"
 class FineTuningRun:
     """A finished run of training, in its folder `path` as `fine_tuning.json`, beside the adapter as `peft.PeftModel.from_pretrained` takes it.
 
-    `settings` are all that the result depends on; `seconds` and `peak_bytes` (memory beyond that before) are of training, over all sessions of a run that
-    was stopped; `history` has one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
+    `settings` are all that the result depends on; `seconds` and `peak_bytes` (memory beyond that before) are of training, without sampling the pairs, over
+    all sessions of a run that was stopped; `history` has one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
     """
 
     path: Path

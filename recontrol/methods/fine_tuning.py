@@ -124,8 +124,7 @@ def make_preference_pairs(
     """Sample y_1, ..., y_n from the uncontrolled model for each prompt; prefer argmax_i r(x, y_i) to argmin_i r(x, y_i).
 
     A response that the model ended has the text of its end-of-sequence token, so that training on the pair keeps the model's own endings. The reward gives
-    one score a response (see `as_reward`). do_sample is True unless given; `batch_size` prompts (by default 16) are decoded at once, that is
-    `batch_size * samples` rows. `keywords` are settings of `Decoding`, and options of `model.generate`.
+    one score a response; do_sample is True unless given; `batch_size` prompts (by default 16), that is `batch_size * samples` rows, are decoded at once.
     Source: Rafailov et al. 2023, section 4 (pairs of responses of the initial model); the reward takes the place of the annotator.
     """
     if samples < 2:
@@ -240,9 +239,8 @@ def train_rl(
 
     The baseline of RLOO, the default, is the mean reward of the other responses to the prompt; GRPO takes the mean of all, divides by their standard
     deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does. Sampling is from the whole distribution; else as `train_dpo`.
-    The reward gives one score a response. A step needs `batch_size / samples` prompts, and an incomplete last one is left out. A response is cut before the
-    first token that touches a stop string. `keywords` are settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further
-    fields of the config of TRL's trainer.
+    The reward gives one score a response. A step needs `batch_size / samples` prompts; an incomplete last one is left out. Responses end before the first
+    token that touches a stop string. `keywords`: `FineTuning` (beta=0.05, learning_rate=1e-5, batch_size=64 by default), and fields of TRL's config.
     Source: Ahmadian et al. 2024, section 3 (RLOO); Shao et al. 2024, section 4.1 (GRPO); Hu et al. 2021, section 4.1.
     """
     trl = _trl(model, tokenizer)
