@@ -94,7 +94,6 @@ def evaluate(
         logger.warning("the reward has changed since: the responses of %d batches are scored again", len(stale))
     for key in stale:
         cells.add(measure.scored(cells[key], batches[key[2]][1]))
-    # Each batch begins with another method.
     turns = [compared[number % len(compared) :] + compared[: number % len(compared)] for number, _ in batches]
     todo = [(method, batch, run, number) for run in runs for number, batch in batches for method in turns[number] if not cells.known(method.label, run, number)]
     if controller_options and not settings:

@@ -1,9 +1,8 @@
 """Reward against divergence: which settings are worth their divergence, and how methods compare at the same one.
 
-A point is anything with `.reward`, a mean, and `.kl`, KL(controlled || uncontrolled) in nats a response, for example a `Result`. For intervals it also has
-`.rewards` and `.kls`, one number a response, in the same order at all points, seed after seed, with `.seeds` (1 if missing). Lines between points are
-straight in d = sqrt(KL): for a small edit of strength s the reward changes by a term in s and the divergence by one in s^2, so the reward is linear in d
-near 0; and reward models that are climbed too far follow a parabola in d, R = d (a - b d) (Gao et al. 2023, section 3).
+A point is anything with `.reward`, a mean, and `.kl`, KL(controlled || uncontrolled) in nats a response, for example a `Result`. Intervals also need
+`.rewards` and `.kls`, one number a response, in the same order at all points, seed after seed, with `.seeds` (1 if missing). Lines are straight in
+d = sqrt(KL): for a small edit the reward is linear in d, and reward models that are climbed too far follow R = d (a - b d) (Gao et al. 2023, section 3).
 """
 
 import math
@@ -98,13 +97,11 @@ def at_equal_kl(
 
     Args:
         points: by method, its measured settings.
-        kl_levels: divergences, in nats a response.
-        uncontrolled: the uncontrolled model; its KL counts as 0.
+        kl_levels: divergences, in nats a response; ValueError for one that is negative or not finite.
+        uncontrolled: the uncontrolled model; its KL counts as 0. ValueError for points with another number of responses.
         level: the share of resampled rewards inside an interval.
         resamples: how many times the prompts are drawn.
         seed: of the draws.
-
-    Raises ValueError: a level that is negative or not finite, points with other numbers of responses than the uncontrolled model, or as for `pareto`.
     """
     if any(not math.isfinite(kl) or kl < 0 for kl in kl_levels):
         raise ValueError(f"levels of KL must be finite and 0 or more, found {list(kl_levels)}")

@@ -55,13 +55,9 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdicts on pairs of responses.
+    """Verdicts, one a pair of responses: 1 the response is better, 0 the other one is, 0.5 neither, also where an answer is `unreadable`.
 
-    Attributes:
-        verdicts: one a pair: 1 the response is better, 0 the other one is, 0.5 neither.
-        position_bias: the share of the pairs with both answers that the order decided: both name the same place. None without an order or such pairs.
-        unreadable: pairs that are ties because an answer could not be read.
-        usage, cost: requests and tokens, None for a judge that sends nothing, and their price, None without prices or counts of tokens.
+    `position_bias` is the share, of the pairs with both answers, whose answers both name the same place; it, `usage` and `cost` are None where not known.
     """
 
     verdicts: Sequence[float]
@@ -97,7 +93,6 @@ class PairwiseJudge:
         unreadable: the share of questions that may stay without a readable answer; they count as "neither", and are asked again in the next run.
         chat: settings of `ChatModel`: base_url and api_key of the server, cache (an SQLite file of answers), concurrency, max_retries, timeout, request.
 
-    Raises ImportError, ValueError: as `ChatModel`, instructions that lack a field, wrong prices, or a share outside [0, 1].
     Source: Kong et al. 2024, section 5 (GPT-4 as the judge of win rates).
     """
 

@@ -130,7 +130,6 @@ class Measure:
         read = torch.cat(rows[:EDITED_ROWS]) if rows else torch.zeros(0)
         with torch.no_grad():
             edited = method.edit(read) if len(read) else None
-        # In the precision of the tensors.
         norm = None if edited is None else float(np.float32((edited.float() - read.float()).norm(dim=-1).mean().item()))
         return Cell(method.label, seed, batch, seconds, max(1, *map(len, ids)), peak.bytes, norm, answers, self.reward_sha256)
 
@@ -203,7 +202,6 @@ def likelihoods(
         raise ValueError(f"every response needs its prompt: found {len(prompts)} prompts for {len(token_ids)} responses")
     found: list[Likelihood] = [Likelihood(0.0, None if recorder is None else 0.0)] * len(token_ids)
     rows = [(index, tokenizer(prompt).input_ids, list(ids)) for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)) if len(ids)]
-    # Together with others of similar length.
     rows.sort(key=lambda row: len(row[1]) + len(row[2]))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]

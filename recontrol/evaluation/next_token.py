@@ -22,10 +22,8 @@ STATES_AT_ONCE = 256
 class PathPoint:
     """The effect of `steps` steps of size `step_size` on the next token, as means over states.
 
-    Attributes:
-        value, reward: V(h + u_n), with several heads their weighted sum, in V's own unit and in that of the reward.
-        edit_norm: |u_n|.
-        kl: KL(p || q) in nats, of the next-token distribution p of h + u_n and that of h, q, before temperature and the like.
+    `value` and `reward` are V(h + u_n), with several heads their weighted sum, in V's own unit and in that of the reward; `edit_norm` is |u_n|; `kl` is
+    KL(p || q) in nats, of the next-token distribution p of h + u_n and that of h, q, before temperature and the like.
     """
 
     step_size: float
@@ -60,9 +58,7 @@ def path_of_steps(
         steps: the numbers of steps, in any order; 0 is the uncontrolled model.
         backend: as for `recontrol.ascend`.
         allow_other_model: accept a value function that was trained on the states of another model.
-        settings: further ones of `Control`: radius, target, head_weights.
-
-    Raises TypeError, ValueError, RuntimeError: as `Control` and `Controller.attach`, states of the wrong shape or none, or no steps.
+        settings: further ones of `Control`: radius, target, head_weights. Errors are those of `Control` and of `Controller.attach`.
     """
     controls = [Control(value, step_size, n, **settings) for n in steps]
     if not controls:
@@ -98,5 +94,4 @@ class _Reading(Editing):
     def logits(self, states: Tensor) -> Tensor:
         """(states, hidden_size) -> (states, vocabulary), the logits that the model computes from these states."""
         self.given = states
-        # One token, whose state is replaced.
         return self.owner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(self.owner)), use_cache=False).logits[:, -1]

@@ -24,22 +24,16 @@ class Result:
 
     Args:
         method, kind, settings: its label ("uncontrolled" for the model alone), the name that methods of other settings share, and the settings by name.
-        step_size, steps: alpha and n; 0 unless the method is RE-Control alone.
-        seeds: how many.
-        reward, reward_interval: mean over responses; with several rewards of their weighted sum.
-        head_rewards: mean of each reward, where there are several; else empty.
-        diversity: mean over responses of prod_{n=2..4} (1 - rep_n).
-        coherence: mean cosine of the sentence embeddings of prompt and response; None without an encoder.
+        step_size, steps, seeds: alpha and n, 0 unless the method is RE-Control alone; how many seeds.
+        reward, reward_interval, head_rewards: mean over responses, with several rewards of their weighted sum; then the mean of each, else empty.
+        diversity, coherence: mean of prod_{n=2..4} (1 - rep_n); mean cosine of the embeddings of prompt and response, None without an encoder.
         nll, perplexity: nats a response token under the uncontrolled model, at temperature 1, and exp(nll); None where no response has a token.
         kl, kl_interval: nats a response, mean of sum_t KL(p_t || p0_t) along responses; None where a method does not show its distributions.
-        length: mean number of tokens kept in a response, the end-of-sequence token included.
-        tokens_per_second: response tokens kept over the seconds of generation, without scoring and warm-up.
-        cost: time of a decode step over that of the uncontrolled model for the same batch, median over batches.
-        added_seconds: what control adds to each token: time of a decode step minus the uncontrolled one's, over the rows of the batch, median over batches.
+        length, tokens_per_second: mean tokens kept in a response, the end-of-sequence token included; tokens kept over the seconds of generation alone.
+        cost, added_seconds: time of a decode step over the uncontrolled one's; minus it, for each row of the batch. Medians over batches.
         peak_bytes: peak memory during generation, beyond that before it; the largest of any batch.
         edit_norm: mean |u| over some responses' tokens, in units of the hidden state; None where no state is edited.
-        value_end: mean of V at the states read for the last tokens, in the unit of the reward; None without V.
-        training: the cost of training the method.
+        value_end, training: mean of V at the states read for the last tokens, in the unit of the reward, None without V; the cost of training.
         rewards, kls, responses, answers: of each response its reward, KL (empty with `kl` None), text, and everything that is known of it.
     """
 

@@ -12,16 +12,9 @@ from recontrol.evaluation.metrics import bootstrap_interval
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often responses win against others.
+    """How often responses win against others: rate = (wins + ties / 2) / pairs, and its 95 % percentile bootstrap interval (low, high) over prompts.
 
-    Attributes:
-        rate: (wins + ties / 2) / pairs.
-        interval: (low, high), 95 % percentile bootstrap interval of the rate over prompts: the pairs of one prompt are drawn together.
-        wins, ties, losses: pairs whose response is better, where neither is, whose other response is better.
-        position_bias, unreadable, cost: as in `Judgement`.
-        requests, input_tokens, output_tokens: sent and answered in this run, and their tokens; None where the judge or its server does not say.
-        judge: its name.
-        verdicts: one a pair, 1 for a win, 0.5 for a tie, 0 for a loss.
+    The pairs of one prompt are drawn together. The rest is as in `Judgement`; requests and tokens are those of this run, None where the server does not say.
     """
 
     rate: float
@@ -67,7 +60,6 @@ def win_rate(prompts: Sequence[str], responses: Sequence[str], others: Sequence[
         others: what they are compared with: another method's, or the preferred ones from `load_prompts_with_preferred`.
         judge: a `PairwiseJudge`, a `RewardJudge`, or any function (prompts, responses, others) -> verdicts, one of 1, 0.5 and 0 a pair.
 
-    Raises ValueError, ConnectionError: no pairs, different counts, not one such verdict a pair, or as the judge.
     Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
     if not prompts or not len(prompts) == len(responses) == len(others):

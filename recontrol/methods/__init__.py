@@ -9,24 +9,5 @@ from recontrol.methods.prompting import Prompting, best_examples
 from recontrol.methods.reranking import ARGS, PrefixScorer
 from recontrol.methods.static_editing import Direction, StaticEditing, mean_difference, reward_direction
 
-__all__ = [
-    "ARGS",
-    "BestOfN",
-    "Direction",
-    "FineTuned",
-    "FineTuning",
-    "Method",
-    "PrefixScorer",
-    "Prompting",
-    "ReControl",
-    "StaticEditing",
-    "Together",
-    "Training",
-    "Uncontrolled",
-    "best_examples",
-    "make_preference_pairs",
-    "mean_difference",
-    "reward_direction",
-    "train_dpo",
-    "train_rl",
-]
+__all__ = ["ARGS", "BestOfN", "Direction", "FineTuned", "FineTuning", "Method", "PrefixScorer", "Prompting", "ReControl", "StaticEditing", "Together"]
+__all__ += ["Training", "Uncontrolled", "best_examples", "make_preference_pairs", "mean_difference", "reward_direction", "train_dpo", "train_rl"]

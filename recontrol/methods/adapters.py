@@ -16,20 +16,16 @@ from recontrol.methods.base import Method, Training
 
 EXTRA = "fine-tuning"
 FORMAT = "recontrol.fine_tuning"
-# Beside the adapter: its settings and its cost.
 RECORD_NAME = "fine_tuning.json"
 CONFIG_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class FineTuningRun:
-    """A finished run; in its folder as `fine_tuning.json`, beside the adapter.
+    """A finished run of training, in its folder `path` as `fine_tuning.json`, beside the adapter as `peft.PeftModel.from_pretrained` takes it.
 
-    Attributes:
-        path, settings: the folder of the adapter, as `peft.PeftModel.from_pretrained` takes it, and all that the result depends on.
-        trainable_parameters: how many numbers were trained.
-        seconds, peak_bytes: of training, over all sessions of a run that was stopped, without sampling the pairs of DPO; memory beyond that before.
-        history: one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
+    `settings` are all that the result depends on; `seconds` and `peak_bytes` (memory beyond that before) are of training, without sampling the pairs, over
+    all sessions of a run that was stopped; `history` has one dict an optimisation step, by the trainer's names ("step", "loss", "reward", ...).
     """
 
     path: Path
@@ -81,11 +77,7 @@ def adapter(model: Any, path: str | os.PathLike) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class FineTuned(Method):
-    """The language model with a LoRA adapter, put on for each batch and taken off again (Kong et al. 2024, section 5; Hu et al. 2021, section 4.1).
-
-    Args:
-        path: a folder that `train_dpo` or `train_rl` has written; FileNotFoundError or ValueError where it holds no run.
-    """
+    """The language model with the LoRA adapter in the folder `path`, put on for each batch (Kong et al. 2024, section 5; Hu et al. 2021, section 4.1)."""
 
     path: str | os.PathLike
     run: FineTuningRun = field(init=False, repr=False)

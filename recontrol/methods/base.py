@@ -113,12 +113,7 @@ class Method:
     def respond(self, model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding | None = None, **keywords: Any) -> Batch:
         """Respond to one batch of prompts; the caller's generators and the tokenizer's settings are left as they were.
 
-        Args:
-            model: a causal language model, with nothing attached to it.
-            tokenizer: its tokenizer.
-            prompts: the texts to respond to; none are a ValueError.
-            decoding: how.
-            keywords: settings of `Decoding` by name, and options of `model.generate`. Logits processors among them follow the method's own.
+        `keywords` are settings of `Decoding` by name, and options of `model.generate`; logits processors among them follow the method's own.
         """
         decoding = Decoding.of(decoding, **keywords)
         options = dict(decoding.options)
@@ -138,11 +133,7 @@ class Uncontrolled(Method):
 
 @dataclass(frozen=True, eq=False)
 class Together(Method):
-    """Several methods at once, for example a prompt and control: the last writes the text first, the first changes the logits first.
-
-    Args:
-        methods: at least one, and none that chooses between responses, else ValueError.
-    """
+    """Several methods at once, none of which chooses between responses: the last writes the text first, the first changes the logits first."""
 
     methods: Sequence[Method]
 

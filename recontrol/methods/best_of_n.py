@@ -19,17 +19,10 @@ from recontrol.methods.base import Method, Uncontrolled, one_score
 
 @dataclass(frozen=True, eq=False)
 class BestOfN(Method):
-    """y = argmax_{i <= n} r(y_i), y_1 ... y_n sampled independently: the first of equals is kept. Costs n times the decoding, and the reward.
+    """y = argmax_{i <= n} r(y_i), y_1 ... y_n sampled independently by `inner`: the first of equals is kept. Costs n times the decoding, and the reward.
 
-    Args:
-        n: responses to a prompt, at least 1.
-        reward: as for `collect`: a callable (prompts, responses) -> scores, a pair (sequence classifier, tokenizer), or a name or path.
-        inner: how each of them is made.
-        head_weights: one number a reward, where there are several: their weighted sum is the largest.
-        rows_at_once: decode at most this many responses at once, but one to each prompt; None for all. Another number gives other samples.
-        sampling: options of `model.generate` in the place of those that a comparison has for all methods, do_sample=True where it is greedy.
-
-    Raises TypeError, ValueError: `reward` is no reward, `inner` no method or one that chooses between responses, a count no integer of at least 1.
+    The reward is as for `collect`; `head_weights` weigh several. At most `rows_at_once` responses are decoded at once, but one to each prompt (None: all);
+    another number gives other samples. `sampling` are options of `model.generate` in the place of a comparison's, do_sample=True where that is greedy.
     Source: Stiennon et al. 2020 (as a comparison to fine-tuning).
     """
 

@@ -21,13 +21,7 @@ SHOWN = {"step_size": "alpha", "steps": "n", "head_weights": "weights"}
 class ReControl(Method):
     """Representation editing by a value function: y_t ~ softmax(W_lm (o_t + u_t)), u_t by n gradient steps of V from u_t = 0.
 
-    Args:
-        control: value function, step size, steps, radius, target, weights of the heads.
-        backend: of the ascent, as for `recontrol.ascend`.
-        allow_other_model: accept a value function that was trained on the states of another model.
-        trained: the cost of training the value function, where it is known.
-
-    Raises TypeError, ValueError: `control` is no `Control`, or an unknown backend.
+    `allow_other_model` accepts a value function that was trained on another model's states; `trained` is the cost of training it, where it is known.
     Source: Kong et al. 2024, section 4.3 (test-time intervention).
     """
 

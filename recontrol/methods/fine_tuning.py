@@ -55,19 +55,12 @@ ONLINE = ("rloo", "grpo")
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The settings that `train_dpo` and `train_rl` share; the defaults of the first three are theirs. Sizes that do not divide are a ValueError.
+    """The settings that `train_dpo` and `train_rl` share; the defaults of the first three are theirs.
 
-    Args:
-        beta: price of a nat of divergence from the model without adapter.
-        learning_rate: of AdamW, falling to 0 linearly.
-        batch_size: pairs, or responses, in an optimisation step.
-        rank, alpha, dropout: of B A, which is scaled by alpha / rank (by default alpha is twice the rank), and of the input of A.
-        target_modules: names of the layers that get an adapter; by default all linear ones but the output embedding.
-        epochs: passes over the pairs or prompts; may be a fraction.
-        micro_batch_size: pairs, or responses, in a forward pass; None is all of the step.
-        gradient_checkpointing: compute activations twice, to keep fewer of them.
-        save_steps: optimisation steps between two checkpoints.
-        seed: of the adapter's first weights and the order of the pairs or prompts.
+    `beta` is the price of a nat of divergence from the model without adapter; the learning rate of AdamW falls to 0 linearly. A step has `batch_size` pairs
+    or responses, a forward pass `micro_batch_size`, which divides it (None: all). B A is scaled by alpha / rank (by default alpha is twice the rank),
+    `dropout` is of the input of A, and `target_modules` name the layers. `epochs` may be a fraction; `gradient_checkpointing` computes activations twice, to
+    keep fewer; `save_steps` lie between two checkpoints; `seed` is of the first weights and the order.
     """
 
     beta: float
@@ -130,20 +123,8 @@ def make_preference_pairs(
 ) -> PreferencePairs:
     """Sample y_1, ..., y_n from the uncontrolled model for each prompt; prefer argmax_i r(x, y_i) to argmin_i r(x, y_i).
 
-    A response that the model ended has the text of its end-of-sequence token, so that training on the pair keeps the model's own endings.
-
-    Args:
-        model: a causal language model, with nothing attached to it.
-        tokenizer: its tokenizer; its padding settings are neither used nor changed.
-        prompts: the texts to respond to.
-        reward: see `as_reward`; one score a response.
-        samples: responses to each prompt, at least 2.
-        decoding: how; do_sample is True unless given. `batch_size` prompts (by default 16) are decoded at once, that is `batch_size * samples` rows.
-        progress: show a progress bar.
-        keywords: settings of `Decoding` by name, and options of `model.generate`.
-
-    Raises ValueError: no, empty or too long prompts, fewer than 2 samples, greedy decoding, an option that does not go with batches, a model under
-    control, a reward of several scores, or no prompt with two responses of different reward.
+    A response that the model ended has the text of its end-of-sequence token, so that training on the pair keeps the model's own endings. The reward gives
+    one score a response; do_sample is True unless given; `batch_size` prompts (by default 16), that is `batch_size * samples` rows, are decoded at once.
     Source: Rafailov et al. 2023, section 4 (pairs of responses of the initial model); the reward takes the place of the annotator.
     """
     if samples < 2:
@@ -169,7 +150,6 @@ def make_preference_pairs(
                 left_out["empty" if len(order) < 2 else "equal"] += 1
                 continue
             rejected, chosen = order[0], order[-1]
-            # Where the model wrote an end-of-sequence token, with its text.
             ends = [tokenizer.decode(responses[row].token_ids[-1:]) if responses[row].finish == "eos" else "" for row in (chosen, rejected)]
             found.pairs.append(Preference(repeated[start], responses[chosen].text + ends[0], responses[rejected].text + ends[1]))
             found.margins.append(scores[chosen] - scores[rejected])
@@ -203,21 +183,10 @@ def train_dpo(
     r"""Train a LoRA adapter on preferences by minimising the mean of -log sigmoid(beta (log p(y+|x)/p0(y+|x) - log p(y-|x)/p0(y-|x))).
 
     p is the model with the adapter, p0 without. The same call continues a run that was stopped and reads one that is finished. The model (whose weights
-    are not copied), its tokenizer and the caller's generators are left as they were. `FineTuned` makes a method of the folder.
-
-    Args:
-        model: a causal language model without adapters.
-        tokenizer: its tokenizer, with an end-of-sequence token.
-        pairs: of `make_preference_pairs`, or of `load_pairs`. Prompt and response are tokenised together.
-        out: the folder of the adapter; checkpoints are in a folder beside it until it is there.
-        max_length: tokens of prompt and response together; responses are cut there, and at the end of the model's context.
-        add_eos: end each response with an end-of-sequence token: for whole responses of a data set. `make_preference_pairs` writes those of the model.
-        progress: show a progress bar.
-        keywords: settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`.
-
-    Raises ImportError: the extra `fine-tuning` (trl and peft) is not installed. TypeError: a field of the trainer's config that is set here. ValueError: no
-    pairs, pairs of equal responses or whose prompts fill `max_length`, a tokenizer without end-of-sequence token, sizes that do not divide, a model with
-    adapters or under control, or a folder of something else. RuntimeError: another run is writing into the folder, or this is one of several processes.
+    are not copied), its tokenizer and the caller's generators are left as they were. `FineTuned` makes a method of the folder `out`, beside which checkpoints
+    are kept until it is there. Prompt and response are tokenised together, and cut at `max_length` tokens and at the end of the model's context. `add_eos`
+    ends each response with an end-of-sequence token: for whole responses of a data set; `make_preference_pairs` writes those of the model. `keywords` are
+    settings of `FineTuning` (by default beta=0.1, learning_rate=5e-6, batch_size=16), and further fields of `trl.DPOConfig`. Needs the extra `fine-tuning`.
     Source: Rafailov et al. 2023, equation 7; Hu et al. 2021, section 4.1.
     """
     trl = _trl(model, tokenizer)
@@ -270,22 +239,8 @@ def train_rl(
 
     The baseline of RLOO, the default, is the mean reward of the other responses to the prompt; GRPO takes the mean of all, divides by their standard
     deviation, and has the KL in the loss. Both clip the ratio of probabilities as PPO does. Sampling is from the whole distribution; else as `train_dpo`.
-
-    Args:
-        model: a causal language model without adapters.
-        tokenizer: its tokenizer, with an end-of-sequence token.
-        prompts: the texts to respond to, at least the `batch_size / samples` of a step; an incomplete last step is left out.
-        reward: see `as_reward`; one score a response.
-        out: the folder of the adapter; checkpoints are in a folder beside it until it is there.
-        algorithm: "rloo" or "grpo".
-        max_new_tokens: length of a response at most, in tokens.
-        samples: responses to each prompt, at least 2.
-        temperature: of sampling.
-        stop_strings: strings at which a response ends; it is cut before the first token that touches one.
-        progress: show a progress bar.
-        keywords: settings of `FineTuning` (by default beta=0.05, learning_rate=1e-5, batch_size=64), and further fields of the config of TRL's trainer.
-
-    Raises ImportError, TypeError, ValueError, RuntimeError: as `train_dpo`; another algorithm, too few, empty or too long prompts, or no finite score.
+    The reward gives one score a response. A step needs `batch_size / samples` prompts; an incomplete last one is left out. Responses end before the first
+    token that touches a stop string. `keywords`: `FineTuning` (beta=0.05, learning_rate=1e-5, batch_size=64 by default), and fields of TRL's config.
     Source: Ahmadian et al. 2024, section 3 (RLOO); Shao et al. 2024, section 4.1 (GRPO); Hu et al. 2021, section 4.1.
     """
     trl = _trl(model, tokenizer)

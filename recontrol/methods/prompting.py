@@ -32,13 +32,8 @@ SHOWN = 40
 class Prompting(Method):
     r"""The prompt inside a template, with examples of good responses before it: `template` with "{prompt}" replaced by examples and prompt.
 
-    Args:
-        template: the text around the prompt, marks of a chat template included; has "{prompt}" exactly once. Other braces are text.
-        examples: pairs (prompt, response), written directly before the prompt, each response right after its prompt.
-        separator: written between an example and what follows it, but only once where the next prompt begins with it.
-        name: of the template in tables; by default its first words.
-
-    Raises TypeError, ValueError: a text that is none, not exactly one "{prompt}", an example without a response, or neither template nor examples.
+    The template has "{prompt}" exactly once, other braces are text. Examples are pairs (prompt, response), each response right after its prompt, and then
+    the separator, but only once where the next prompt begins with it. Tables show `name`, by default the template's first words.
     Source: Kong et al. 2024, section 5 (baselines: prompt engineering).
     """
 
@@ -103,11 +98,7 @@ def best_examples(rollouts: Rollouts | str | os.PathLike, count: int = 3, *, hea
     """The best-rewarded responses of rollouts, as in-context examples: of each prompt its best response, of these the best.
 
     They are pairs (prompt, response), the best one last, where it is nearest to the prompt; of equals the earlier in the rollouts counts as the better.
-
-    Args:
-        rollouts: what `collect` made, or its folder; of other prompts than those of a comparison.
-        count: how many; more than there are prompts, or texts, are a ValueError.
-        head_weights: one number a reward, where there are several: the best is that with the largest weighted sum.
+    The rollouts should be of other prompts than those of a comparison; where there are several rewards, `head_weights` give their weighted sum.
     """
     rollouts = rollouts if isinstance(rollouts, Rollouts) else Rollouts(rollouts)
     prompts = len(rollouts.groups.unique())

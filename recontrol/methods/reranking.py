@@ -47,15 +47,7 @@ class ARGS(Method):
 
     LM is the logit. Greedy decoding takes the token of the highest score (ARGS-greedy); with `do_sample` one is drawn from the softmax of the k scores,
     divided by the temperature (ARGS-stochastic). The reward scores the caller's prompts with the response so far and the candidate behind it, up to
-    rows * k texts in one call: equal ones once, responses that have ended not at all.
-
-    Args:
-        reward: a callable (prompts, responses) -> scores, or what else `recontrol.collect` takes as the reward.
-        w: weight of the reward against the logits.
-        k: number of candidates.
-        weights: one number a score, r is the weighted sum; required where the reward returns several scores.
-
-    Raises TypeError, ValueError: `reward` is no reward, a number is none or not finite, `k` is not positive, or there are not as many weights as scores.
+    rows * k texts in one call: equal ones once, responses that have ended not at all. With several scores r is their sum weighted by `weights`.
     Source: Khanov et al. 2024 (ARGS: Alignment as Reward-Guided Search), sections 2.1 (score) and 2.2 (greedy and stochastic choice).
     """
 
@@ -117,17 +109,8 @@ class PrefixScorer(Method):
     With all tokens as candidates and V the expected reward, this samples from the distribution that maximises V - KL / strength at each step. V is in its
     own unit: where it is standardised, a strength of 1 is one logit for a standard deviation of the reward. A token that ends the response, which no state
     follows, gets V(o_t). A step costs one more forward call, of k positions a row, with the key/value cache of the generation; k calls over the whole
-    text where the cache cannot be used (sliding windows, recurrent states).
-
-    Args:
-        value: the value function, on the model's device.
-        strength: lambda, weight of the value against the logits; the larger, the further from the model.
-        k: number of candidates.
-        head_weights: (num_heads,) numbers, V is the weighted sum of the heads; required if there are several.
-        allow_other_model: accept a value function that was trained on the states of another model.
-        trained: the cost of training the value function, where it is known.
-
-    Raises TypeError, ValueError: `value` is no value function, a number is none or not finite, `k` is not positive, or `head_weights` do not fit.
+    text where the cache cannot be used (sliding windows, recurrent states). With several heads V is their sum weighted by `head_weights`. `trained` is the
+    cost of training the value function, where it is known; `allow_other_model` accepts one that was trained on the states of another model.
     Source: Mudgal et al. 2024 (Controlled Decoding from Language Models), token-wise control with a prefix scorer (CD-FUDGE).
     """
 

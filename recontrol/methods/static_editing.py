@@ -29,14 +29,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction in the space of hidden states; its norm is the mean norm of a state, so a strength of 0.1 moves a state by a tenth of that.
+    """A direction (hidden_size,), float32 on the CPU; its norm is the mean norm of a state, so a strength of 0.1 moves a state by a tenth of that.
 
-    Args:
-        vector: (hidden_size,), kept as float32 on the CPU.
-        origin: how it was found, in a few words, for tables.
-        provenance: where it comes from: `base_model`, as `model_fingerprint` describes it, and settings.
-
-    Raises TypeError, ValueError: `vector` is no tensor, no vector, zero or not finite, or `origin` no text.
+    `origin` says in a few words, for tables, how it was found; `provenance` holds `base_model`, as `model_fingerprint` describes it, and settings.
     """
 
     vector: Tensor
@@ -87,13 +82,7 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
     min over w, b of  mean_t (w . s_t + b - r)^2 + lambda |w|^2,  lambda = ridge * (mean variance of a coordinate of s),
 
     over all states of all responses, in float64. `explained` in the provenance is the share of the reward's variance that the regression explains.
-
-    Args:
-        rollouts: of the uncontrolled model: what `collect` made, or its folder.
-        ridge: above 0.
-        head_weights: one number a reward, where there are several: their weighted sum is regressed.
-
-    Raises TypeError, ValueError: a wrong ridge, weights that do not go with the rewards, rewards that are all the same or not finite, states that are not.
+    The rollouts are of the uncontrolled model; of several rewards the sum weighted by `head_weights` is regressed.
     Source: Kong et al. 2024, section 5 (baselines: static representation editing).
     """
     began = time.perf_counter()
@@ -126,12 +115,8 @@ def reward_direction(rollouts: Rollouts | str | os.PathLike, *, ridge: float = 0
 def mean_difference(rollouts: Rollouts | str | os.PathLike, *, share: float = 0.25, head_weights: Sequence[float] | None = None) -> Direction:
     """The mean state of the best-rewarded responses minus that of the worst-rewarded ones, scaled to the mean norm of both; every token counts the same.
 
-    Args:
-        rollouts: of the uncontrolled model: what `collect` made, or its folder. Only the best and worst responses are read.
-        share: of the responses that count as the best, and as the worst: above 0, at most 0.5; at least one response each.
-        head_weights: one number a reward, where there are several: responses are ordered by the weighted sum.
-
-    Raises TypeError, ValueError: a wrong share, weights that do not go with the rewards, rewards too often equal, or rewards or states that are not finite.
+    `share` of the responses count as the best, and as the worst: above 0, at most 0.5; at least one response each, and only these are read. The rollouts are
+    of the uncontrolled model; where there are several rewards, responses are ordered by the sum weighted by `head_weights`.
     """
     began = time.perf_counter()
     if not 0 < number("share", share, 0) <= 0.5:
@@ -188,14 +173,8 @@ def _direction(vector: Tensor, norm: float, origin: str, rollouts: Rollouts, beg
 class StaticEditing(Method):
     """Representation editing by a constant: y_t ~ softmax(W_lm (o_t + strength * d)).
 
-    o_t is the state at the position whose logits sample y_t; only such positions are edited, that of the prompt's last token too.
-
-    Args:
-        direction: d, whose norm is the mean norm of a state.
-        strength: the length of the edit over that norm; 0 edits nothing, a negative one lowers the reward.
-        allow_other_model: accept a direction that was found in the states of another model.
-
-    Raises TypeError, ValueError: `direction` is no `Direction`, or `strength` no finite number.
+    o_t is the state at the position whose logits sample y_t; only such positions are edited, that of the prompt's last token too. d has the mean norm of
+    a state; a negative strength lowers the reward. `allow_other_model` accepts a direction that was found in the states of another model.
     Source: Kong et al. 2024, section 5 (baselines: static representation editing).
     """
 
