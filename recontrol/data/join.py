@@ -17,14 +17,11 @@ SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")
 def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> Rollouts:
     """Copy the shards of several folders into one, compare them with their checksums on the way, and open it; the same call resumes an interrupted copy.
 
-    Responses to equal prompts become one group, whichever folder they are from.
-
     Args:
-        folders: complete rollout folders, at least one.
+        folders: complete rollout folders, at least one; responses to equal prompts become one group, whichever folder they are from.
         out: the folder to write.
 
-    Raises ValueError: no folder, one that is not complete or damaged, or folders that disagree in the language model, its tokenizer, the width or dtype of
-    the states, how they are stored, or the rewards. RuntimeError, OSError: another run is writing into `out`, or the disk is full.
+    Raises ValueError: no folder, one that is not complete or damaged, or folders that disagree in model, tokenizer, states, storage or rewards.
     """
     if not folders:
         raise ValueError("there are no folders to join")

@@ -49,7 +49,7 @@ def load_prompts(
     human: str = "Human",
     max_prompt_tokens: int | None = None,
 ) -> list[str]:
-    r"""Read prompts, at least one, in the order of the source. The columns tell how:
+    r"""Read prompts, at least one, in the order of the source, as a list of `Prompt`. The columns tell how:
 
     - `prompt`: taken as it is;
     - `chosen` (HH-RLHF): the dialogue up to and including the mark of its last turn, "Assistant:"; the response is left out;
@@ -64,32 +64,20 @@ def load_prompts(
         human: what the user's turns are marked with; a chat template has its own marks.
         max_prompt_tokens: leave out longer prompts (special tokens count); a warning says how many.
 
-    Returns:
-        A list of `Prompt`: texts as the language model reads them, with their turns for reward models and judges of another template.
-
-    Raises:
-        FileNotFoundError, ImportError: the source is neither here nor on the hub, or the package `datasets` (extra `train`) is not installed.
-        ValueError: the source is empty or damaged, has no such column, or no prompt short enough; a prompt is blank; a tokenizer or template is missing.
-
-    Source: Kong et al. 2024, section 5 and appendix (data sets; prompts of at most 512 tokens).
+    Raises FileNotFoundError, ImportError: no such source, or no package `datasets` (extra `train`). ValueError: it is empty, damaged or of other columns, a
+    prompt is blank or none is short enough, or a tokenizer or template is missing. Source: Kong et al. 2024, section 5 and appendix.
     """
     return [prompt for (prompt,) in read_entries(source, split, 0, None, limit, tokenizer, chat_template, human, max_prompt_tokens)]
 
 
 def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
-    """Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers.
-
-    That is `chosen` as it is, of HH-RLHF what follows the mark of the last turn, and of SHP " " and the answer that `labels` prefers, A where it is 1.
+    """Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers (Kong et al. 2024, section 5).
 
     Args:
-        source: as for `load_prompts`.
-        split: as for `load_prompts`.
+        source, split: as for `load_prompts`.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
 
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as for `load_prompts`, or a row has no preferred response.
-
-    Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
+    Raises FileNotFoundError, ImportError, ValueError: as for `load_prompts`, or a row has no preferred response.
     """
     entries = read_entries(source, split, 1, **options)
     return [prompt for prompt, _ in entries], [response for _, response in entries]
@@ -109,13 +97,11 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
     - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): a response begins with a space, and A is chosen where the label is 1.
 
     Args:
-        source: as for `load_prompts`.
-        split: as for `load_prompts`.
+        source, split: as for `load_prompts`.
         skip_equal: leave out pairs of equal responses, which are refused otherwise; a warning says how many.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
 
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.
+    Raises FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.
     """
     equal: list[str] = []
     entries = read_entries(source, split, 2, equal, **options)

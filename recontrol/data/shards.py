@@ -1,7 +1,4 @@
-"""The files of a rollout folder: a manifest, for each batch one shard of tensors with its lines beside it, checksums, and new rewards.
-
-Checksums are SHA-256 in the format of `sha256sum`: beside each shard while it is being collected, in one list once the folder is complete.
-"""
+"""The files of a rollout folder: a manifest, for each batch one shard of tensors with its lines, checksums as `sha256sum` writes them, and new rewards."""
 
 import hashlib
 import json
@@ -41,10 +38,7 @@ def check_storage(storage: str | None) -> None:
 
 
 def encode(states: Tensor, storage: str) -> dict[str, Tensor]:
-    """The tensors to write for (tokens, hidden_size) states: `states`, and for "int8" also `scales`, (tokens,), float32.
-
-    With s_t = max_i |h_ti| / 127 for each token t, "int8" keeps q_ti = round(h_ti / s_t), and |q_ti s_t - h_ti| <= s_t / 2.
-    """
+    """What to write for (tokens, hidden_size) states; "int8" keeps q_ti = round(h_ti / s_t) and `scales` s_t = max_i |h_ti| / 127, (tokens,), float32."""
     finite = states.isfinite().all()
     if storage != "int8":
         encoded = states.to(getattr(torch, storage))

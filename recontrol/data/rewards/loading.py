@@ -73,10 +73,7 @@ def load_reward(
     judge_range: tuple[float, float] = (1.0, 10.0),
     judge: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """Make one reward of names; several become its heads.
-
-    "judge:NAME" is a `Judge`, `judge` its further arguments, "python:MODULE:FUNCTION" a function, anything else a sequence classifier: a folder or a name.
-    """
+    """Make one reward of names: "judge:NAME" (`judge` its arguments), "python:MODULE:FUNCTION", else a sequence classifier; several become its heads."""
 
     def load(name: str) -> Reward:
         kind, _, rest = name.partition(":")

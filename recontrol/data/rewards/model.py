@@ -31,13 +31,11 @@ class RewardModel:
         tokenizer: its tokenizer.
         batch_size: texts in one forward call.
         max_length: tokens of a text at most, special tokens included; by default what the model and its tokenizer allow.
-        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response} in it, whose marks are
-            written before each turn (a prompt that has them already is left as it is); or "chat", the tokenizer's chat template. A prompt that
-            `load_prompts` wrote with the language model's chat template is written again from its turns; None is "chat" then where the tokenizer
-            has a chat template, else the marks of HH-RLHF.
+        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response}, whose marks are written
+            before each turn (a prompt that has them already is left as it is); or "chat", the tokenizer's chat template. For a prompt written with the
+            language model's chat template, None is "chat" where the tokenizer has a chat template, else the marks of HH-RLHF.
 
-    Raises:
-        ValueError: `batch_size` or `max_length` is not positive, the template lacks a field, or the tokenizer has no chat template.
+    Raises ValueError: `batch_size` or `max_length` is not positive, the template lacks a field, or the tokenizer has no chat template.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 16, max_length: int | None = None, template: str | None = None):
@@ -73,12 +71,8 @@ class RewardModel:
     ) -> "RewardModel":
         r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer, from a folder or the hub.
 
-        `device` is where to put the model (by default the CPU), `dtype` that of the weights (by default as saved), `kwargs` go to the model's
-        `from_pretrained` and, where they say what to load (revision, token, subfolder, ...), to the tokenizer's; for UltraRM's architecture the
-        template None is "Human: {prompt}\nAssistant: {response}". Otherwise as for the class.
-
-        Raises:
-            OSError, ValueError: there is no such model, its checkpoint has no head that scores a text, or as for the class.
+        `device` (by default the CPU) and `dtype` (by default as saved) are the model's, `kwargs` go to `from_pretrained`; for UltraRM's architecture
+        the template None is "Human: {prompt}\nAssistant: {response}". OSError, ValueError: there is no such model, or it has no head that scores.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
