@@ -80,9 +80,7 @@ def collect_texts(
 ) -> Rollouts:
     """Run given responses through the model, store the hidden states at their positions with their rewards, and open the rollouts.
 
-        tokens = tokenizer(prompt) + tokenizer(response, without special tokens) + EOS if asked for
-
-    The time index is that of `collect`; a batch is one forward call, written, resumed and shared as there.
+    Prompt and response are tokenised on their own. Time index, resuming, sharing and errors are those of `collect`.
 
     Args:
         model: a causal language model, on any device, of any dtype.
@@ -95,10 +93,9 @@ def collect_texts(
         append_eos: put the end-of-sequence token behind each response: the texts end there. False for texts that were cut.
         max_new_tokens: cut longer responses to so many tokens; the cut text is what is scored and recorded.
         batch_size: responses in a batch and a shard, in their order; None is 16, or no limit with a `cache_budget`.
-        cache_budget, storage: as in `Collection`.
+        cache_budget: as in `Collection`.
+        storage: as in `Collection`.
         progress: show a progress bar.
-
-    Raises TypeError, ValueError, RuntimeError, OSError: as `collect`; counts that differ, responses without tokens, or no end-of-sequence token.
     """
     scores = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
     source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **scores)
@@ -113,13 +110,12 @@ def collect_pairs(
     The two of a pair are in one shard; their lines have `pair`, its number, and `preference`, "chosen" or "rejected".
 
     Args:
-        model, tokenizer: as for `collect_texts`.
+        model: as for `collect_texts`.
+        tokenizer: as for `collect_texts`.
         pairs: (prompt, chosen, rejected) each, as from `load_pairs`.
         out: the folder of the rollouts.
-        skip_equal: leave out pairs whose two responses have the same tokens, which are refused otherwise.
+        skip_equal: leave out pairs whose two responses have the same tokens (perhaps only when cut), which are refused otherwise with a ValueError.
         options: those of `collect_texts`; by default chosen responses get 1 and rejected ones 0, and `batch_size` counts pairs.
-
-    Raises ValueError: pairs of equal responses, perhaps only when cut to `max_new_tokens`, and as for `collect_texts`.
     """
     listed = [Preference(*pair) for pair in pairs]
     prompts = [pair.prompt for pair in listed for _ in range(2)]

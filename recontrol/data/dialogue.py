@@ -77,10 +77,8 @@ def joined(turns: Turns) -> Turns:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(
-        f"the turns of the prompt {text[:60]!r} cannot be told apart: it seems to be written with a template already; take prompts from `load_prompts`, "
-        "or give recontrol.Prompt(text, turns), with (role, content) of each turn"
-    )
+    advice = "take prompts from `load_prompts`, or give recontrol.Prompt(text, turns), with (role, content) of each turn"
+    raise ValueError(f"the turns of the prompt {text[:60]!r} cannot be told apart: it seems to be written with a template already; {advice}")
 
 
 def render(tokenizer: Any, turns: Turns, **options: Any) -> str:

@@ -36,14 +36,10 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
         if fingerprint_hash(models[0]) != fingerprint_hash(models[1]):
             raise ValueError(f"{where} hold states of different language models: {models[0].get('name')!r} and {models[1].get('name')!r}")
     shards = [(place, number) for place, rollouts in enumerate(opened) for number in range(len(rollouts.shards))]
-    manifest: dict[str, Any] = {
-        "base_model": first.get("base_model"),
-        **{name: first[name] for name in ("model_dtype", "tokenizer", "tokenizer_sha256", "reward") if name in first},
-        **{name: first[name] for name in MEASURED},
-        "joined": [{name: entry for name, entry in rollouts.manifest.items() if name != "base_model"} for rollouts in opened],
-        "num_prompts": sum(rollouts.manifest.get("num_prompts") or 0 for rollouts in opened),
-        "num_shards": len(shards),
-    }
+    manifest: dict[str, Any] = {"base_model": first.get("base_model")}
+    manifest |= {name: first[name] for name in ("model_dtype", "tokenizer", "tokenizer_sha256", "reward", *MEASURED) if name in first}
+    manifest["joined"] = [{name: entry for name, entry in rollouts.manifest.items() if name != "base_model"} for rollouts in opened]
+    manifest |= {"num_prompts": sum(rollouts.manifest.get("num_prompts") or 0 for rollouts in opened), "num_shards": len(shards)}
     # Numbers of the groups by the text of the prompt; where texts were not kept, by folder and number there.
     groups: dict[Any, int] = {}
     with writing_lock(Path(out)):

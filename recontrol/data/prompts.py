@@ -74,10 +74,9 @@ def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train",
     """Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers (Kong et al. 2024, section 5).
 
     Args:
-        source, split: as for `load_prompts`.
+        source: as for `load_prompts`.
+        split: as for `load_prompts`.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
-
-    Raises FileNotFoundError, ImportError, ValueError: as for `load_prompts`, or a row has no preferred response.
     """
     entries = read_entries(source, split, 1, **options)
     return [prompt for prompt, _ in entries], [response for _, response in entries]
@@ -97,11 +96,10 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
     - `history`, `human_ref_A`, `human_ref_B`, `labels` (SHP): a response begins with a space, and A is chosen where the label is 1.
 
     Args:
-        source, split: as for `load_prompts`.
-        skip_equal: leave out pairs of equal responses, which are refused otherwise; a warning says how many.
+        source: as for `load_prompts`.
+        split: as for `load_prompts`.
+        skip_equal: leave out pairs of equal responses, which are refused otherwise with a ValueError; a warning says how many.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
-
-    Raises FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.
     """
     equal: list[str] = []
     entries = read_entries(source, split, 2, equal, **options)
@@ -112,10 +110,8 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
 def check_equal(where: str, equal: Sequence[Any], others: Sequence[Any], skip_equal: bool) -> None:
     """Refuse pairs of equal responses, which are named, unless they are to be left out and there are others."""
     if equal and not skip_equal:
-        raise ValueError(
-            f"{where}: found {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer: {first_few(equal)}; "
-            "correct them, or leave them out with skip_equal=True"
-        )
+        found = f"found {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer"
+        raise ValueError(f"{where}: {found}: {first_few(equal)}; correct them, or leave them out with skip_equal=True")
     if not others:
         raise ValueError(f"{where}: no pair of different responses is left")
     if equal:
@@ -189,7 +185,6 @@ def _entry(row: dict[str, Any], columns: Sequence[str], responses: int, human: s
     if columns[0] == "history":
         if responses and row["labels"] not in (0, 1):
             raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
-        # The preferred one first.
         order = ("human_ref_A", "human_ref_B") if row.get("labels") else ("human_ref_B", "human_ref_A")
         return (Prompt(f"{human}: {text}\nAssistant:", [("user", text.strip())]), *(" " + row[name] for name in order[:responses]))
     end = end_of_prompt(text, row.get("rejected", text), where)

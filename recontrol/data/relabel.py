@@ -50,14 +50,11 @@ def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.P
             scores = before if before.exists() else scores
             scores.mkdir(parents=True, exist_ok=True)
             files = [scores / f"shard-{number:05d}.json" for number in range(len(old.shards))]
-            peers.make_shards(
-                lambda number: files[number].exists(),
-                lambda number: write_json(files[number], _scored(old, number, score, add, files)),
-                [1] * len(files),
-                scores,
-                "shard",
-                progress,
-            )
+
+            def make(number: int) -> None:
+                write_json(files[number], _scored(old, number, score, add, files))
+
+            peers.make_shards(lambda number: files[number].exists(), make, [1] * len(files), scores, "shard", progress)
             if peers.index == 0:
                 _finish(old, target, files, manifest, add)
     return Rollouts(target)

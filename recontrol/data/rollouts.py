@@ -21,8 +21,6 @@ from recontrol.files import interrupts_wait, writing_lock
 class Rollouts:
     """A rollout folder, opened: lengths, rewards and groups in memory, hidden states read from disk as they are asked for.
 
-    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0 that is the last prompt position.
-
     Args:
         path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`; ValueError for others, or damaged ones.
         allow_partial: accept a folder whose collection was interrupted, and use what is there.
@@ -113,10 +111,8 @@ class Rollouts:
         """One line: how much there is, and what a token takes on disk."""
         total = sum((self.path / name).stat().st_size for name in shards.with_lines(self.shards))
         states = self.hidden_size * getattr(torch, self.storage).itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
-        return (
-            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
-            f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
-        )
+        content = f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}"
+        return f"{content}; {total / 1e6:.1f} MB on disk, {total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
 
     @shielded()
     def _rows(self, indices: Tensor, name: str) -> Tensor:
@@ -163,13 +159,9 @@ class Rollouts:
         table = table[:, None] if table.ndim == 1 else table
         if not table.isfinite().all():
             raise ValueError(f"the rewards of responses {(~table.isfinite().all(1)).nonzero()[:, 0].tolist()} are not finite")
-        columns: dict[str, list[Any]] = {
-            "index": list(map(int, range(count) if groups is None else groups)),
-            "prompt": list(prompts or [""] * count),
-            "response": list(responses or [""] * count),
-            "reward": table.tolist(),
-            "finish": list(finish or ["eos"] * count),
-        }
+        columns: dict[str, list[Any]] = {"index": list(map(int, range(count) if groups is None else groups))}
+        columns |= {"prompt": list(prompts or [""] * count), "response": list(responses or [""] * count)}
+        columns |= {"reward": table.tolist(), "finish": list(finish or ["eos"] * count)}
         ids = [torch.full((len(rows),), -1, device="cpu") for rows in states] if token_ids is None else list(token_ids)
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:

@@ -73,7 +73,6 @@ class ChatModel:
         key = client.get("api_key") or os.environ.get("OPENAI_API_KEY")
         if not (key or client.get("base_url") or os.environ.get("OPENAI_BASE_URL")):
             raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that needs none")
-        # The client insists on one.
         self._client = openai.OpenAI(**{"max_retries": 5, "timeout": 120.0, **client, "api_key": key or "none"})
         self._cache, self._lock = cache, threading.Lock()
         if cache is not None:
@@ -133,11 +132,9 @@ class ChatModel:
         for left in reversed(range(TRIES)):
             try:
                 completion = self._client.chat.completions.create(**self._request(question))
-            except openai.BadRequestError as error:
-                if error.code != "content_filter":
-                    raise ConnectionError(f"the judge {self.model} at {self._client.base_url} did not answer: {error}") from error
-                raise Declined(f"a filter of the judge {self.model} withheld the question: {error}") from None
             except openai.APIError as error:
+                if isinstance(error, openai.BadRequestError) and error.code == "content_filter":
+                    raise Declined(f"a filter of the judge {self.model} withheld the question: {error}") from None
                 raise ConnectionError(f"the judge {self.model} at {self._client.base_url} did not answer: {error}") from error
             spent.append(getattr(completion, "usage", None))
             choice = completion.choices[0] if completion.choices else None

@@ -40,9 +40,8 @@ class CombinedReward:
             except ValueError as error:
                 raise ValueError(f"reward {names[0]!r}: {error}") from error
             if len(table) and table.shape[1] != len(names):
-                raise ValueError(
-                    f"reward {names[0]!r} returned {table.shape[1]} scores a response; among several rewards it must return one, or name them in head_names"
-                )
+                found = f"reward {names[0]!r} returned {table.shape[1]} scores a response"
+                raise ValueError(f"{found}; among several rewards it must return one, or name them in head_names")
             columns.append(table.expand(-1, len(names)))
         return torch.cat(columns, dim=1).tolist()
 
