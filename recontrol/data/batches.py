@@ -13,8 +13,7 @@ class RolloutBatch(NamedTuple):
 
     Tensors:
         states: (tokens, hidden_size), packed one response after the other; row t of a response is the state whose logits sampled its token t.
-        lengths: (responses,), int64, tokens of each response, at least 1 each, adding up to `tokens`.
-        rewards: (responses, num_heads), float32.
+        lengths, rewards: (responses,), int64, tokens of each response, at least 1; and (responses, num_heads), float32.
     """
 
     states: Tensor
@@ -37,9 +36,7 @@ class MemoryRollouts:
 
 @dataclass
 class ScoredResponses:
-    """All that a shard keeps of some responses: `states` (tokens, hidden_size), packed, on the CPU, `token_ids` (tokens,), int64, entry t sampled from row
-    t, the tokens of each response, one record a response (index of the prompt, prompt, response, reward, finish), and how many were dropped, by reason.
-    """
+    """All that a shard keeps of some responses: packed states and tokens, entry t sampled from row t, their records, and how many were dropped, and why."""
 
     states: Tensor
     token_ids: Tensor

@@ -35,37 +35,26 @@ def collect(
     progress: bool = True,
     **keywords: Any,
 ) -> Rollouts:
-    r"""Let the uncontrolled model respond to prompts, store its hidden states and the rewards of the responses, and open the rollouts.
+    """Let the uncontrolled model respond to prompts, store its hidden states and the rewards of the responses, and open the rollouts.
 
-        rc.collect(model, tokenizer, prompts, reward, "rollouts", max_new_tokens=64, batch_size=32, do_sample=True, temperature=1.0)
-
-    Time index: the state stored for the new token y_t is the hidden state (after the final norm, the input of the output embedding) at the position
-    whose logits sampled y_t; for the first new token that is the last prompt position. The step that samples the end-of-sequence token is kept and is
-    the last. A response is cut before the first token that touches a stop string, and is dropped if nothing is left; the reward is that of the cut text.
-
-    Each batch is one shard and has its own seed: memory does not grow, and the same call resumes a run that was killed, with the same result, bit for
-    bit. In several processes (`accelerate launch`), each makes its share. Another batching gives other random numbers, but the same distribution.
+    Time index: the state stored for a new token is the hidden state (after the final norm, the input of the output embedding) at the position whose
+    logits sampled it. The end-of-sequence token is kept; a response is cut before a stop string, scored as cut, and dropped if nothing is left.
+    Each batch is one shard with its own seed: the same call resumes a run that was killed, bit for bit. Several processes share the batches.
 
     Args:
         model: a causal language model, on any device, of any dtype.
-        tokenizer: its tokenizer; its settings are neither used for padding nor changed.
+        tokenizer: its tokenizer, which is not changed.
         prompts: the texts to respond to.
         reward: a callable (prompts, responses) -> one score (or list of scores) a response, a pair (sequence classifier, tokenizer), the name or path
             of a sequence classifier, or a list of these, or a dictionary of these by name, which become several heads.
         out: the folder of the rollouts.
-        decoding: how responses are decoded. `batch_size` is the prompts in a batch and a shard, 16 by default, or no limit with a `cache_budget`;
-            `batch_size * num_samples` rows are generated at once. Batch b is generated and scored with `seed + b`; the caller's generators stay as they were.
+        decoding: how responses are decoded; `batch_size` counts prompts, and batch b has the seed `seed + b`.
         collection: what is collected and how it is kept.
         progress: show a progress bar.
-        keywords: settings of `Decoding` and `Collection` by name, in place of those objects or on top of them; all others are passed on to
-            `model.generate`, for example do_sample=True. Without do_sample the model is greedy, whatever its own default.
+        keywords: settings of `Decoding` and `Collection` by name, on top of those objects; others are passed on to `model.generate` (greedy by default).
 
-    Raises:
-        TypeError, ValueError: what is given is not of this kind: prompts that are empty, too long or over the budget alone, an option of `generate` that
-            does not go with recording, a folder of other settings or models, or a reward that returns NaN or the wrong count (the batch is named).
-        RuntimeError, OSError: another run is writing into the folder, or the disk is full; as after every error, the shards before stay.
-
-    Source: Kong et al. 2024, section 4.2 (training data of the value function).
+    Raises TypeError, ValueError: what is given does not go together, or a reward returns NaN or the wrong count (the batch is named). RuntimeError, OSError:
+    another run is writing into the folder, or the disk is full; the shards before stay. Source: Kong et al. 2024, section 4.2.
     """
     source = SampledResponses(model, tokenizer, prompts, reward, decoding, collection, **keywords)
     if source.duplicates and source.collection.unique_prompts:
@@ -91,10 +80,7 @@ def collect_texts(
 ) -> Rollouts:
     """Run given responses through the model, store the hidden states at their positions with their rewards, and open the rollouts.
 
-        tokens = tokenizer(prompt) + tokenizer(response, without special tokens) + EOS if asked for
-
-    Time index: as in `collect`, state t of a response is the hidden state at the position before its token t, the one whose logits would have sampled
-    it. Prompt and response are tokenised on their own, as in decoding. A batch is one forward call, written, resumed and shared as in `collect`.
+    Prompt and response are tokenised on their own. Time index, resuming, sharing and errors are those of `collect`.
 
     Args:
         model: a causal language model, on any device, of any dtype.
@@ -107,12 +93,9 @@ def collect_texts(
         append_eos: put the end-of-sequence token behind each response: the texts end there. False for texts that were cut.
         max_new_tokens: cut longer responses to so many tokens; the cut text is what is scored and recorded.
         batch_size: responses in a batch and a shard, in their order; None is 16, or no limit with a `cache_budget`.
-        cache_budget: pack responses of similar length, as in `Collection`.
-        storage: how states are kept, as in `Collection`.
+        cache_budget: as in `Collection`.
+        storage: as in `Collection`.
         progress: show a progress bar.
-
-    Raises:
-        TypeError, ValueError, RuntimeError, OSError: as for `collect`; counts that differ, responses without tokens, or no end-of-sequence token.
     """
     scores = {"reward": reward, "rewards": rewards, "append_eos": append_eos, "max_new_tokens": max_new_tokens}
     source = GivenResponses(model, tokenizer, prompts, responses, Packing(batch_size, cache_budget), **scores)
@@ -124,20 +107,15 @@ def collect_pairs(
 ) -> Rollouts:
     """Run chosen and rejected responses through the model, as `collect_texts` does, for training by preference, and open the rollouts.
 
-    The two responses of a pair are next to each other, in one shard. Their lines have `pair`, the pair's number, and `preference`, "chosen" or
-    "rejected"; `index` is the number of the first pair with the same prompt.
+    The two of a pair are in one shard; their lines have `pair`, its number, and `preference`, "chosen" or "rejected".
 
     Args:
-        model: a causal language model, on any device, of any dtype.
-        tokenizer: its tokenizer.
+        model: as for `collect_texts`.
+        tokenizer: as for `collect_texts`.
         pairs: (prompt, chosen, rejected) each, as from `load_pairs`.
         out: the folder of the rollouts.
-        skip_equal: leave out pairs whose two responses have the same tokens, which are refused otherwise.
-        options: those of `collect_texts`: reward (by default chosen responses get 1 and rejected ones 0), append_eos, max_new_tokens, batch_size (in
-            pairs), cache_budget, storage and progress.
-
-    Raises:
-        ValueError: pairs of equal responses, perhaps only when cut to `max_new_tokens`, and as for `collect_texts`.
+        skip_equal: leave out pairs whose two responses have the same tokens (perhaps only when cut), which are refused otherwise with a ValueError.
+        options: those of `collect_texts`; by default chosen responses get 1 and rejected ones 0, and `batch_size` counts pairs.
     """
     listed = [Preference(*pair) for pair in pairs]
     prompts = [pair.prompt for pair in listed for _ in range(2)]

@@ -21,13 +21,9 @@ class Prompt(str):
 
     Args:
         text: what the language model reads.
-        turns: pairs (role, content), the roles "system", "user" and "assistant", the last turn the one to respond to; by default those that marks in the
-            text tell.
+        turns: pairs (role, content), the roles "system", "user" and "assistant"; by default those that marks in the text tell. ValueError for others.
         begun: the first words of the response where the prompt has them already, with their spaces.
         chat_template: whether the text is written with a chat template; else it is what a person wrote, with words such as "Human:" as marks.
-
-    Raises:
-        ValueError: turns that are not pairs of texts, or of another role.
     """
 
     def __new__(cls, text: str, *_: Any, **__: Any) -> "Prompt":
@@ -81,10 +77,8 @@ def joined(turns: Turns) -> Turns:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(
-        f"the turns of the prompt {text[:60]!r} cannot be told apart: it seems to be written with a template already; take prompts from `load_prompts`, "
-        "or give recontrol.Prompt(text, turns), with (role, content) of each turn"
-    )
+    advice = "take prompts from `load_prompts`, or give recontrol.Prompt(text, turns), with (role, content) of each turn"
+    raise ValueError(f"the turns of the prompt {text[:60]!r} cannot be told apart: it seems to be written with a template already; {advice}")
 
 
 def render(tokenizer: Any, turns: Turns, **options: Any) -> str:
@@ -123,10 +117,7 @@ def write_marked(turns: Turns, user: str = "\n\nHuman: ", assistant: str = "\n\n
 
 
 def fill(template: str, prompt: str, response: str) -> str:
-    """A template with {prompt} and {response} in it, filled in turn by turn with the marks that it has before the two.
-
-    A prompt with the template's own marks is left as it is. A template without marks gets the prompt's text, or `readable` turns.
-    """
+    """A template filled in turn by turn with the marks before its two fields; a prompt that has these marks already is left as it is."""
     literals = [literal for literal, *_ in string.Formatter().parse(template)]
     user, assistant, end = literals[0], literals[1], "".join(literals[2:])
     chat = getattr(prompt, "chat_template", False)

@@ -65,21 +65,13 @@ class GivenResponses:
         self.batches = packing.batches(model, kept, lambda: [lengths[entry] for entry in kept], self.rows_per_entry)
         first: dict[str, int] = {}
         self.groups = [first.setdefault(prompt, row // self.rows_per_entry) for row, prompt in enumerate(prompts)]
-        self.settings = {
-            **model_settings(model, tokenizer),
-            "reward": ("1 chosen, 0 rejected" if paired else "given") if self.score is None else reward_name(self.score),
-            "reward_sha256": None if self.score is None else fingerprint(self.score),
-            "rewards_sha256": None if self.rewards is None else texts_checksum(self.rewards.tolist()),
-            "prompts_sha256": texts_checksum(prompts),
-            "responses_sha256": texts_checksum(responses),
-            "num_prompts": len(first),
-            "left_out": len(equal),
-            "responses": "chosen and rejected" if paired else "given",
-            "append_eos": append_eos,
-            "max_new_tokens": max_new_tokens,
-            **dataclasses.asdict(packing),
-            "num_shards": len(self.batches),
-        }
+        given = "1 chosen, 0 rejected" if paired else "given"
+        self.settings = {**model_settings(model, tokenizer), "reward": given if self.score is None else reward_name(self.score)}
+        self.settings["reward_sha256"] = None if self.score is None else fingerprint(self.score)
+        self.settings["rewards_sha256"] = None if self.rewards is None else texts_checksum(self.rewards.tolist())
+        self.settings |= {"prompts_sha256": texts_checksum(prompts), "responses_sha256": texts_checksum(responses), "num_prompts": len(first)}
+        self.settings |= {"left_out": len(equal), "responses": "chosen and rejected" if paired else "given"}
+        self.settings |= {"append_eos": append_eos, "max_new_tokens": max_new_tokens, **dataclasses.asdict(packing), "num_shards": len(self.batches)}
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[int], ScoredResponses]]:
@@ -101,18 +93,12 @@ class GivenResponses:
                     rewards = checked_rewards(self.score, prompts, texts)
             except ValueError as error:
                 raise ValueError(f"batch {number} ({'pairs' if self.paired else 'responses'} {first_few(entries)}): {error}") from error
-        records = [
-            {
-                "index": self.groups[row],
-                "prompt": prompt,
-                **turns_entry(prompt),
-                "response": text,
-                "reward": reward,
-                "finish": "eos" if self.eos is not None and new[-1] == self.eos else "length",
-                **({"pair": row // 2, "preference": ("chosen", "rejected")[row % 2]} if self.paired else {}),
-            }
-            for row, prompt, text, reward, new in zip(rows, prompts, texts, rewards.tolist(), new_ids, strict=True)
-        ]
+        records: list[dict[str, Any]] = []
+        for row, prompt, text, reward, new in zip(rows, prompts, texts, rewards.tolist(), new_ids, strict=True):
+            finish = "eos" if self.eos is not None and new[-1] == self.eos else "length"
+            pair = {"pair": row // 2, "preference": ("chosen", "rejected")[row % 2]} if self.paired else {}
+            scored = {"response": text, "reward": reward, "finish": finish}
+            records.append({"index": self.groups[row], "prompt": prompt, **turns_entry(prompt), **scored, **pair})
         token_ids = torch.tensor([token for new in new_ids for token in new], dtype=torch.int64, device="cpu")
         return ScoredResponses(states_of(self.model, prompt_ids, new_ids), token_ids, list(map(len, new_ids)), records, {})
 

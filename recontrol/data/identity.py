@@ -22,9 +22,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def fingerprint(thing: Any) -> str:
-    """SHA-256 of content: of a function its code, defaults, closure and the globals that it reads; of a model its weights; of an object its class and
-    attributes, or what its attribute `identity` says. What code itself changes from call to call, and packages that are installed, count by name alone.
-    """
+    """SHA-256 of content: a function's code and what it reads, a model's weights, an object's class and attributes, or its `identity`."""
     return hashlib.sha256(repr(_parts(thing, {})).encode()).hexdigest()
 
 

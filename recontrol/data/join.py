@@ -17,14 +17,11 @@ SAME = (*MEASURED, "storage", "tokenizer_sha256", "reward")
 def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> Rollouts:
     """Copy the shards of several folders into one, compare them with their checksums on the way, and open it; the same call resumes an interrupted copy.
 
-    Responses to equal prompts become one group, whichever folder they are from.
-
     Args:
-        folders: complete rollout folders, at least one.
+        folders: complete rollout folders, at least one; responses to equal prompts become one group, whichever folder they are from.
         out: the folder to write.
 
-    Raises ValueError: no folder, one that is not complete or damaged, or folders that disagree in the language model, its tokenizer, the width or dtype of
-    the states, how they are stored, or the rewards. RuntimeError, OSError: another run is writing into `out`, or the disk is full.
+    Raises ValueError: no folder, one that is not complete or damaged, or folders that disagree in model, tokenizer, states, storage or rewards.
     """
     if not folders:
         raise ValueError("there are no folders to join")
@@ -39,14 +36,10 @@ def join_rollouts(folders: Sequence[str | os.PathLike], out: str | os.PathLike) 
         if fingerprint_hash(models[0]) != fingerprint_hash(models[1]):
             raise ValueError(f"{where} hold states of different language models: {models[0].get('name')!r} and {models[1].get('name')!r}")
     shards = [(place, number) for place, rollouts in enumerate(opened) for number in range(len(rollouts.shards))]
-    manifest: dict[str, Any] = {
-        "base_model": first.get("base_model"),
-        **{name: first[name] for name in ("model_dtype", "tokenizer", "tokenizer_sha256", "reward") if name in first},
-        **{name: first[name] for name in MEASURED},
-        "joined": [{name: entry for name, entry in rollouts.manifest.items() if name != "base_model"} for rollouts in opened],
-        "num_prompts": sum(rollouts.manifest.get("num_prompts") or 0 for rollouts in opened),
-        "num_shards": len(shards),
-    }
+    manifest: dict[str, Any] = {"base_model": first.get("base_model")}
+    manifest |= {name: first[name] for name in ("model_dtype", "tokenizer", "tokenizer_sha256", "reward", *MEASURED) if name in first}
+    manifest["joined"] = [{name: entry for name, entry in rollouts.manifest.items() if name != "base_model"} for rollouts in opened]
+    manifest |= {"num_prompts": sum(rollouts.manifest.get("num_prompts") or 0 for rollouts in opened), "num_shards": len(shards)}
     # Numbers of the groups by the text of the prompt; where texts were not kept, by folder and number there.
     groups: dict[Any, int] = {}
     with writing_lock(Path(out)):

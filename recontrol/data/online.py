@@ -14,25 +14,13 @@ from recontrol.decoding.hooks import input_width, output_embedding
 class OnlineRollouts:
     """Batches of rollouts straight from the model, of which nothing is written: `RolloutBatch`es, as `Rollouts.batch` returns them.
 
-        batch number n of pass p is that of seed + p * (batches of a pass) + n
-
-    The first pass has, bit for bit, the shards that `collect` would write with the same arguments, and later passes have other responses to the
-    same prompts. What a batch holds depends on its number alone. While an iterator is in use, the model is in evaluation mode.
+    The first pass has the shards that `collect` would write, bit for bit; batch n of pass p has the seed `seed + p * (batches of a pass) + n`.
 
     Args:
-        model: a causal language model, on any device, of any dtype.
-        tokenizer: its tokenizer.
-        prompts: the texts to respond to.
-        reward: as for `collect`.
-        options: those of `collect`, except `storage` and `progress`: max_new_tokens, num_samples, batch_size, cache_budget, seed, ...
+        model, tokenizer, prompts, reward: as for `collect`.
+        options: those of `collect`, except `storage` and `progress`.
 
-    Attributes:
-        settings: all that the batches depend on, for the provenance of what is trained on them.
-        opened: gets the model ready inside a block, for a function from the number of a batch, from 0 on, to its responses.
-        hidden_size, dtype: of a state.
-
-    Raises:
-        TypeError, ValueError: as for `collect`.
+    `settings` is all that the batches depend on, `hidden_size` and `dtype` those of a state. Raises TypeError, ValueError: as for `collect`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str], reward: Any, **options: Any):
@@ -51,10 +39,7 @@ class OnlineRollouts:
         return self.batches(0, len(self))
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[RolloutBatch]:
-        """The batches from number `start` to before `stop`, over as many passes as that takes; without end if `stop` is None.
-
-        A batch of which stop strings left no response is passed over.
-        """
+        """The batches from number `start` to before `stop`, without end if it is None; a batch of which stop strings left nothing is passed over."""
         return (scored.batch() for scored in self.responses(start, stop) if scored.records)
 
     def responses(self, start: int = 0, stop: int | None = None) -> Iterator[ScoredResponses]:

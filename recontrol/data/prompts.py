@@ -49,7 +49,7 @@ def load_prompts(
     human: str = "Human",
     max_prompt_tokens: int | None = None,
 ) -> list[str]:
-    r"""Read prompts, at least one, in the order of the source. The columns tell how:
+    r"""Read prompts, at least one, in the order of the source, as a list of `Prompt`. The columns tell how:
 
     - `prompt`: taken as it is;
     - `chosen` (HH-RLHF): the dialogue up to and including the mark of its last turn, "Assistant:"; the response is left out;
@@ -64,32 +64,19 @@ def load_prompts(
         human: what the user's turns are marked with; a chat template has its own marks.
         max_prompt_tokens: leave out longer prompts (special tokens count); a warning says how many.
 
-    Returns:
-        A list of `Prompt`: texts as the language model reads them, with their turns for reward models and judges of another template.
-
-    Raises:
-        FileNotFoundError, ImportError: the source is neither here nor on the hub, or the package `datasets` (extra `train`) is not installed.
-        ValueError: the source is empty or damaged, has no such column, or no prompt short enough; a prompt is blank; a tokenizer or template is missing.
-
-    Source: Kong et al. 2024, section 5 and appendix (data sets; prompts of at most 512 tokens).
+    Raises FileNotFoundError, ImportError: no such source, or no package `datasets` (extra `train`). ValueError: it is empty, damaged or of other columns, a
+    prompt is blank or none is short enough, or a tokenizer or template is missing. Source: Kong et al. 2024, section 5 and appendix.
     """
     return [prompt for (prompt,) in read_entries(source, split, 0, None, limit, tokenizer, chat_template, human, max_prompt_tokens)]
 
 
 def load_prompts_with_preferred(source: str | os.PathLike, split: str = "train", **options: Any) -> tuple[list[str], list[str]]:
-    """Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers.
-
-    That is `chosen` as it is, of HH-RLHF what follows the mark of the last turn, and of SHP " " and the answer that `labels` prefers, A where it is 1.
+    """Read (prompts, responses), the prompts as `load_prompts` does and the response to each that the data set prefers (Kong et al. 2024, section 5).
 
     Args:
         source: as for `load_prompts`.
         split: as for `load_prompts`.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as for `load_prompts`, or a row has no preferred response.
-
-    Source: Kong et al. 2024, section 5 (win rate against the preferred response of the data set).
     """
     entries = read_entries(source, split, 1, **options)
     return [prompt for prompt, _ in entries], [response for _, response in entries]
@@ -111,11 +98,8 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
     Args:
         source: as for `load_prompts`.
         split: as for `load_prompts`.
-        skip_equal: leave out pairs of equal responses, which are refused otherwise; a warning says how many.
+        skip_equal: leave out pairs of equal responses, which are refused otherwise with a ValueError; a warning says how many.
         options: those of `load_prompts`: limit, tokenizer, chat_template (responses lose the space around them), human, max_prompt_tokens.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as for `load_prompts`; rows have no text or no shared prompt, or pairs are equal.
     """
     equal: list[str] = []
     entries = read_entries(source, split, 2, equal, **options)
@@ -126,10 +110,8 @@ def load_pairs(source: str | os.PathLike, split: str = "train", *, skip_equal: b
 def check_equal(where: str, equal: Sequence[Any], others: Sequence[Any], skip_equal: bool) -> None:
     """Refuse pairs of equal responses, which are named, unless they are to be left out and there are others."""
     if equal and not skip_equal:
-        raise ValueError(
-            f"{where}: found {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer: {first_few(equal)}; "
-            "correct them, or leave them out with skip_equal=True"
-        )
+        found = f"found {len(equal)} pairs whose chosen and rejected response are the same, so that there is nothing to prefer"
+        raise ValueError(f"{where}: {found}: {first_few(equal)}; correct them, or leave them out with skip_equal=True")
     if not others:
         raise ValueError(f"{where}: no pair of different responses is left")
     if equal:
@@ -203,7 +185,6 @@ def _entry(row: dict[str, Any], columns: Sequence[str], responses: int, human: s
     if columns[0] == "history":
         if responses and row["labels"] not in (0, 1):
             raise ValueError(f"{where}: labels must be 1, where human_ref_A is preferred, or 0, found {row['labels']!r}")
-        # The preferred one first.
         order = ("human_ref_A", "human_ref_B") if row.get("labels") else ("human_ref_B", "human_ref_A")
         return (Prompt(f"{human}: {text}\nAssistant:", [("user", text.strip())]), *(" " + row[name] for name in order[:responses]))
     end = end_of_prompt(text, row.get("rejected", text), where)

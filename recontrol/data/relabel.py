@@ -24,8 +24,7 @@ SCORES_NAME = ".scores"
 def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.PathLike | None = None, *, add: bool = False, progress: bool = True) -> Rollouts:
     """Score stored prompts and responses again, and open the rollouts with the new rewards. Hidden states and tokens are neither read nor changed.
 
-    The new rewards are written to one file beside the shards, once all of them are there, and replace those in the lines. A run that was killed
-    leaves the old rewards, or no rollouts in `out`, and the same call resumes. In several processes (`accelerate launch`), each scores its share.
+    The new rewards replace the old ones once all are there; the same call resumes a run that was killed. Several processes share the shards.
 
     Args:
         rollouts: what `collect` made, or its folder.
@@ -34,10 +33,7 @@ def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.P
         add: put the new rewards after the old ones, as further heads, instead of replacing them.
         progress: show a progress bar.
 
-    Raises:
-        TypeError, ValueError: a reward that is not callable, returns NaN or the wrong count (the shard is named), or, with `add`, is there already;
-            rollouts that are not complete or without texts; a folder with other rollouts.
-        RuntimeError, OSError: another run is writing into the folder, or the disk is full; the shards before stay.
+    Raises TypeError, ValueError, RuntimeError, OSError: as `collect` (the shard is named); a reward to add that is there, or rollouts without texts.
     """
     source = rollouts.path if isinstance(rollouts, Rollouts) else Path(rollouts)
     target = source if out is None or Path(out).resolve() == source.resolve() else Path(out)
@@ -54,14 +50,11 @@ def relabel(rollouts: Rollouts | str | os.PathLike, reward: Any, out: str | os.P
             scores = before if before.exists() else scores
             scores.mkdir(parents=True, exist_ok=True)
             files = [scores / f"shard-{number:05d}.json" for number in range(len(old.shards))]
-            peers.make_shards(
-                lambda number: files[number].exists(),
-                lambda number: write_json(files[number], _scored(old, number, score, add, files)),
-                [1] * len(files),
-                scores,
-                "shard",
-                progress,
-            )
+
+            def make(number: int) -> None:
+                write_json(files[number], _scored(old, number, score, add, files))
+
+            peers.make_shards(lambda number: files[number].exists(), make, [1] * len(files), scores, "shard", progress)
             if peers.index == 0:
                 _finish(old, target, files, manifest, add)
     return Rollouts(target)

@@ -21,23 +21,16 @@ from recontrol.files import interrupts_wait, writing_lock
 class Rollouts:
     """A rollout folder, opened: lengths, rewards and groups in memory, hidden states read from disk as they are asked for.
 
-    Time index: state t of a response is the hidden state at the position whose logits sampled its token t; for t = 0 that is the last prompt position.
-
     Args:
-        path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`.
+        path: a folder written by `collect`, `collect_texts`, `collect_pairs`, `join_rollouts` or `Rollouts.write`; ValueError for others, or damaged ones.
         allow_partial: accept a folder whose collection was interrupted, and use what is there.
 
     Attributes:
         manifest: the settings the rollouts were made with.
-        shards: the files of the states, in the order of the responses; texts and rewards are beside them, with the suffix `.jsonl`.
-        checksums: SHA-256 by file name, of these files.
+        shards, checksums: the files of the states, in the order of the responses, and SHA-256 by file name.
         num_tokens, hidden_size, num_heads: how many states there are, the width of a state, and how many rewards a response has.
-        lengths: (responses,), int64, tokens of each response.
+        lengths, groups: (responses,), int64, tokens of each response, and index of its prompt.
         rewards: (responses, num_heads), float32.
-        groups: (responses,), int64, index of the prompt, for splits that keep the responses to a prompt together.
-
-    Raises:
-        ValueError: the folder is none of ours, interrupted, or a file in it is damaged (by its checksum, of states in `verify` only) or foreign.
     """
 
     def __init__(self, path: str | os.PathLike, *, allow_partial: bool = False):
@@ -118,10 +111,8 @@ class Rollouts:
         """One line: how much there is, and what a token takes on disk."""
         total = sum((self.path / name).stat().st_size for name in shards.with_lines(self.shards))
         states = self.hidden_size * getattr(torch, self.storage).itemsize + (torch.float32.itemsize if self.storage == "int8" else 0)
-        return (
-            f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}; {total / 1e6:.1f} MB on disk, "
-            f"{total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
-        )
+        content = f"{len(self)} responses, {self.num_tokens} tokens, states of {self.hidden_size} numbers as {self.storage}"
+        return f"{content}; {total / 1e6:.1f} MB on disk, {total / max(self.num_tokens, 1):.0f} bytes a token, {states} of them states"
 
     @shielded()
     def _rows(self, indices: Tensor, name: str) -> Tensor:
@@ -158,11 +149,7 @@ class Rollouts:
         Each response has `states`, (tokens, hidden_size), whose row t is the state whose logits sampled token t, and `rewards`, one number or
         (responses, num_heads), finite. By default `prompts` and `responses`, kept for reading, are empty, `groups` (index of the prompt) are all
         different, `token_ids` (tokens,) are -1, for unknown, and `finish` ("eos", "length" or "stop") is "eos". `base_model` is the
-        `model_fingerprint` of the language model, `storage` as in `Collection` (None is the dtype that states have), `shard_size` the responses in a file.
-
-        Raises:
-            ValueError: no response, an empty one, counts that differ, rewards that are not finite, an unknown storage, or a folder that has rollouts.
-            OSError, RuntimeError: the folder cannot be written, or another run is writing into it.
+        `model_fingerprint` of the language model, `storage` as in `Collection`, `shard_size` the responses in a file. ValueError for what does not fit.
         """
         shards.check_storage(storage)
         count = len(states)
@@ -172,13 +159,9 @@ class Rollouts:
         table = table[:, None] if table.ndim == 1 else table
         if not table.isfinite().all():
             raise ValueError(f"the rewards of responses {(~table.isfinite().all(1)).nonzero()[:, 0].tolist()} are not finite")
-        columns: dict[str, list[Any]] = {
-            "index": list(map(int, range(count) if groups is None else groups)),
-            "prompt": list(prompts or [""] * count),
-            "response": list(responses or [""] * count),
-            "reward": table.tolist(),
-            "finish": list(finish or ["eos"] * count),
-        }
+        columns: dict[str, list[Any]] = {"index": list(map(int, range(count) if groups is None else groups))}
+        columns |= {"prompt": list(prompts or [""] * count), "response": list(responses or [""] * count)}
+        columns |= {"reward": table.tolist(), "finish": list(finish or ["eos"] * count)}
         ids = [torch.full((len(rows),), -1, device="cpu") for rows in states] if token_ids is None else list(token_ids)
         for name, column in {**columns, "token_ids": ids}.items():
             if len(column) != count:

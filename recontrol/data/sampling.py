@@ -29,8 +29,7 @@ REFUSED = {
     **REFUSED_IN_BATCHES,
     "num_return_sequences": "use num_samples",
     "max_time": "the result would depend on the machine's speed",
-    "assistant_model": "several tokens come from one forward call",
-    "prompt_lookup_num_tokens": "several tokens come from one forward call",
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens"), "several tokens come from one forward call"),
     "output_hidden_states": "hidden states are recorded already",
 }
 
@@ -62,28 +61,17 @@ class SampledResponses:
         if samples > 1 and not effective(model, self.options, "do_sample"):
             raise ValueError(f"num_samples={samples} needs do_sample=True: greedy decoding would write the same response {samples} times")
         check_lengths(model, tokenizer, prompts, max_new_tokens, self.collection.max_prompt_tokens)
-        chosen = list(range(len(prompts)))
-        # The first place of each.
-        distinct = sorted(dict(zip(reversed(prompts), reversed(chosen), strict=True)).values())
+        distinct = sorted(dict(zip(reversed(prompts), reversed(range(len(prompts))), strict=True)).values())
         self.duplicates = len(prompts) - len(distinct)
-        chosen = distinct if self.collection.unique_prompts else chosen
+        chosen = distinct if self.collection.unique_prompts else list(range(len(prompts)))
         counts = token_counts(tokenizer, [prompts[index] for index in chosen]) if packing.cache_budget else []
         self.batches = packing.batches(model, chosen, lambda: [count + max_new_tokens for count in counts], samples)
-        settings = {
-            **model_settings(model, tokenizer),
-            "reward": reward_name(self.score),
-            "reward_sha256": fingerprint(self.score),
-            "generation": self.options,
-            "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None},
-            "stop_strings": self.decoding.stop_strings,
-            "seed": self.decoding.seed,
-            "prompts_sha256": texts_checksum(prompts),
-            "num_prompts": len(prompts),
-            "duplicate_prompts": self.duplicates,
-            **{name: getattr(self.collection, name) for name in ("num_samples", "unique_prompts", "unique_responses")},
-            **dataclasses.asdict(packing),
-            "num_shards": len(self.batches),
-        }
+        settings = {**model_settings(model, tokenizer), "reward": reward_name(self.score), "reward_sha256": fingerprint(self.score)}
+        settings |= {"generation": self.options, "generation_defaults": model.generation_config.to_diff_dict() | {"transformers_version": None}}
+        settings |= {"stop_strings": self.decoding.stop_strings, "seed": self.decoding.seed}
+        settings |= {"prompts_sha256": texts_checksum(prompts), "num_prompts": len(prompts), "duplicate_prompts": self.duplicates}
+        settings |= {name: getattr(self.collection, name) for name in ("num_samples", "unique_prompts", "unique_responses")}
+        settings |= {**dataclasses.asdict(packing), "num_shards": len(self.batches)}
         self.settings = json.loads(json.dumps(settings, default=_describe))
 
     @contextlib.contextmanager
@@ -116,15 +104,13 @@ class SampledResponses:
         rows = [row for row, response in enumerate(responses) if response.token_ids]
         left_out = {"empty": len(responses) - len(rows)}
         if self.collection.unique_responses:
-            # The first of each; a dictionary keeps the order.
             distinct = {(row // samples, tuple(responses[row].token_ids)): row for row in reversed(rows)}
             left_out["repeated"] = len(rows) - len(distinct)
             rows = sorted(distinct.values())
-        records: list[dict[str, Any]] = [
-            {"index": entries[place], "sample": row % samples, "prompt": prompts[place], **turns_entry(prompts[place]), "response": responses[row].text}
-            for row in rows
-            for place in [row // samples]
-        ]
+        records: list[dict[str, Any]] = []
+        for row in rows:
+            index, prompt, response = entries[row // samples], prompts[row // samples], responses[row].text
+            records.append({"index": index, "sample": row % samples, "prompt": prompt, **turns_entry(prompt), "response": response})
         if rows:
             rewards = checked_rewards(self.score, *([record[name] for record in records] for name in ("prompt", "response"))).tolist()
             for record, row, reward in zip(records, rows, rewards, strict=True):

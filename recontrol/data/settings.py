@@ -32,9 +32,6 @@ class Collection:
         unique_responses: keep equal responses to a prompt once. Then a likely response weighs no more than a rare one in training, and V is no
             longer the expected reward of what the model samples.
         storage: how hidden states are kept; int8 has a scale for each token and takes half of what bfloat16 takes. By default the model's own dtype.
-
-    Raises:
-        TypeError, ValueError: `num_samples` is not a positive integer, or the storage is unknown.
     """
 
     num_samples: int = 1

@@ -1,7 +1,4 @@
-"""The files of a rollout folder: a manifest, for each batch one shard of tensors with its lines beside it, checksums, and new rewards.
-
-Checksums are SHA-256 in the format of `sha256sum`: beside each shard while it is being collected, in one list once the folder is complete.
-"""
+"""The files of a rollout folder: a manifest, for each batch one shard of tensors with its lines, checksums as `sha256sum` writes them, and new rewards."""
 
 import hashlib
 import json
@@ -41,10 +38,7 @@ def check_storage(storage: str | None) -> None:
 
 
 def encode(states: Tensor, storage: str) -> dict[str, Tensor]:
-    """The tensors to write for (tokens, hidden_size) states: `states`, and for "int8" also `scales`, (tokens,), float32.
-
-    With s_t = max_i |h_ti| / 127 for each token t, "int8" keeps q_ti = round(h_ti / s_t), and |q_ti s_t - h_ti| <= s_t / 2.
-    """
+    """What to write for (tokens, hidden_size) states; "int8" keeps q_ti = round(h_ti / s_t) and `scales` s_t = max_i |h_ti| / 127, (tokens,), float32."""
     finite = states.isfinite().all()
     if storage != "int8":
         encoded = states.to(getattr(torch, storage))
@@ -132,9 +126,8 @@ class RolloutWriter:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         # As JSON reads it back: tuples become lists.
-        self.manifest: dict[str, Any] = json.loads(
-            json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dict.fromkeys(MEASURED), **manifest, "storage": storage})
-        )
+        settings = {"format": FORMAT, "version": FORMAT_VERSION, **dict.fromkeys(MEASURED), **manifest, "storage": storage}
+        self.manifest: dict[str, Any] = json.loads(json.dumps(settings))
         if first:
             remove_leftovers(self.path)
         has_shards = any(self.path.glob("shard-*.safetensors"))
@@ -200,10 +193,8 @@ class RolloutWriter:
     def _measure(self, encoded: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
         """Put what the data show into the manifest, or compare it with what is there."""
         if any(self.manifest[name] is None for name in MEASURED):
-            # Another process may have been faster.
             self.manifest.update({name: entry for name, entry in read_manifest(self.path).items() if name in MEASURED})
         states = encoded["states"]
-        # States in 8 bits are read back as float32.
         dtype = "float32" if "scales" in encoded else dtype_name(states.dtype)
         measured = {"hidden_size": states.shape[-1], "dtype": dtype, "num_heads": len(records[0]["reward"]) if records else self.manifest["num_heads"]}
         for name, value in measured.items():
@@ -271,7 +262,6 @@ def read_scores(shard: Path, responses: int, num_heads: int | None, wanted: str 
         finite = all(isinstance(reward, int | float) and math.isfinite(reward) for reward in rewards)
         if not finite or len(rewards) != (num_heads or 1) or not isinstance(record.get("index"), int):
             raise ValueError(f"{path}, line {line}: wanted {num_heads} finite rewards and the index of the prompt, found {rewards} and {record.get('index')}")
-    # Last, since the errors above say more.
     check_unchanged(f"{path} has changed since it was written", checksum(path), wanted)
     indices = torch.tensor([record["index"] for record in records], dtype=torch.int64, device="cpu")
     heads = num_heads or 0

@@ -62,10 +62,7 @@ class Declined(ValueError):
 
 
 class ChatModel:
-    """A chat model that is asked many questions, side by side; see `Judge` for the arguments. `client` are those of `openai.OpenAI`, which retries.
-
-    Answers are kept under the hash of the request, so a run that was stopped pays for none of them again; threads and processes may share the cache.
-    """
+    """A chat model that is asked many questions, side by side; see `Judge`. Threads and processes may share the cache, so no answer is paid for twice."""
 
     def __init__(self, model: str, *, cache: str | os.PathLike | None = None, concurrency: int = 8, request: dict[str, Any] | None = None, **client: Any):
         if concurrency < 1:
@@ -76,7 +73,6 @@ class ChatModel:
         key = client.get("api_key") or os.environ.get("OPENAI_API_KEY")
         if not (key or client.get("base_url") or os.environ.get("OPENAI_BASE_URL")):
             raise ValueError("the judge needs a key: set OPENAI_API_KEY, or give api_key, or the base_url of a server that needs none")
-        # The client insists on one.
         self._client = openai.OpenAI(**{"max_retries": 5, "timeout": 120.0, **client, "api_key": key or "none"})
         self._cache, self._lock = cache, threading.Lock()
         if cache is not None:
@@ -93,11 +89,7 @@ class ChatModel:
     def ask(
         self, questions: Sequence[str], read: Callable[[str | None], Answer], *, context: Sequence[Any] = (), unreadable: int = 0
     ) -> tuple[list[Answer | None], Usage]:
-        """One answer a question, each in a conversation of its own, None where it was given up, and what this call has cost.
-
-        Where `read` raises ValueError on an answer, the question is asked again, up to `TRIES` times; at most `unreadable` questions may be given up,
-        and those that the model declines to answer.
-        """
+        """One answer a question, None where it was given up after `TRIES` (if declined, or among `unreadable` others), and what this call has cost."""
         keys = [self._key(question, context) for question in questions]
         known = self._known(keys)
         answers: dict[str, Answer | None] = {key: read(text) for key, text in known.items()}
@@ -140,11 +132,9 @@ class ChatModel:
         for left in reversed(range(TRIES)):
             try:
                 completion = self._client.chat.completions.create(**self._request(question))
-            except openai.BadRequestError as error:
-                if error.code != "content_filter":
-                    raise ConnectionError(f"the judge {self.model} at {self._client.base_url} did not answer: {error}") from error
-                raise Declined(f"a filter of the judge {self.model} withheld the question: {error}") from None
             except openai.APIError as error:
+                if isinstance(error, openai.BadRequestError) and error.code == "content_filter":
+                    raise Declined(f"a filter of the judge {self.model} withheld the question: {error}") from None
                 raise ConnectionError(f"the judge {self.model} at {self._client.base_url} did not answer: {error}") from error
             spent.append(getattr(completion, "usage", None))
             choice = completion.choices[0] if completion.choices else None
@@ -191,20 +181,14 @@ class Judge:
     Args:
         model: the judge's name on the server.
         instructions: the question, with {prompt} and {response} in it, and {minimum} and {maximum} where you want them.
-        minimum: the lowest score.
-        maximum: the highest score; the answer must be a number between the two, alone.
+        minimum, maximum: the lowest and the highest score; the answer must be a number between the two, alone.
         declined: the score of a response that the judge declines to score, after three tries; a warning counts them. "middle" of the range by default,
             for answers that decline in English or are withheld by a filter; a number is the score for every answer without one; None refuses them.
         server: base_url (of the server, with its /v1; by default OPENAI_BASE_URL, else that of OpenAI), api_key (by default OPENAI_API_KEY), cache
             (an SQLite file for the answers; None keeps them while the object lives), concurrency (requests at a time, 8), max_retries (5), timeout
             (120 seconds), request (further fields of each request, those that only some servers know inside "extra_body"; {"temperature": 0}).
 
-    Raises:
-        ImportError, ConnectionError: the extra `judge` is not installed; when called, the server cannot be reached, refuses, or fails after all retries.
-        ValueError: an empty range, instructions that lack a field, a `concurrency` below 1, no key for OpenAI's server, a cache that is not an SQLite
-            file, or, when called, an answer that is no score; it is quoted.
-
-    Source: Kong et al. 2024, section 5 (win rates judged by GPT-4), here as a score.
+    Raises ImportError, ConnectionError: no extra `judge`; the server refuses or fails. ValueError: a wrong argument, or an answer that is no score.
     """
 
     def __init__(self, model: str, *, instructions: str = INSTRUCTIONS, minimum: float = 1, maximum: float = 10, declined: Any = "middle", **server: Any):

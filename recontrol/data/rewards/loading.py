@@ -40,9 +40,8 @@ class CombinedReward:
             except ValueError as error:
                 raise ValueError(f"reward {names[0]!r}: {error}") from error
             if len(table) and table.shape[1] != len(names):
-                raise ValueError(
-                    f"reward {names[0]!r} returned {table.shape[1]} scores a response; among several rewards it must return one, or name them in head_names"
-                )
+                found = f"reward {names[0]!r} returned {table.shape[1]} scores a response"
+                raise ValueError(f"{found}; among several rewards it must return one, or name them in head_names")
             columns.append(table.expand(-1, len(names)))
         return torch.cat(columns, dim=1).tolist()
 
@@ -73,10 +72,7 @@ def load_reward(
     judge_range: tuple[float, float] = (1.0, 10.0),
     judge: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """Make one reward of names; several become its heads.
-
-    "judge:NAME" is a `Judge`, `judge` its further arguments, "python:MODULE:FUNCTION" a function, anything else a sequence classifier: a folder or a name.
-    """
+    """Make one reward of names: "judge:NAME" (`judge` its arguments), "python:MODULE:FUNCTION", else a sequence classifier; several become its heads."""
 
     def load(name: str) -> Reward:
         kind, _, rest = name.partition(":")

@@ -24,20 +24,13 @@ HEAD, TEMPLATE = "regression_head", "Human: {prompt}\nAssistant: {response}"
 class RewardModel:
     """Scores prompt and response, read together as one text, with a sequence classifier. One label is one reward.
 
-    Texts are padded on the right. A text longer than `max_length` loses its beginning, the oldest part of the prompt. The tokenizer is copied.
-
     Args:
-        model: a model with a sequence-classification head, which returns `logits` of (batch, labels).
-        tokenizer: its tokenizer.
+        model, tokenizer: a model with a sequence-classification head, which returns `logits` of (batch, labels), and its tokenizer, which is copied.
         batch_size: texts in one forward call.
-        max_length: tokens of a text at most, special tokens included; by default what the model and its tokenizer allow.
-        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response} in it, whose marks are
-            written before each turn (a prompt that has them already is left as it is); or "chat", the tokenizer's chat template. A prompt that
-            `load_prompts` wrote with the language model's chat template is written again from its turns; None is "chat" then where the tokenizer
-            has a chat template, else the marks of HH-RLHF.
-
-    Raises:
-        ValueError: `batch_size` or `max_length` is not positive, the template lacks a field, or the tokenizer has no chat template.
+        max_length: tokens that a text keeps, its last ones, special tokens included; by default what the model and its tokenizer allow.
+        template: how the text is written: None, the prompt with the response after it; a text with {prompt} and {response}, whose marks are written
+            before each turn (a prompt that has them already is left as it is); or "chat", the tokenizer's chat template. For a prompt written with the
+            language model's chat template, None is "chat" where the tokenizer has a chat template, else the marks of HH-RLHF.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 16, max_length: int | None = None, template: str | None = None):
@@ -54,8 +47,7 @@ class RewardModel:
         config: Any = model.config
         if (padding := padding_token(config)) is not None:
             set_padding_token(config, padding)
-        limits = [context_length(config), self.tokenizer.model_max_length, max_length]
-        limit = min(limit for limit in limits if limit is not None)
+        limit = min(limit for limit in (context_length(config), self.tokenizer.model_max_length, max_length) if limit is not None)
         # A tokenizer that knows no limit says 1e30.
         self.max_length = limit if limit < 1e9 else None
 
@@ -73,12 +65,8 @@ class RewardModel:
     ) -> "RewardModel":
         r"""Load any `AutoModelForSequenceClassification`, or a model of UltraRM's architecture, and its tokenizer, from a folder or the hub.
 
-        `device` is where to put the model (by default the CPU), `dtype` that of the weights (by default as saved), `kwargs` go to the model's
-        `from_pretrained` and, where they say what to load (revision, token, subfolder, ...), to the tokenizer's; for UltraRM's architecture the
-        template None is "Human: {prompt}\nAssistant: {response}". Otherwise as for the class.
-
-        Raises:
-            OSError, ValueError: there is no such model, its checkpoint has no head that scores a text, or as for the class.
+        `device` (by default the CPU) and `dtype` (by default as saved) are the model's, `kwargs` go to `from_pretrained`; for UltraRM's architecture
+        the template None is "Human: {prompt}\nAssistant: {response}". OSError, ValueError: there is no such model, or it has no head that scores.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -94,10 +82,8 @@ class RewardModel:
         missing = set(report["missing_keys"])
         # Where an adapter brings the head, it is loaded after this report was made.
         if missing and not getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"{name_or_path} is no reward model: its checkpoint has no weights for {', '.join(sorted(missing)[:4])}, which would be random numbers; "
-                "wanted a sequence classifier, or a Llama model with a regression_head"
-            )
+            found = f"its checkpoint has no weights for {', '.join(sorted(missing)[:4])}, which would be random numbers"
+            raise ValueError(f"{name_or_path} is no reward model: {found}; wanted a sequence classifier, or a Llama model with a regression_head")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **loader_arguments(kwargs))
         return cls(model if device is None else model.to(device), tokenizer, batch_size, max_length, template)
 
@@ -117,9 +103,10 @@ class RewardModel:
                     # The classifier reads the last token that is no padding: any token is one that ends no text.
                     ends = {row[-1] for row in columns["input_ids"] if row}
                     set_padding_token(config, min(set(range(len(ends) + 1)) - ends))
-                inputs = _padded(columns, padding_token(config))
+                width, filling = max(1, *map(len, columns["input_ids"])), {"input_ids": padding_token(config)}
+                padded = {name: [[*row, *[filling.get(name, 0)] * (width - len(row))] for row in rows] for name, rows in columns.items()}
                 with torch.no_grad():
-                    scores.append(self.model(**{name: rows.to(device) for name, rows in inputs.items()}).logits.float().cpu())
+                    scores.append(self.model(**{name: torch.tensor(rows).to(device) for name, rows in padded.items()}).logits.float().cpu())
         finally:
             self.model.train(training)
             if padding is None:
@@ -168,10 +155,3 @@ class RewardModel:
         """One name a label: that of the model, with several labels followed by the label's."""
         labels = getattr(self.model.config, "id2label", None) or {0: ""}
         return [f"{self.name}: {labels[key]}" for key in sorted(labels, key=int)] if len(labels) > 1 else [self.name]
-
-
-def _padded(columns: Any, padding: int | None) -> dict[str, Tensor]:
-    """Rows of tokens and what goes with them, (rows, tokens), padded on the right."""
-    width = max(1, *map(len, columns["input_ids"]))
-    filling = {"input_ids": padding}
-    return {name: torch.tensor([[*row, *[filling.get(name, 0)] * (width - len(row))] for row in rows]) for name, rows in columns.items()}
