@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from recontrol.ascent.arguments import ROW_OPTIONS
 from recontrol.ascent.ascend import ascend
@@ -41,6 +42,8 @@ class ControlBatch:
         self._groups: list[_Group] = []
         # On the device: rows that were edited, and rows that stayed unedited because of numbers that are not finite.
         self._counts: Any = None
+        # Edited rows that were counted without the device.
+        self._counted = 0
         self._warned = False
 
     def assign(self, controls: Control | list[Control | None]) -> None:
@@ -70,7 +73,8 @@ class ControlBatch:
 
     def counts(self) -> tuple[int, int]:
         """How many rows were edited so far, and how many stayed unedited."""
-        return (0, 0) if self._counts is None else tuple(self._counts.tolist())
+        edited, unedited = (0, 0) if self._counts is None else self._counts.tolist()
+        return edited + self._counted, unedited
 
     def warn(self) -> None:
         """Log, once, how many rows stayed unedited; waits for the device."""
@@ -91,7 +95,8 @@ class ControlBatch:
             hidden = states if rows is None else states.index_select(0, rows)
             live = mask if mask is None or rows is None else mask.index_select(0, rows)
             finite = torch.isfinite(hidden).all(dim=1)
-            result = ascend(hidden, value, mask=finite if live is None else live & finite, return_trace=traced, backend=self.backend, **settings)
+            able = live if _known_true(finite) else finite if live is None else live & finite
+            result = ascend(hidden, value, mask=able, return_trace=traced, backend=self.backend, **settings)
             climbed, path = result if isinstance(result, tuple) else (result, None)
             kept, finite = self.keep(hidden, climbed, live)
             edited = _with_rows(edited, rows, kept)
@@ -104,6 +109,9 @@ class ControlBatch:
     def keep(self, states: Tensor, edited: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The edited rows, those that are not finite as they were, and which are; both are counted."""
         finite = torch.isfinite(edited).all(dim=1)
+        if _known_true(finite):
+            self._counted += states.shape[0] if mask is None else int(mask.sum())
+            return edited, finite
         count = (finite if mask is None else mask & finite).sum()
         self._counts.add_(torch.stack([count, (states.shape[0] if mask is None else mask.sum()) - count]))
         return torch.where(finite[:, None], edited, states), finite
@@ -112,6 +120,11 @@ class ControlBatch:
         """Start to count, unless it was begun; in no inference tensor, so that rows can be counted in any mode."""
         with torch.inference_mode(False):
             self._counts = torch.zeros(2, dtype=torch.int64, device=device) if self._counts is None else self._counts
+
+
+def _known_true(flags: Tensor) -> bool:
+    """Whether all of them are true, where that can be seen without waiting for a device: on a processor, outside of the compiler."""
+    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode() and bool(flags.all())
 
 
 def _group_key(control: Control) -> Any:
