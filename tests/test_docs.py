@@ -42,9 +42,9 @@ def parameters_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str
 
 
 def constructor_parameters(node: ast.ClassDef, path: Path) -> tuple[str, ...]:
-    """Those of `__init__`, or the fields of a dataclass, with those of its bases."""
+    """Those of `__init__` or `__new__`, or the fields of a dataclass, with those of its bases."""
     for child in node.body:
-        if isinstance(child, ast.FunctionDef) and child.name == "__init__":
+        if isinstance(child, ast.FunctionDef) and child.name in ("__init__", "__new__"):
             return parameters_of(child)
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         if node.bases:
@@ -144,7 +144,7 @@ def test_everything_in_all_exists():
 def test_every_parameter_of_the_public_interface_is_documented(name):
     thing = public_objects()[name]
     assert inspect.getdoc(thing), f"{name} has no docstring"
-    if inspect.isclass(thing) and not isinstance(vars(thing).get("__init__"), FunctionType):
+    if inspect.isclass(thing) and not issubclass(thing, str) and not isinstance(vars(thing).get("__init__"), FunctionType):
         pytest.skip("a class that adds no parameters to those of its base")
     parameters = [parameter for parameter in inspect.signature(thing).parameters if parameter not in ("self", "cls")]
     documented_names = section(inspect.getdoc(thing), "Args") or []

@@ -26,18 +26,24 @@ class Prompt(str):
         chat_template: whether the text is written with a chat template; else it is what a person wrote, with words such as "Human:" as marks.
     """
 
-    def __new__(cls, text: str, *_: Any, **__: Any) -> "Prompt":
-        """The text."""
-        return super().__new__(cls, text)
+    turns: tuple[tuple[str, str], ...]
+    begun: str
+    chat_template: bool
 
-    def __init__(self, text: str, turns: Turns = (), begun: str = "", chat_template: bool = False):
+    def __new__(cls, text: str, turns: Turns = (), begun: str = "", chat_template: bool = False) -> "Prompt":
+        """The text, with its turns beside it."""
+        prompt = super().__new__(cls, text)
         if not turns:
             turns, begun = read_turns(text)
         pairs: Any = tuple(tuple(turn.values() if isinstance(turn, Mapping) else turn) for turn in turns)
         if any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) or pair[0] not in ("system", *ROLES.values()) for pair in pairs):
             raise ValueError(f"turns must be pairs (role, content) of the roles system, user and assistant, found {turns!r}")
-        self.turns: tuple[tuple[str, str], ...] = pairs
-        self.begun, self.chat_template = begun, chat_template
+        prompt.turns, prompt.begun, prompt.chat_template = pairs, begun, chat_template
+        return prompt
+
+    def __getnewargs__(self) -> Any:
+        """What a copy and a pickle are made of."""
+        return str(self), self.turns, self.begun, self.chat_template
 
 
 def turns_of(prompt: str) -> tuple[Turns, str]:
