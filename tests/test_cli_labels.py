@@ -66,7 +66,7 @@ def test_relabel_with_a_judge(folder, serve):  # noqa: F811
     ],
 )
 def test_errors_are_one_line_and_leave_the_rewards(folder, arguments, message, capsys):
-    assert run("relabel", "--device", "cpu", *arguments) == 2
+    assert run("relabel", *arguments) == 2
     assert message in one_line(capsys)
     assert torch.equal(rc.Rollouts("rollouts").rewards[:, 0], torch.tensor([0.0, 1.0, 2.0]))
 
