@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind))
 _backends: Any = torch.backends
@@ -67,6 +68,11 @@ def carried(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return inside
+
+
+def is_traced() -> bool:
+    """Whether tensors are traced or fake here, so that their values cannot be looked at."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

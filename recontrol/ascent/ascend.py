@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from recontrol.ambient import shielded
+from recontrol.ambient import is_traced, shielded
 from recontrol.ascent import backends
 from recontrol.ascent.arguments import AscentArguments, normalise
 from recontrol.value import ValueFunction
@@ -60,7 +59,7 @@ def ascend(
         columns = 1 + (steps if isinstance(steps, int) and hidden.shape[0] else arguments.most_steps())
     with torch.no_grad():
         # A traced or fake tensor has no values to look at: it goes through the operator, which is opaque.
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or hidden.is_meta:
+        if is_traced() or hidden.is_meta:
             states, *rest = arguments
             edited, trace = torch.ops.recontrol.ascend(states, *value.parameters_by_kind, *rest, value._cache.key, backend, columns)
         else:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from recontrol.ambient import is_traced
 from recontrol.ascent.arguments import ROW_OPTIONS
 from recontrol.ascent.ascend import ascend
 from recontrol.checks import wide_dtype
@@ -123,8 +123,8 @@ class ControlBatch:
 
 
 def _known_true(flags: Tensor) -> bool:
-    """Whether all of them are true, where that can be seen without waiting for a device: on a processor, outside of the compiler."""
-    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode() and bool(flags.all())
+    """Whether all of them are true, where that can be seen without waiting for a device: on a processor, untraced."""
+    return flags.device.type == "cpu" and not is_traced() and bool(flags.all())
 
 
 def _group_key(control: Control) -> Any:
