@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cli import EXAMPLE, ROOT, run
+from test_cli import MODEL as LM
 from transformers import AutoTokenizer
 
 from recontrol.cli import main, parsed, parser
 from recontrol.cli.options import COMMANDS, check_together
 from recontrol.value import ValueFunction
 
-ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "movie_reviews"
-LM = ["--model", str(EXAMPLE / "lm"), "--dtype", "float32", "--device", "cpu"]
 GENERATE = ["generate", *LM, "--max-new-tokens", "2", "--prompt", "This film"]
 JUDGE = ["judge", "--responses", "responses.jsonl", "--others", "others.jsonl"]
 COLLECT = ["collect", "--model", "m", "--dataset", "Anthropic/hh-rlhf", "--out", "o"]
@@ -28,13 +27,6 @@ EVALUATE = ["evaluate", "--out", "o", "--model", "m", "--value", "v", "--dataset
 CLASSIFIER, FUNCTION, CHAT = ["--reward-model", "r"], ["--reward-model", "python:m:f"], ["--reward-model", "judge:gpt"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments):
-    """The exit status of the command."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return stopped.value.code or 0
 
 
 def line(capsys):

@@ -1,25 +1,18 @@
 """`recontrol generate`: plans, batches and traces on the command line."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from test_cli import EXAMPLE, run
 
 import recontrol as rc
-from recontrol.cli import main
 
-LM = Path(__file__).parent.parent / "examples" / "movie_reviews" / "lm"
+LM = EXAMPLE / "lm"
 MODEL = ["generate", "--model", LM, "--dtype", "float32", "--device", "cpu"]
 PROMPTS = ["--prompt", "A film", "--prompt", "It is the best that I have ever seen, and", "--prompt", "One"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return stopped.value.code or 0
 
 
 @pytest.fixture(scope="module")
