@@ -108,7 +108,7 @@ def test_the_decode_step_chooses_the_tokens_of_generate_again_and_again():
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert free[0] == wanted[:, -1:].tolist() == step(8).tolist()
     value = value_nets.initialised(64, (32,))
-    with Controller(value, 20.0, 20, backend="reference").attach(model) as handle:
+    with Controller(value, 20.0, 20, backend="oracle").attach(model) as handle:
         step(8)
         assert handle.edited_rows == 2 * 8 and not torch.equal(step.logits, free[1])
 

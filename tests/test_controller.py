@@ -144,7 +144,7 @@ def test_what_is_no_decoder_only_language_model_is_refused(value, other, error, 
 
 
 def test_a_second_controller_is_refused_and_the_first_goes_on(model, value):
-    with controller(value, backend="reference").attach(model):
+    with controller(value, backend="oracle").attach(model):
         before = logits_of(model, input_ids=PROMPT)
         for same in (model, torch.compile(model, backend="eager")):
             with pytest.raises(RuntimeError, match="what else edits states, is attached to this LlamaForCausalLM already; detach it first, or leave its with"):

@@ -1,6 +1,6 @@
 """Control of whole generations: every way to decode, rows that finish at different times, compiled models, pipelines and threads.
 
-The oracle is a plain hook that puts `oracle.ascend(h)` in the place of h. With backend="reference" the two must agree to the bit.
+The oracle is a plain hook that puts `oracle.ascend(h)` in the place of h. With backend="oracle" the two must agree to the bit.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def test_every_way_to_decode_samples_from_the_edited_states_of_computed_logits_o
     free = generate(model, **options)
     with Substitution(model, value) as substitution:
         expected = generate(model, **options)
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="oracle").attach(model) as handle:
         controlled = generate(model, **options)
     assert same(controlled, expected) and same(generate(model, **options), free)
     assert not torch.equal(controlled.sequences, free.sequences)
@@ -87,7 +87,7 @@ def test_every_way_to_decode_samples_from_the_edited_states_of_computed_logits_o
 def test_guessed_tokens_are_verified_with_edited_states(model, value):
     """Several tokens of a row go in at once, each of which may be the next that is sampled."""
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="oracle").attach(model) as handle:
         plain = generate(model, ids)
         rows = handle.edited_rows
         guessed = generate(model, ids, prompt_lookup_num_tokens=3)
@@ -98,7 +98,7 @@ def test_guessed_tokens_are_verified_with_edited_states(model, value):
 
 def test_embeddings_in_the_place_of_tokens(model, value):
     options = {"inputs_embeds": model.get_input_embeddings()(PROMPT).detach(), "attention_mask": torch.ones_like(PROMPT), "max_new_tokens": NEW}
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="oracle").attach(model) as handle:
         expected = generate(model).sequences[:, 4:]
         found = model.generate(**options, do_sample=False, suppress_tokens=[0, EOS])
     assert torch.equal(found, expected) and handle.edited_rows == 2 * 3 * NEW
@@ -112,7 +112,7 @@ def test_padded_rows_get_what_they_get_alone(model, value, cache):
     options = {"cache_implementation": cache} if cache else {}
     with Substitution(model, value):
         expected = generate(model, ids, attention_mask=mask, **options)
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="oracle").attach(model) as handle:
         together = generate(model, ids, attention_mask=mask, **options)
         rows = handle.edited_rows
         alone = [generate(model, torch.tensor([prompt]), **options) for prompt in prompts]
@@ -129,7 +129,7 @@ def test_the_rest_of_a_prompt_is_a_prefill_like_any_other(model, value):
     ids = torch.cat([PROMPT[:, :2], torch.full((3, 1), EOS), PROMPT[:, 3:]], dim=1)
     cache = DynamicCache(config=model.config)
     logits_of(model, input_ids=ids[:, :2], use_cache=True, **{CACHE: cache})
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="oracle").attach(model) as handle:
         whole = generate(model, ids)
         rows = handle.edited_rows
         rest = generate(model, ids, **{CACHE: cache})
@@ -140,7 +140,7 @@ def test_the_rest_of_a_prompt_is_a_prefill_like_any_other(model, value):
 def finishing(shared):
     """End-of-sequence tokens with which the rows of a controlled sample end after different numbers of tokens, and these numbers."""
     value = value_function(32)
-    with controller(value, backend="reference").attach(shared):
+    with controller(value, backend="oracle").attach(shared):
         new = generate(shared, do_sample=True, max_new_tokens=12).sequences[:, 4:].tolist()
     ends = [new[0][2], new[1][6]]
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in new]
@@ -154,7 +154,7 @@ def test_a_row_is_edited_up_to_its_end_and_no_further(shared, value, finishing, 
     options, lengths = finishing
     # By default `generate` is asked.
     stops = (*options["eos_token_id"], 0) if named else None
-    with controller(value, backend="reference", stop_token_ids=stops).attach(shared) as handle, record_hidden_states(shared) as recorder:
+    with controller(value, backend="oracle", stop_token_ids=stops).attach(shared) as handle, record_hidden_states(shared) as recorder:
         assert handle.stop_token_ids == stops
         with states_read(shared) as states:
             controlled = generate(shared, **{**options, **cache})
@@ -174,7 +174,7 @@ def test_a_row_is_edited_up_to_its_end_and_no_further(shared, value, finishing, 
 
 def test_without_stop_tokens_rows_are_never_finished(model, value, finishing):
     options, lengths = finishing
-    with controller(value, backend="reference", stop_token_ids=()).attach(model) as handle:
+    with controller(value, backend="oracle", stop_token_ids=()).attach(model) as handle:
         controlled = generate(model, **options)
     with Substitution(model, value):
         expected = generate(model, **options)
@@ -195,7 +195,7 @@ def test_a_prompt_of_one_end_of_sequence_token_is_no_finished_row(model, value, 
     ids = torch.tensor([[EOS], [0], [5]])
     with Substitution(model, value):
         expected = generate(model, ids, **cache)
-    with controller(value, backend="reference", stop_token_ids=(EOS, 0)).attach(model) as handle:
+    with controller(value, backend="oracle", stop_token_ids=(EOS, 0)).attach(model) as handle:
         controlled = generate(model, ids, **cache)
     assert same(controlled, expected) and handle.edited_rows == 3 * NEW
 
@@ -204,7 +204,7 @@ def test_a_static_cache_that_was_emptied_is_empty(model, value):
     """It keeps its length on the device once it is allocated, which tells a prompt of one token from a decode step."""
     ids = torch.tensor([[EOS], [0], [5]])
     cache = StaticCache(config=model.config, max_cache_len=4)
-    with controller(value, backend="reference", stop_token_ids=(EOS, 0)).attach(model) as handle:
+    with controller(value, backend="oracle", stop_token_ids=(EOS, 0)).attach(model) as handle:
         counts = []
         for _ in range(2):
             cache.reset()
@@ -218,7 +218,7 @@ def test_a_static_cache_that_was_emptied_is_empty(model, value):
 def test_what_is_known_of_finished_rows_ends_with_the_forward_call(model, value, failing):
     """Whoever calls the head by hand afterwards has all rows edited, also when the call broke off."""
     states, cache = torch.randn(3, 32), DynamicCache(config=model.config)
-    with controller(value, backend="reference", stop_token_ids=(EOS, 0)).attach(model) as handle, torch.no_grad():
+    with controller(value, backend="oracle", stop_token_ids=(EOS, 0)).attach(model) as handle, torch.no_grad():
         logits_of(model, input_ids=PROMPT, use_cache=True, **{CACHE: cache})
         hook = Failing(model.model.layers[1], ZeroDivisionError(), 1) if failing else None
         with pytest.raises(ZeroDivisionError) if failing else contextlib.nullcontext():
@@ -259,7 +259,7 @@ def test_compiled_models_are_controlled_and_free_again(small, value, style, firs
     free = logits_of(small, input_ids=PROMPT)
     with Substitution(small, value):
         expected = logits_of(small, input_ids=PROMPT)
-    control = controller(value, backend="reference")
+    control = controller(value, backend="oracle")
     if first == "attached":
         handle = control.attach(small)
         model = compiled(small, style, backend)
@@ -276,7 +276,7 @@ def test_compiled_models_are_controlled_and_free_again(small, value, style, firs
         assert handle.edited_rows == 3 * PROMPT.numel()
     assert torch.equal(logits_of(model, input_ids=PROMPT), free) and handle.edited_rows == 3 * PROMPT.numel()
     # Another controller is not taken for the first.
-    with Controller(value, 0.25, 2, backend="reference", self_check=False).attach(model):
+    with Controller(value, 0.25, 2, backend="oracle", self_check=False).attach(model):
         other = logits_of(model, input_ids=PROMPT)
     assert not torch.equal(other, expected) and not torch.equal(other, free) and not torch.equal(expected, free)
     assert hooks_on(small) == []
@@ -291,11 +291,11 @@ def test_compiled_decode_steps_leave_finished_rows_alone(small, value, style, ca
         return [logits_of(model, input_ids=ids, use_cache=True, **{CACHE: past})[:, -1] for ids in (PROMPT, *steps)]
 
     free, stops = run(small), (EOS, 0)
-    with controller(value, backend="reference", stop_token_ids=stops).attach(small) as handle:
+    with controller(value, backend="oracle", stop_token_ids=stops).attach(small) as handle:
         expected = run(small)
     rows = handle.edited_rows
     model = compiled(small, style)
-    with controller(value, backend="reference", self_check=False, stop_token_ids=stops).attach(model) as handle:
+    with controller(value, backend="oracle", self_check=False, stop_token_ids=stops).attach(model) as handle:
         found = run(model)
     assert handle.edited_rows == rows == PROMPT.numel() + 1 + 2 + 3
     for controlled, wanted, uncontrolled, live in zip(found, expected, free, ([0, 1, 2], [1], [0, 2], [0, 1, 2]), strict=True):
@@ -310,11 +310,11 @@ def test_compiled_decode_steps_leave_finished_rows_alone(small, value, style, ca
 @pytest.mark.parametrize(("style", "cache"), [("model", {}), ("forward", {}), ("forward", {"cache_implementation": "static"})], ids=str)
 def test_compiled_models_generate_under_control(small, value, style, cache):
     free = generate(small, **cache)
-    with controller(value, backend="reference").attach(small):
+    with controller(value, backend="oracle").attach(small):
         expected = generate(small, **cache)
     model = compiled(small, style)
     # The hooks find the head, whether they are given the model or what the compiler made of it.
-    with controller(value, backend="reference").attach(small) as handle, record_hidden_states(model) as recorder:
+    with controller(value, backend="oracle").attach(small) as handle, record_hidden_states(model) as recorder:
         controlled = generate(model, **cache)
     assert torch.equal(controlled.sequences, expected.sequences) and handle.edited_rows == 3 * NEW
     assert torch.equal(generate(model, **cache).sequences, free.sequences) and not torch.equal(expected.sequences, free.sequences)
@@ -343,7 +343,7 @@ def test_a_pipeline_is_controlled_through_its_model():
     hook = pipeline.model.lm_head.register_forward_pre_hook(substitute)
     expected = respond()
     hook.remove()
-    with Controller(value, 20.0, 20, backend="reference").attach(pipeline.model) as handle:
+    with Controller(value, 20.0, 20, backend="oracle").attach(pipeline.model) as handle:
         assert respond() == expected != free
     assert 3 * 6 >= handle.edited_rows > 3
     assert respond() == free
@@ -360,7 +360,7 @@ def in_threads(*functions):
 
 def test_two_models_under_control_in_two_threads_do_as_they_do_alone(value):
     models = [llama(seed, initializer_range=0.5) for seed in range(2)]
-    controllers = [controller(value, backend="reference"), Controller(value_function(32, 16), 0.5, 5, backend="torch")]
+    controllers = [controller(value, backend="oracle"), Controller(value_function(32, 16), 0.5, 5, backend="torch")]
 
     def run(index):
         with controllers[index].attach(models[index]) as handle:
@@ -380,10 +380,10 @@ def test_one_model_under_control_in_two_threads_does_as_it_does_alone(model, val
     def run(ids):
         return generate(model, ids, max_new_tokens=40, eos_token_id=None)
 
-    with controller(value, backend="reference", stop_token_ids=range(0, VOCABULARY, 2)).attach(model):
+    with controller(value, backend="oracle", stop_token_ids=range(0, VOCABULARY, 2)).attach(model):
         alone = [run(ids) for ids in prompts]
         for _ in range(3):
             together = in_threads(*(lambda ids=ids: run(ids) for ids in prompts))
             assert all(same(found, expected) for found, expected in zip(together, alone, strict=True))
-    with controller(value, backend="reference", stop_token_ids=()).attach(model):
+    with controller(value, backend="oracle", stop_token_ids=()).attach(model):
         assert not same(run(PROMPT), alone[0])

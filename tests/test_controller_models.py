@@ -1,7 +1,7 @@
 """Control of every kind of model: the logits are those that the model's own head computes from the edited states.
 
 The oracle is a plain hook that puts `oracle.ascend(h)` in the place of h; what follows in the model (bias, scaling,
-soft-capping, the output projection of OPT) is then the model's own. With backend="reference" the two must agree to the bit.
+soft-capping, the output projection of OPT) is then the model's own. With backend="oracle" the two must agree to the bit.
 """
 
 import inspect
@@ -110,7 +110,7 @@ def test_logits_are_those_of_the_head_for_the_states_of_the_oracle(model, value)
     free = logits_of(model, input_ids=PROMPT)
     with Substitution(model, value) as substitution:
         expected = logits_of(model, input_ids=PROMPT)
-    with controller(value, backend="reference").attach(model) as handle:
+    with controller(value, backend="oracle").attach(model) as handle:
         controlled = logits_of(model, input_ids=PROMPT)
     assert torch.equal(controlled, expected) and not torch.equal(controlled, free)
     assert handle.edited_rows == PROMPT.numel() == len(substitution.states[0])
@@ -133,7 +133,7 @@ def test_greedy_generation_samples_from_the_edited_states(model, value):
     options = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with Substitution(model, value) as substitution:
         expected = model.generate(PROMPT, **options)
-    with controller(value, backend="reference", stop_token_ids=()).attach(model) as handle:
+    with controller(value, backend="oracle", stop_token_ids=()).attach(model) as handle:
         controlled = model.generate(PROMPT, **options)
     assert torch.equal(controlled.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(controlled.logits, expected.logits, strict=True))
@@ -147,7 +147,7 @@ def test_greedy_generation_samples_from_the_edited_states(model, value):
 def test_finished_rows_are_untouched_at_decode_steps_and_only_there(model, value):
     step = torch.tensor([[EOS], [20], [0]])
     runs = {}
-    for name, control in {"free": None, "controlled": controller(value, backend="reference", stop_token_ids=(EOS, 0))}.items():
+    for name, control in {"free": None, "controlled": controller(value, backend="oracle", stop_token_ids=(EOS, 0))}.items():
         handle = control.attach(model) if control else None
         cache = DynamicCache(config=model.config)
         prefill = with_cache(model, cache, step)

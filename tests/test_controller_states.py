@@ -33,7 +33,7 @@ def value():
 def test_a_recorder_sees_unedited_states_whichever_was_attached_first(model, value, first):
     inputs = {"input_ids": PROMPT, "logits_to_keep": 1}
     free = read_states(model, **inputs)
-    control = controller(value, backend="reference")
+    control = controller(value, backend="oracle")
     if first == "recorder":
         with record_hidden_states(model) as recorder, control.attach(model):
             # The self-check is no token.
@@ -74,7 +74,7 @@ def test_soft_capped_logits_are_the_cap_of_the_edited_ones(value):
 
 
 @pytest.mark.parametrize("options", [{"radius": 0.5}, {"target": 0.3}, {"target": 0.3, "radius": 0.5}, {"head_weights": [-2.0]}], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["oracle", "auto"])
 def test_options_reach_the_ascent_and_the_default_differs(model, value, options, backend):
     free = read_states(model, input_ids=PROMPT)
     states = {}
@@ -95,7 +95,7 @@ def test_head_weights_choose_among_heads(model):
     free = read_states(model, input_ids=PROMPT)
     states = []
     for weights in ((1.0, 0.0), (0.0, 1.0), (0.25, -3.0)):
-        with controller(value, head_weights=weights, backend="reference").attach(model):
+        with controller(value, head_weights=weights, backend="oracle").attach(model):
             states.append(read_states(model, input_ids=PROMPT))
         assert torch.equal(states[-1], rc.oracle.ascend(free, value, STEP_SIZE, STEPS, head_weights=torch.tensor(weights)))
     assert not torch.equal(states[0], states[1])
@@ -107,10 +107,10 @@ def test_step_size_and_steps_reach_the_ascent(model, value):
     free = read_states(model, input_ids=PROMPT)
     found = {}
     for step_size, steps in ((0.5, 30), (0.5, 7), (0.25, 30)):
-        with Controller(value, step_size, steps, backend="reference").attach(model):
+        with Controller(value, step_size, steps, backend="oracle").attach(model):
             found[step_size, steps] = read_states(model, input_ids=PROMPT)
         assert torch.equal(found[step_size, steps], rc.oracle.ascend(free, value, step_size, steps))
-    with Controller(value, backend="reference").attach(model):
+    with Controller(value, backend="oracle").attach(model):
         assert torch.equal(read_states(model, input_ids=PROMPT), found[0.5, 30])
     assert not torch.equal(found[0.5, 7], found[0.5, 30]) and not torch.equal(found[0.25, 30], found[0.5, 30])
 
@@ -138,7 +138,7 @@ def test_model_and_value_function_may_differ_in_dtype(of_model, of_value):
     free = logits_of(model, input_ids=PROMPT)
     with Substitution(model, value):
         expected = logits_of(model, input_ids=PROMPT)
-    with controller(value, backend="reference").attach(model):
+    with controller(value, backend="oracle").attach(model):
         controlled = logits_of(model, input_ids=PROMPT)
     assert controlled.dtype == of_model and value.dtype == of_value
     assert torch.equal(controlled, expected) and not torch.equal(controlled, free)
@@ -171,7 +171,7 @@ def test_gradients_are_the_models_own_again_afterwards(model, value):
 
 
 @pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-@pytest.mark.parametrize("backend", ["reference", "auto", "torch"])
+@pytest.mark.parametrize("backend", ["oracle", "auto", "torch"])
 def test_any_grad_mode_will_do_to_attach_and_to_run(model, inside, backend):
     # A new one each time, so that what a backend precomputes is made in this mode.
     value = value_function(32)

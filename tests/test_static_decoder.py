@@ -61,7 +61,7 @@ def test_tokens_are_those_of_generate_and_the_step_is_one_graph_compiled_once(mo
     batch = len(PROMPTS[rows])
     free = generate(model.generate, rows)
     decoder = StaticDecoder(model, batch, LONGEST, step_compiled_into(graphs))
-    with controller(value_function(32), backend="reference").attach(model) if controlled else contextlib.nullcontext() as handle:
+    with controller(value_function(32), backend="oracle").attach(model) if controlled else contextlib.nullcontext() as handle:
         expected = generate(model.generate, rows)
         edited = handle.edited_rows if controlled else 0
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_tokens_are_those_of_generate_and_the_step_is_one_graph_compiled_once(mo
 @pytest.mark.parametrize("compiled", [True, False])
 def test_finished_rows_are_left_alone(model, graphs, compiled):
     value, rows = value_function(32, heads=2), slice(3)
-    options = {"head_weights": (0.5, 1.0), "backend": "reference"}
+    options = {"head_weights": (0.5, 1.0), "backend": "oracle"}
     with controller(value, **options).attach(model):
         tokens = generate(model.generate, rows)[:, 4:].tolist()
     ends = [tokens[0][1], tokens[1][4]]
@@ -102,7 +102,7 @@ def test_a_prompt_of_one_token_after_another_prompt_is_a_prefill(model):
     ids = torch.tensor([[EOS], [0]])
     options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [0, EOS]}
     decoder = StaticDecoder(model, 2, LONGEST)
-    with controller(value_function(32), backend="reference").attach(model) as handle:
+    with controller(value_function(32), backend="oracle").attach(model) as handle:
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         generate(decoder.generate, slice(2))
         assert torch.equal(decoder.generate(ids, **options), expected)
