@@ -100,10 +100,10 @@ def check_together(options: argparse.Namespace) -> None:
         found = ", ".join(flag for flag in rule["options"] if flag in there)
         if found and "with" in rule and not there & set(rule["with"]):
             raise ValueError(f"{found}: found without {' or '.join(rule['with'])}, and has no use then")
-        if found and there & set(rule.get("without", ())):
-            raise ValueError(f"{found}: found beside {' and '.join(there & set(rule['without']))}, and has no use there")
-        if found and there & set(rule.get("unused", ())):
-            logger.warning("not used with %s: %s", " and ".join(there & set(rule["unused"])), found)
+        if found and (others := [flag for flag in rule.get("without", ()) if flag in there]):
+            raise ValueError(f"{found}: found beside {' and '.join(others)}, and has no use there")
+        if found and (others := [flag for flag in rule.get("unused", ()) if flag in there]):
+            logger.warning("not used with %s: %s", " and ".join(others), found)
     for split, sources in {"split": ("dataset", "preferred"), "validation_split": ("validation_prompts", "dataset")}.items():
         source = next((given for name in sources if (given := getattr(options, name, None))), "")
         if split in options.given and Path(source).is_file():
