@@ -62,13 +62,14 @@ def _plan(options: argparse.Namespace) -> "Plan":
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    from recontrol.decoding.model_config import text_config
     from recontrol.generation.plan import make_plan
     from recontrol.generation.requests import token_ids
     from recontrol.studies.study import device_of
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = AutoConfig.from_pretrained(options.model)
-    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else config.get_text_config().dtype or torch.float32
+    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else text_config(config).dtype or torch.float32
     prompts = shared.load_prompts(options, tokenizer)
     lengths = [len(ids) + options.max_new_tokens for ids in token_ids(tokenizer, prompts)]
     return make_plan(config, dtype, lengths, device=device_of(options.device), cache_budget=options.cache_budget, batch_size=options.batch_size)

@@ -44,6 +44,7 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
     # Evenly spread, with the first and the last.
     count = min(MATRICES, len(names))
     chosen = [names[i * (len(names) - 1) // max(count - 1, 1)] for i in range(count)] + [OUTPUT_EMBEDDING] * (OUTPUT_EMBEDDING in readable)
+    # Not `text_config`: for BART it counts the layers of the decoder, and files that exist hold the other number.
     config = owner.config.get_text_config()
     return {
         "name": getattr(owner.config, "_name_or_path", ""),

@@ -15,6 +15,7 @@ from transformers.generation import configuration_utils
 
 from recontrol.ambient import carried
 from recontrol.decoding.hooks import embedding_owner, output_embedding
+from recontrol.decoding.model_config import text_config
 from recontrol.generation.plan import Plan
 from recontrol.generation.request_editing import RequestEditing, Rows
 from recontrol.generation.requests import BatchDecoding, Tokens
@@ -48,7 +49,7 @@ def why_not(model: Any, decoding: BatchDecoding) -> str | None:
     owner = embedding_owner(model, output_embedding(model))
     if not getattr(owner, "_supports_attention_backend", False) or getattr(owner, "_is_stateful", False):
         return f"the attention of {type(owner).__name__} cannot be exchanged for a paged one"
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     kinds = set(getattr(text, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         return f"its layers are not all attention: {', '.join(sorted(kinds))}"
